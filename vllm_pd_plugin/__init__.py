@@ -1,0 +1,34 @@
+"""Disaggregated prefill and decode for vLLM: KV connector ``pdplugin``, command ``vllm-pd``."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+CONNECTOR = "pdplugin"
+"""The name to give to ``--kv-connector``."""
+
+
+def register() -> None:
+    """Make the connector and its flags known to vLLM (entry point ``vllm.general_plugins``).
+
+    vLLM calls this in every process, perhaps twice, and dies of an exception here: whatever is
+    wrong is logged, and reported again when the connector is chosen.
+    """
+    import logging
+
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        from vllm_pd_plugin import vllm_hooks
+
+        if CONNECTOR not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(
+                CONNECTOR, "vllm_pd_plugin.connector", "PdConnector"
+            )
+        vllm_hooks.install()
+    except Exception:
+        logging.getLogger(__name__).exception(
+            "vllm-pd-plugin %s could not register with this vLLM; connector %s is not available",
+            __version__,
+            CONNECTOR,
+        )

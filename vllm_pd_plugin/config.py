@@ -1,0 +1,120 @@
+"""The connector's options: parsed once, from ``kv_connector_extra_config`` and the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_pd_plugin.errors import ConfigError
+
+CLUSTER_KEY_VARIABLE = "VLLM_PD_CLUSTER_KEY"
+MIN_CLUSTER_KEY_LENGTH = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PdConfig:
+    """Everything that the operator can set.
+
+    host: address that the control channel binds; loopback unless a cluster key is set.
+    port: port of the control channel; 0 picks a free one.
+    advertise_host: address that peers are told; the bound one unless ``host`` is a wildcard.
+    lease_s: how long a producer holds finished KV for a consumer that is silent.
+    peer_timeout_s: how long a peer may take to answer one control message.
+    fetch_timeout_s: how long one handoff's fetch may take, from allocation to commit.
+    cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY``; None without.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    advertise_host: str = ""
+    lease_s: float = 30.0
+    peer_timeout_s: float = 5.0
+    fetch_timeout_s: float = 60.0
+    cluster_key: str | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any], environ: Mapping[str, str]) -> PdConfig:
+        """Build the configuration.
+
+        Raises:
+            ConfigError: a key is unknown, or a value is of the wrong type or out of range.
+        """
+        allowed = [f.name for f in dataclasses.fields(cls) if f.name != "cluster_key"]
+        for name in options:
+            if name not in allowed:
+                raise ConfigError(
+                    f"kv_connector_extra_config has no option {name!r}; "
+                    f"allowed are {', '.join(allowed)}"
+                )
+        default = cls()
+        config = cls(
+            host=_text(options, "host", default.host),
+            port=_port(options, default.port),
+            advertise_host=_text(options, "advertise_host", default.advertise_host),
+            lease_s=_seconds(options, "lease_s", default.lease_s),
+            peer_timeout_s=_seconds(options, "peer_timeout_s", default.peer_timeout_s),
+            fetch_timeout_s=_seconds(options, "fetch_timeout_s", default.fetch_timeout_s),
+            cluster_key=_cluster_key(environ),
+        )
+        return config._with_reachable_address()
+
+    def _with_reachable_address(self) -> PdConfig:
+        if self.cluster_key is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"host={self.host!r} is not a loopback address, and no cluster key is set; "
+                f"set {CLUSTER_KEY_VARIABLE} to the same secret on every engine, "
+                "or use host=127.0.0.1"
+            )
+        if self.advertise_host:
+            return self
+        if self.host in ("0.0.0.0", "::"):
+            raise ConfigError(
+                f"host={self.host!r} binds every address, so peers cannot be told which to use; "
+                "set advertise_host to the address that they reach this engine by"
+            )
+        return dataclasses.replace(self, advertise_host=self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether ``host`` can only be reached from this machine (no name is looked up)."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _text(options: Mapping[str, Any], name: str, default: str) -> str:
+    value = options.get(name, default)
+    if not isinstance(value, str) or (name == "host" and not value):
+        raise ConfigError(f"{name}={value!r} is not an address; give a host name or an IP address")
+    return value
+
+
+def _port(options: Mapping[str, Any], default: int) -> int:
+    value = options.get("port", default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+        raise ConfigError(f"port={value!r} is not a port; allowed are 0 (any free one) to 65535")
+    return value
+
+
+def _seconds(options: Mapping[str, Any], name: str, default: float) -> float:
+    value = options.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.1 <= value <= 86_400:
+        raise ConfigError(f"{name}={value!r} is not a time; allowed are 0.1 to 86400 seconds")
+    return float(value)
+
+
+def _cluster_key(environ: Mapping[str, str]) -> str | None:
+    key = environ.get(CLUSTER_KEY_VARIABLE, "")
+    if not key:
+        return None
+    if len(key) < MIN_CLUSTER_KEY_LENGTH:
+        raise ConfigError(
+            f"{CLUSTER_KEY_VARIABLE} has {len(key)} characters; at least {MIN_CLUSTER_KEY_LENGTH} "
+            "are needed, for example the output of: openssl rand -hex 32"
+        )
+    return key

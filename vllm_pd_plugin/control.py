@@ -1,0 +1,275 @@
+"""The control plane of one engine: it lives beside the scheduler and knows nothing of vLLM.
+
+A ``ControlPlane`` is owned by the engine's control thread. As a producer it answers consumers
+and keeps the leases; as a consumer it asks for offers and keeps its handoffs alive. What the
+scheduler must know comes out as events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from vllm_pd_plugin import wire
+from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.handoffs import (
+    ConsumerTable,
+    ProducerState,
+    ProducerTable,
+    ReturnAddress,
+    Source,
+)
+from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId
+from vllm_pd_plugin.layout import EngineLayout, RankMemory
+from vllm_pd_plugin.peers import Identity, Peer, PeerTable
+from vllm_pd_plugin.plan import BlockTables
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEATS_PER_LEASE = 4
+_MAX_HEARTBEAT_INTERVAL_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offered:
+    """A producer offers what this engine wants."""
+
+    request_id: RequestId
+    num_tokens: int
+    digest: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lost:
+    """What this engine wants cannot be had."""
+
+    request_id: RequestId
+    reason: Reason
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Released:
+    """A sealed handoff of this engine has ended; its blocks may be freed."""
+
+    request_id: RequestId
+    state: ProducerState
+
+
+Event = Offered | Lost | Released
+
+
+class ControlPlane:
+    """Both halves of an engine's control channel.
+
+    make_peers(on_ready, on_lost, on_reply): builds the peer table of this thread.
+    answer(who, frames): sends to a consumer that has spoken to us.
+    emit: takes each event.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        layout: EngineLayout,
+        ranks: Sequence[RankMemory],
+        lease_s: float,
+        make_peers: Callable[..., PeerTable],
+        answer: Callable[[bytes, list[bytes]], None],
+        emit: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._incarnation = identity.incarnation
+        self._welcome = wire.Welcome(identity.engine_id, layout, tuple(ranks), lease_s)
+        self._answer = answer
+        self._emit = emit
+        self._clock = clock
+        self._producing = ProducerTable(lease_s, self._on_released, clock)
+        self._consuming = ConsumerTable()
+        self._peers = make_peers(self._on_ready, self._on_lost, self._on_reply)
+        self._next_heartbeat: dict[Address, float] = {}
+        self._cancels: list[Source] = []
+        self._dropped_requests = 0
+
+    @property
+    def dropped_messages(self) -> int:
+        return self._dropped_requests + self._peers.dropped_messages
+
+    @property
+    def open_handoffs(self) -> Counter[str]:
+        return Counter(producer=len(self._producing), consumer=len(self._consuming))
+
+    # --- as a producer ---------------------------------------------------------------------
+
+    def open(
+        self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, digest: bytes
+    ) -> None:
+        """A request whose KV is to be handed off has been scheduled."""
+        self._producing.open(handoff_id, request_id, num_tokens, digest)
+
+    def seal(self, handoff_id: HandoffId, num_tokens: int, blocks: BlockTables) -> None:
+        """Its KV is final; the blocks are held until a ``Released`` event."""
+        seal, waiting = self._producing.seal(handoff_id, num_tokens, blocks)
+        for who in waiting:
+            self._reply(who, seal)
+
+    def drop(self, handoff_id: HandoffId) -> None:
+        """It ended without KV to hand off."""
+        for who in self._producing.drop(handoff_id):
+            self._reply(who, wire.Refuse(handoff_id, Reason.CANCELLED))
+
+    def receive(self, identity: bytes, frames: list[bytes]) -> None:
+        """Handle a message from a consumer."""
+        try:
+            header, message = wire.decode(frames)
+        except wire.VersionError as error:
+            # Answered in our own version: the header tells the peer what is wrong.
+            logger.warning("refused a peer: %s", error)
+            self._dropped_requests += 1
+            self._reply((identity, Incarnation("")), wire.Alive(()))
+            return
+        except wire.WireError as error:
+            logger.warning("dropped a message: %s", error)
+            self._dropped_requests += 1
+            return
+        who = (identity, header.sender)
+        reply = self._respond(who, header, message)
+        if reply is not None:
+            self._reply(who, reply)
+
+    def _respond(
+        self, who: ReturnAddress, header: wire.Header, message: wire.Message
+    ) -> wire.Reply | None:
+        if isinstance(message, wire.Hello):
+            return self._welcome
+        if header.target != self._incarnation:
+            return wire.Alive(())  # its header says who is here now
+        match message:
+            case wire.Want(handoff_id):
+                return self._producing.want(handoff_id)
+            case wire.Subscribe(handoff_id):
+                return self._producing.subscribe(handoff_id, who)
+            case wire.Heartbeat(handoff_ids):
+                return self._producing.heartbeat(handoff_ids)
+            case wire.Commit(handoff_id, rank, num_ranks):
+                return self._producing.commit(handoff_id, rank, num_ranks)
+            case wire.Cancel(handoff_id):
+                self._producing.cancel(handoff_id)
+                return None
+            case _:
+                self._dropped_requests += 1
+                return None
+
+    def _on_released(self, request_id: RequestId, state: ProducerState) -> None:
+        self._emit(Released(request_id, state))
+
+    # --- as a consumer ---------------------------------------------------------------------
+
+    def want(self, request_id: RequestId, source: Source) -> None:
+        """Ask for a handoff; an ``Offered`` or ``Lost`` event follows."""
+        wanted = self._consuming.want(request_id, source)
+        if wanted is None:
+            text = "another request already fetches this handoff"
+            self._emit(Lost(request_id, Reason.BAD_PARAMS, text))
+            return
+        peer = self._peers.get(source.address)
+        if peer is None:
+            return
+        if peer.incarnation == source.incarnation:
+            self._ask(peer)
+        else:
+            self._peers.refresh(source.address)
+
+    def close(self, request_id: RequestId, cancel: bool) -> None:
+        """The handoff is over for a request; ``cancel`` tells the producer to let go."""
+        wanted = self._consuming.close(request_id)
+        if wanted is None or not cancel:
+            return
+        peer = self._peers.get(wanted.source.address)
+        if peer is None:
+            self._cancels.append(wanted.source)
+        else:
+            self._cancel(peer, wanted.source)
+
+    def turn(self) -> float | None:
+        """Do what is due; return for how many seconds nothing needs to be done."""
+        due = [self._producing.tick(), self._peers.tick(), self._beat()]
+        now = self._clock()
+        waits = [max(0.0, at - now) for at in due if at is not None]
+        return min(waits) if waits else None
+
+    def shut_down(self) -> None:
+        self._peers.close()
+
+    def _ask(self, peer: Peer) -> None:
+        for wanted in self._consuming.at(peer.address):
+            if wanted.asked:
+                continue
+            if wanted.source.incarnation != peer.incarnation:
+                self._lose(wanted.request_id, Reason.PEER_RESTARTED, "the producer was restarted")
+                continue
+            wanted.asked = True
+            self._peers.send(peer, wire.Want(wanted.source.handoff_id))
+
+    def _beat(self) -> float | None:
+        """Send the heartbeats that are due; return when the next one is."""
+        now = self._clock()
+        addresses = self._consuming.addresses()
+        self._next_heartbeat = {a: t for a, t in self._next_heartbeat.items() if a in addresses}
+        for address in addresses:
+            peer = self._peers.get(address)
+            if peer is None:
+                continue
+            interval = min(peer.welcome.lease_s / _HEARTBEATS_PER_LEASE, _MAX_HEARTBEAT_INTERVAL_S)
+            due = self._next_heartbeat.setdefault(address, now + interval)
+            if now >= due:
+                held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.offered)
+                if held:
+                    self._peers.send(peer, wire.Heartbeat(held))
+                self._next_heartbeat[address] = now + interval
+        return min(self._next_heartbeat.values(), default=None)
+
+    def _cancel(self, peer: Peer, source: Source) -> None:
+        if peer.incarnation == source.incarnation:
+            self._peers.send(peer, wire.Cancel(source.handoff_id), expects_answer=False)
+
+    def _on_ready(self, address: Address, peer: Peer) -> None:
+        for source in self._cancels:
+            if source.address == address:
+                self._cancel(peer, source)
+        self._forget_cancels(address)
+        self._ask(peer)
+
+    def _forget_cancels(self, address: Address) -> None:
+        self._cancels = [source for source in self._cancels if source.address != address]
+
+    def _on_lost(self, address: Address, error: PeerError) -> None:
+        self._forget_cancels(address)
+        for wanted in self._consuming.at(address):
+            if error.reason is Reason.PEER_RESTARTED and not wanted.asked:
+                self._peers.get(address)  # it waits for the new incarnation
+            else:
+                self._lose(wanted.request_id, error.reason, str(error))
+
+    def _on_reply(self, peer: Peer, message: wire.Message) -> None:
+        match message:
+            case wire.Offer(handoff_id, num_tokens, digest):
+                if wanted := self._consuming.offered(handoff_id, peer.incarnation):
+                    self._emit(Offered(wanted.request_id, num_tokens, digest))
+            case wire.Refuse(handoff_id, reason):
+                if wanted := self._consuming.get(handoff_id):
+                    self._lose(wanted.request_id, reason, f"the producer refused: {reason}")
+            case wire.Alive(lost):
+                for handoff_id in lost:
+                    if wanted := self._consuming.get(handoff_id):
+                        text = "the producer no longer holds the handoff"
+                        self._lose(wanted.request_id, Reason.LEASE_EXPIRED, text)
+
+    def _lose(self, request_id: RequestId, reason: Reason, message: str) -> None:
+        self._consuming.close(request_id)
+        self._emit(Lost(request_id, reason, message))
+
+    def _reply(self, who: ReturnAddress, message: wire.Reply) -> None:
+        identity, incarnation = who
+        self._answer(identity, wire.encode(message, self._incarnation, incarnation))

@@ -1,0 +1,148 @@
+"""What vLLM says of its KV cache, as our layout; refuses what is not supported yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from vllm_pd_plugin.errors import UnsupportedError
+from vllm_pd_plugin.layout import EngineLayout, Group, GroupKind
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+_SINGLE = (
+    ("pipeline_parallel_size", "--pipeline-parallel-size"),
+    ("decode_context_parallel_size", "--decode-context-parallel-size"),
+    ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+)
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration that pdplugin cannot serve, before anything is loaded.
+
+    Raises:
+        UnsupportedError: names the option and what is allowed.
+    """
+    parallel = vllm_config.parallel_config
+    for name, flag in _SINGLE:
+        size = getattr(parallel, name, 1)
+        if size != 1:
+            raise UnsupportedError(
+                f"{flag}={size} is not supported by pdplugin yet; use 1 "
+                "(tensor parallelism is supported, of the same size on both engines)"
+            )
+    model = vllm_config.model_config
+    if model is not None and (model.is_encoder_decoder or model.is_attention_free):
+        raise UnsupportedError(
+            f"model={model.model!r} is not supported by pdplugin: it needs a decoder-only model "
+            "with attention"
+        )
+    if vllm_config.speculative_config is not None:
+        method = vllm_config.speculative_config.method
+        if method != "ngram":
+            raise UnsupportedError(
+                f"--speculative-config method={method!r} is not supported by pdplugin yet; "
+                "use ngram, or none"
+            )
+
+
+def refuse_unsupported_cache(config: KVCacheConfig) -> None:
+    """Refuse kinds of KV cache that cannot be handed off yet. Raises UnsupportedError."""
+    for group in config.kv_cache_groups:
+        for spec in _specs(group):
+            _kind(spec)
+
+
+def describe(
+    vllm_config: VllmConfig, config: KVCacheConfig, caches: Mapping[str, torch.Tensor]
+) -> EngineLayout:
+    """Return this engine's layout, one group for each of vLLM's KV cache groups.
+
+    Raises:
+        UnsupportedError: a group mixes blocks of several shapes.
+    """
+    groups = []
+    for group in config.kv_cache_groups:
+        specs = dict(zip(group.layer_names, _specs(group), strict=True))
+        layers = tuple(name for name in group.layer_names if name in caches)
+        shapes = {tuple(caches[name].shape[1:]) for name in layers}
+        spec = specs[layers[0]]
+        kind, window = _kind(spec)
+        if len(shapes) != 1:
+            raise UnsupportedError(
+                f"a KV cache group with blocks of {len(shapes)} shapes is not supported yet; "
+                "use a model whose layers have equal KV heads"
+            )
+        groups.append(
+            Group(
+                kind=kind,
+                block_tokens=spec.block_size,
+                window=window,
+                layers=layers,
+                block_shape=shapes.pop(),
+                dtype=str(caches[layers[0]].dtype).removeprefix("torch."),
+            )
+        )
+    return EngineLayout(
+        model=_model_digest(vllm_config),
+        tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+        groups=tuple(groups),
+    )
+
+
+def retain_recomputed_token(manager: KVCacheManager) -> None:
+    """Keep one token more in every sliding window, on both engines.
+
+    A consumer computes the last of n tokens again, and that token's window begins at token
+    n - window. vLLM drops a block once the window of token n has left it, so where token
+    n - window is the last of its block, the producer would no longer have what is needed.
+    """
+    for group in manager.coordinator.single_type_managers:
+        if isinstance(group, SlidingWindowManager):
+            group.extra_retained_tokens = max(1, group.extra_retained_tokens)
+
+
+def _specs(group: KVCacheGroupSpec) -> list[KVCacheSpec]:
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return [spec.kv_cache_specs[name] for name in group.layer_names]
+    return [spec] * len(group.layer_names)
+
+
+def _kind(spec: KVCacheSpec) -> tuple[GroupKind, int | None]:
+    if type(spec) in (FullAttentionSpec, MLAAttentionSpec):
+        return "full", None
+    if type(spec) is SlidingWindowSpec:
+        return "sliding_window", spec.sliding_window
+    raise UnsupportedError(
+        f"KV cache of kind {type(spec).__name__} is not supported by pdplugin yet; "
+        "supported are full attention, MLA and sliding windows"
+    )
+
+
+def _model_digest(vllm_config: VllmConfig) -> str:
+    """Digest what decides the meaning of KV, but not where the weights are stored."""
+    model = vllm_config.model_config
+    facts = model.hf_config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        facts.pop(key, None)
+    text = json.dumps(
+        [facts, str(model.dtype), model.quantization, model.revision], sort_keys=True, default=str
+    )
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,89 @@
+"""``kv_transfer_params``: the ecosystem's per-request protocol, which arrives from outside.
+
+A router asks a producer with ``do_remote_decode``, gets the parameters of a handoff back with
+the answer, and passes them to a consumer with ``do_remote_prefill``. The keys that we share with
+vLLM's NixlConnector keep their names. Block ids never travel this way: a consumer learns them
+from the producer itself, so no client can name another request's blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_pd_plugin.config import is_loopback
+from vllm_pd_plugin.errors import ParamsError
+from vllm_pd_plugin.handoffs import Source
+from vllm_pd_plugin.ids import Address, EngineId, HandoffId, Incarnation, RequestId
+
+_HEX_ID = re.compile(r"[0-9a-f]{32}")
+_HOST = re.compile(r"[0-9A-Za-z.:_-]{1,253}")
+
+
+def wants_to_produce(params: Mapping[str, Any] | None) -> bool:
+    """Say whether the request's KV is to be handed off when it ends. Raises ParamsError."""
+    return _flag(params, "do_remote_decode")
+
+
+def parse_source(params: Mapping[str, Any] | None, trusted_network: bool) -> Source | None:
+    """Return where the request's KV is to be fetched from; None when it is not.
+
+    trusted_network: whether peers are authenticated; without, only loopback is allowed.
+
+    Raises:
+        ParamsError: a key is absent, of the wrong type, or not allowed.
+    """
+    if params is None or not _flag(params, "do_remote_prefill"):
+        return None
+    if _flag(params, "do_remote_decode"):
+        raise ParamsError("do_remote_prefill and do_remote_decode exclude each other")
+    host = _matching(params, "remote_host", _HOST)
+    if not trusted_network and not is_loopback(host):
+        raise ParamsError(f"remote_host={host!r} is not loopback, and no cluster key is set")
+    port = params.get("remote_port")
+    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+        raise ParamsError(f"remote_port={_short(port)} is not a port")
+    return Source(
+        HandoffId(_matching(params, "remote_handoff_id", _HEX_ID)),
+        (host, port),
+        Incarnation(_matching(params, "remote_incarnation", _HEX_ID)),
+    )
+
+
+def describe_handoff(
+    source: Source, engine_id: EngineId, request_id: RequestId, num_tokens: int, tp_size: int
+) -> dict[str, Any]:
+    """Return the parameters that a consumer needs, to be sent with the producer's answer."""
+    address: Address = source.address
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": engine_id,
+        "remote_request_id": request_id,
+        "remote_host": address[0],
+        "remote_port": address[1],
+        "remote_handoff_id": source.handoff_id,
+        "remote_incarnation": source.incarnation,
+        "remote_num_tokens": num_tokens,
+        "tp_size": tp_size,
+    }
+
+
+def _flag(params: Mapping[str, Any] | None, name: str) -> bool:
+    value = None if params is None else params.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ParamsError(f"{name}={_short(value)} is neither true nor false")
+    return bool(value)
+
+
+def _matching(params: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
+    value = params.get(name)
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ParamsError(f"{name}={_short(value)} is absent or malformed")
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

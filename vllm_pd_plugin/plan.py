@@ -1,0 +1,126 @@
+"""Decide which bytes to read: pure geometry, from two block tables to merged descriptors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_pd_plugin.errors import HandoffError, Reason
+from vllm_pd_plugin.ids import NULL_BLOCK, BlockId
+from vllm_pd_plugin.layout import Group, Region
+
+BlockTables = Sequence[Sequence[BlockId]]
+"""One block table for each KV cache group, indexed by position in the sequence."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Reads to post; entry i moves ``num_bytes[i]`` from ``remote[i]`` to ``local[i]``.
+
+    All three arrays are ``uint64[num_descriptors]``: addresses, addresses, bytes.
+    """
+
+    local: NDArray[np.uint64]
+    remote: NDArray[np.uint64]
+    num_bytes: NDArray[np.uint64]
+
+    @property
+    def num_descriptors(self) -> int:
+        return len(self.num_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        return int(self.num_bytes.sum())
+
+
+def plan_reads(
+    groups: Sequence[Group],
+    local: tuple[BlockTables, Sequence[Region]],
+    remote: tuple[BlockTables, Sequence[Region]],
+    first_token: int,
+    num_tokens: int,
+) -> ReadPlan:
+    """Plan the reads that give the consumer KV for tokens [first_token, num_tokens).
+
+    ``local`` and ``remote`` are each side's block tables and regions (one a layer, in the order
+    of the groups' layers). Blocks that are neighbours on both sides become one descriptor.
+
+    Raises:
+        HandoffError: a block that is needed is absent, or lies outside its region.
+    """
+    (local_tables, local_regions), (remote_tables, remote_regions) = local, remote
+    if len(remote_tables) != len(groups) or len(remote_regions) != len(local_regions):
+        raise HandoffError(
+            Reason.MISSING_BLOCKS,
+            f"the producer sent {len(remote_tables)} block tables and {len(remote_regions)} "
+            f"regions; {len(groups)} and {len(local_regions)} are needed",
+        )
+    parts: list[tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]] = []
+    next_region = 0
+    for index, group in enumerate(groups):
+        positions = group.needed_blocks(first_token, num_tokens)
+        ours = _pick(local_tables[index], positions, f"local KV cache group {index}")
+        theirs = _pick(remote_tables[index], positions, f"remote KV cache group {index}")
+        starts, lengths = _runs(ours, theirs)
+        for _ in group.layers:
+            here, there = local_regions[next_region], remote_regions[next_region]
+            next_region += 1
+            _check_bounds(ours, here)
+            _check_bounds(theirs, there)
+            if here.is_dense and there.is_dense:
+                parts.append(_descriptors(here, there, ours[starts], theirs[starts], lengths))
+            else:
+                parts.append(_descriptors(here, there, ours, theirs, np.ones_like(ours)))
+    if not parts:
+        empty = np.empty(0, np.uint64)
+        return ReadPlan(empty, empty, empty)
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return ReadPlan(*columns)
+
+
+def _pick(table: Sequence[BlockId], positions: range, where: str) -> NDArray[np.uint64]:
+    if positions and positions[-1] >= len(table):
+        raise HandoffError(
+            Reason.MISSING_BLOCKS,
+            f"{where} has {len(table)} blocks, {positions[-1] + 1} are needed",
+        )
+    picked = np.array([table[i] for i in positions], dtype=np.uint64)
+    if np.any(picked == NULL_BLOCK):
+        raise HandoffError(Reason.MISSING_BLOCKS, f"{where} no longer holds a block that is needed")
+    return picked
+
+
+def _runs(
+    ours: NDArray[np.uint64], theirs: NDArray[np.uint64]
+) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
+    """Return (start index, length in blocks) of each stretch that ascends by one on both sides."""
+    if len(ours) == 0:
+        return np.empty(0, np.intp), np.empty(0, np.uint64)
+    breaks = (np.diff(ours) != 1) | (np.diff(theirs) != 1)
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1)).astype(np.intp)
+    return starts, np.diff(np.append(starts, len(ours))).astype(np.uint64)
+
+
+def _check_bounds(blocks: NDArray[np.uint64], region: Region) -> None:
+    if len(blocks) and int(blocks.max()) >= region.num_blocks:
+        raise HandoffError(
+            Reason.MISSING_BLOCKS,
+            f"block {int(blocks.max())} lies outside a region of {region.num_blocks} blocks",
+        )
+
+
+def _descriptors(
+    here: Region,
+    there: Region,
+    ours: NDArray[np.uint64],
+    theirs: NDArray[np.uint64],
+    lengths: NDArray[np.uint64],
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+    return (
+        np.uint64(here.base) + ours * np.uint64(here.stride_bytes),
+        np.uint64(there.base) + theirs * np.uint64(there.stride_bytes),
+        lengths * np.uint64(here.block_bytes),
+    )

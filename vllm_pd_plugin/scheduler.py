@@ -1,0 +1,364 @@
+"""The connector's half in vLLM's scheduler: which requests hand off or fetch, and when."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import logging
+import time
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.v1.request import RequestStatus
+
+from vllm_pd_plugin.channel import CurveKeys, Link, Listener, Loop
+from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.control import ControlPlane, Event, Offered, Released
+from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
+from vllm_pd_plugin.handoffs import FetchSpec, Source
+from vllm_pd_plugin.ids import (
+    EngineId,
+    HandoffId,
+    RequestId,
+    new_handoff_id,
+    new_incarnation,
+)
+from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
+from vllm_pd_plugin.metrics import PdStats
+from vllm_pd_plugin.params import describe_handoff, parse_source, wants_to_produce
+from vllm_pd_plugin.peers import Identity, PeerTable
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_HANDED_OFF = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineRole:
+    """What this engine may do with KV, and what it does when a fetch fails."""
+
+    produces: bool
+    consumes: bool
+    recomputes: bool
+
+
+class _Stage(enum.Enum):
+    WANTED = enum.auto()
+    OFFERED = enum.auto()
+    FETCHING = enum.auto()
+    FINISHED = enum.auto()
+    """The request has ended; its fetch is still to be reported."""
+    FAILED = enum.auto()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Consuming:
+    """One request whose KV comes from elsewhere, as the scheduler sees it."""
+
+    request: Request
+    source: Source | None
+    stage: _Stage = _Stage.WANTED
+    num_tokens: int = 0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Producing:
+    """One request whose KV is to be handed off."""
+
+    handoff_id: HandoffId
+    is_open: bool = False
+
+
+class SchedulerSide:
+    """Owns the control thread; every other method runs on the engine's own thread."""
+
+    def __init__(self, config: PdConfig, engine_id: EngineId, role: EngineRole) -> None:
+        self._config = config
+        self._role = role
+        self._identity = Identity(engine_id, new_incarnation())
+        self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
+        self._loop = Loop("pd-control", self._turn)
+        self._listener = Listener(
+            self._loop,
+            (config.host, config.port),
+            self._keys,
+            lambda who, frames: self._control.receive(who, frames),
+        )
+        self._events: deque[Event] = deque()
+        self._consuming: dict[RequestId, _Consuming] = {}
+        self._producing: dict[RequestId, _Producing] = {}
+        self._sealed: set[RequestId] = set()
+        self._fetches: list[FetchSpec] = []
+        self._refused: list[RequestId] = []
+        self._cancels: dict[RequestId, Reason] = {}
+        self._reasons: dict[RequestId, Reason] = {}
+        self._released: list[RequestId] = []
+        self._stats = PdStats()
+        self._reported_open: Counter[str] = Counter()
+        self._reported_drops = 0
+        self._control: ControlPlane
+
+    def start(self, handshakes: dict[int, RankHandshake]) -> None:
+        """Begin to serve; ``handshakes`` holds every tensor parallel rank's memory."""
+        ranks = [handshakes[rank] for rank in sorted(handshakes)]
+        self._tp_size = len(ranks)
+        self._control = ControlPlane(
+            self._identity,
+            ranks[0].layout,
+            [rank.memory for rank in ranks],
+            self._config.lease_s,
+            lambda on_ready, on_lost, on_reply: PeerTable(
+                self._identity,
+                ranks[0].layout,
+                self._config.peer_timeout_s,
+                lambda address, on_message: Link(self._loop, address, self._keys, on_message),
+                on_ready,
+                on_lost,
+                on_reply,
+                time.monotonic,
+            ),
+            self._listener.send,
+            self._events.append,
+            time.monotonic,
+        )
+        self._loop.start()
+        logger.info(
+            "pdplugin: control channel on %s:%d (%s), incarnation %s",
+            self._config.advertise_host,
+            self._listener.port,
+            "encrypted" if self._keys else "no cluster key: loopback only",
+            self._identity.incarnation,
+        )
+
+    def close(self) -> None:
+        self._loop.close()
+
+    def _turn(self) -> float | None:
+        return self._control.turn()
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """A request has arrived: ask for its KV at once, long before it can be scheduled."""
+        request_id = request.request_id
+        try:
+            source = parse_source(request.kv_transfer_params, self._keys is not None)
+            produces = wants_to_produce(request.kv_transfer_params)
+            self._check_role(request, source is not None, produces)
+        except HandoffError as error:
+            self._consuming[request_id] = _Consuming(request, None)
+            self._fail(request_id, error.reason, str(error))
+            return
+        if produces:
+            self._producing[request_id] = _Producing(new_handoff_id())
+        elif source is not None:
+            self._consuming[request_id] = _Consuming(request, source)
+            self._loop.call(lambda: self._control.want(request_id, source))
+
+    def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""
+        self._take_events()
+        consuming = self._consuming.get(request.request_id)
+        if consuming is None:
+            return 0, False
+        if consuming.stage is _Stage.WANTED:
+            return None, False
+        if consuming.stage is _Stage.FAILED:
+            # vLLM fails a request only through a failed receive, so one is staged: a single
+            # token, whose load the workers report as failed without starting it.
+            return (0, False) if self._role.recomputes else (1, True)
+        missing = consuming.num_tokens - num_computed_tokens
+        # The last token of a prompt is computed again in any case.
+        return (missing, True) if missing > 1 else (0, False)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Answer ``update_state_after_alloc``."""
+        request_id = request.request_id
+        self._open(request)
+        consuming = self._consuming.get(request_id)
+        if consuming is None:
+            return
+        if num_external_tokens == 0:  # everything is here already, or is computed here
+            self._forget(request_id, cancel=True)
+        elif consuming.stage is _Stage.FAILED:
+            self._refused.append(request_id)
+        else:
+            assert consuming.source is not None
+            consuming.stage = _Stage.FETCHING
+            self._fetches.append(
+                FetchSpec(
+                    request_id,
+                    consuming.source,
+                    consuming.num_tokens - num_external_tokens,
+                    consuming.num_tokens,
+                    blocks.get_block_ids(),
+                )
+            )
+
+    def step(self) -> StepMetadata:
+        """Hand over what has gathered since the last step."""
+        self._take_events()
+        metadata = StepMetadata(
+            tuple(self._fetches),
+            tuple(self._refused),
+            self._cancels,
+            tuple(self._released),
+            bool(self._sealed),
+        )
+        self._fetches, self._refused, self._cancels, self._released = [], [], {}, []
+        return metadata
+
+    def collect(self, output: KVConnectorOutput) -> None:
+        """Take the workers' results of a step."""
+        failures = output.kv_connector_worker_meta
+        if isinstance(failures, FetchFailures):  # a rank may say so before the last has finished
+            self._reasons |= failures.reasons
+        for request_id in output.finished_recving or ():
+            reason = self._reasons.pop(request_id, Reason.INTERNAL)
+            self._cancels.pop(request_id, None)
+            consuming = self._consuming.get(request_id)
+            if consuming is None:
+                continue
+            failed = request_id in output.failed_recving
+            retries = failed and self._role.recomputes and consuming.stage is not _Stage.FINISHED
+            if failed and consuming.stage is not _Stage.FAILED:
+                self._fail(request_id, reason, "the fetch failed")
+            if not retries:
+                self._forget(request_id, cancel=failed)
+            elif consuming.source is not None:
+                self._close(request_id, cancel=True)
+
+    def finish(
+        self, request: Request, blocks: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Answer ``request_finished``: whether to hold the blocks, and the handoff's parameters."""
+        request_id = request.request_id
+        consuming = self._consuming.get(request_id)
+        if consuming is not None and consuming.stage is _Stage.FETCHING:
+            # vLLM keeps the blocks until the workers report the receive as finished.
+            consuming.stage = _Stage.FINISHED
+            self._cancels[request_id] = Reason.ABORTED
+        elif consuming is not None:
+            self._forget(request_id, cancel=True)
+        producing = self._producing.pop(request_id, None)
+        if producing is None or not producing.is_open:
+            return False, None
+        handoff_id = producing.handoff_id
+        if request.status not in _HANDED_OFF or not any(blocks):
+            self._loop.call(lambda: self._control.drop(handoff_id))
+            return False, None
+        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        self._sealed.add(request_id)
+        self._loop.call(lambda: self._control.seal(handoff_id, num_tokens, blocks))
+        address = (self._config.advertise_host, self._listener.port)
+        source = Source(handoff_id, address, self._identity.incarnation)
+        return True, describe_handoff(
+            source, self._identity.engine_id, request_id, num_tokens, self._tp_size
+        )
+
+    def take_stats(self) -> PdStats | None:
+        """Return the counts since the last call; None when nothing has happened."""
+        handoffs = self._control.open_handoffs
+        if handoffs != self._reported_open:
+            self._stats.record_open(handoffs)
+            self._reported_open = handoffs
+        self._stats.record_dropped(self._control.dropped_messages - self._reported_drops)
+        self._reported_drops = self._control.dropped_messages
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, PdStats()
+        return stats
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _check_role(self, request: Request, consumes: bool, produces: bool) -> None:
+        if consumes and not self._role.consumes:
+            text = "do_remote_prefill was sent to an engine of role prefill"
+            raise HandoffError(Reason.WRONG_ROLE, text)
+        if produces and not self._role.produces:
+            text = "do_remote_decode was sent to an engine of role decode"
+            raise HandoffError(Reason.WRONG_ROLE, text)
+        if (consumes or produces) and request.prompt_token_ids is None:
+            raise ParamsError("a prompt of embeddings cannot be handed off")
+
+    def _open(self, request: Request) -> None:
+        """Start to produce, when the request is scheduled for the first time."""
+        producing = self._producing.get(request.request_id)
+        if producing is None or producing.is_open:
+            return
+        producing.is_open = True
+        num_tokens = request.num_prompt_tokens
+        opened = (producing.handoff_id, request.request_id, num_tokens)
+        digest = prompt_digest(request, num_tokens)
+        self._loop.call(lambda: self._control.open(*opened, digest))
+
+    def _take_events(self) -> None:
+        """Apply what the control thread has found out."""
+        while self._events:
+            event = self._events.popleft()
+            if isinstance(event, Released):
+                self._sealed.discard(event.request_id)
+                self._released.append(event.request_id)
+                self._stats.record_ended(event.state)
+                continue
+            consuming = self._consuming.get(event.request_id)
+            if consuming is None:
+                continue
+            if isinstance(event, Offered):
+                self._accept(consuming, event)
+            elif consuming.stage in (_Stage.WANTED, _Stage.OFFERED):
+                self._fail(event.request_id, event.reason, event.message)
+            elif consuming.stage is _Stage.FETCHING:
+                self._cancels[event.request_id] = event.reason
+
+    def _accept(self, consuming: _Consuming, offer: Offered) -> None:
+        """Take an offer, if it is for this very prompt."""
+        request = consuming.request
+        fits = offer.num_tokens <= request.num_tokens
+        if fits and prompt_digest(request, offer.num_tokens) == offer.digest:
+            consuming.stage, consuming.num_tokens = _Stage.OFFERED, offer.num_tokens
+            return
+        text = "the handoff is of another prompt"
+        self._fail(request.request_id, Reason.PROMPT_MISMATCH, text)
+        self._close(request.request_id, cancel=False)
+
+    def _fail(self, request_id: RequestId, reason: Reason, message: str) -> None:
+        self._consuming[request_id].stage = _Stage.FAILED
+        self._stats.record_failure(reason)
+        logger.warning(
+            "handoff of request %s failed (%s): %s; %s",
+            request_id,
+            reason,
+            message,
+            "computing its prompt here" if self._role.recomputes else "failing the request",
+        )
+
+    def _forget(self, request_id: RequestId, cancel: bool) -> None:
+        del self._consuming[request_id]
+        self._close(request_id, cancel)
+
+    def _close(self, request_id: RequestId, cancel: bool) -> None:
+        self._loop.call(lambda: self._control.close(request_id, cancel))
+
+
+def prompt_digest(request: Request, num_tokens: int) -> bytes:
+    """Return a 16-byte digest of all that the KV of the first ``num_tokens`` depends on.
+
+    It covers the token ids, the LoRA adapter and the multi-modal inputs, so that KV can never be
+    used for another prompt, whoever mixed the two up.
+    """
+    tokens = np.asarray(request.all_token_ids[:num_tokens], dtype=np.int64)
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=16)
+    lora = request.lora_request
+    digest.update(repr((lora.lora_name, lora.lora_path) if lora else None).encode())
+    for feature in request.mm_features or ():
+        position = feature.mm_position
+        digest.update(repr((feature.identifier, position.offset, position.length)).encode())
+    return digest.digest()

@@ -1,0 +1,152 @@
+"""The two places where vLLM offers no hook: its command line, and the check of a finished config.
+
+Both wrap a method of ``EngineArgs`` once. ``--kv-connector`` and ``--kv-role`` are merged into
+``--kv-transfer-config`` while the arguments are parsed, because API server processes build their
+engine arguments from the parsed namespace before they load any plugin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm_pd_plugin import CONNECTOR
+from vllm_pd_plugin.compat import require_supported_vllm
+from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.errors import ConfigError, PdError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
+
+_MARK = "_vllm_pd_plugin"
+
+
+def install() -> None:
+    """Wrap ``EngineArgs``; does nothing when it is wrapped already."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, _MARK, False):
+        return
+    add_cli_args = EngineArgs.add_cli_args
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def with_flags(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        add_flags(parser)
+        return parser
+
+    @functools.wraps(create_engine_config)
+    def with_check(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        config: VllmConfig = create_engine_config(self, *args, **kwargs)
+        refuse_bad_config(config)
+        return config
+
+    EngineArgs.add_cli_args = staticmethod(with_flags)
+    EngineArgs.create_engine_config = with_check
+    setattr(EngineArgs, _MARK, True)
+
+
+def refuse_bad_config(vllm_config: VllmConfig) -> None:
+    """Refuse what cannot work with pdplugin, before anything is loaded.
+
+    Raises:
+        PdError: one line that names the option and what is allowed.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        return
+    from vllm_pd_plugin import geometry
+
+    require_supported_vllm()
+    PdConfig.parse(transfer.kv_connector_extra_config, os.environ)
+    geometry.refuse_unsupported(vllm_config)
+
+
+def add_flags(parser: Any) -> None:
+    """Add ``--kv-connector`` and ``--kv-role`` to a parser, and merge them when it parses."""
+    if "--kv-connector" in parser._option_string_actions:
+        return
+    group = parser.add_argument_group(
+        title="vllm-pd-plugin",
+        description="Disaggregated prefill and decode. Example: "
+        "vllm serve MODEL --kv-connector pdplugin --kv-role prefill",
+    )
+    group.add_argument(
+        "--kv-connector",
+        choices=[CONNECTOR],
+        help="Hand KV from engine to engine with this connector. Its options go into "
+        "--kv-transfer-config.kv_connector_extra_config.NAME VALUE; other connectors are chosen "
+        "with --kv-transfer-config.",
+    )
+    group.add_argument(
+        "--kv-role",
+        choices=list(ROLES),
+        help="What this engine does: prefill (produces KV), decode (consumes KV), or both. "
+        "Default: both.",
+    )
+    parse_known_args = parser.parse_known_args
+
+    @functools.wraps(parse_known_args)
+    def parse_and_merge(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, rest = parse_known_args(*args, **kwargs)
+        try:
+            merge_flags(namespace)
+        except PdError as error:
+            parser.error(str(error))
+        return namespace, rest
+
+    parser.parse_known_args = parse_and_merge
+
+
+def merge_flags(namespace: argparse.Namespace) -> None:
+    """Move the flags into ``namespace.kv_transfer_config``; idempotent.
+
+    Raises:
+        PdError: the flags contradict each other or the JSON, or an option is refused.
+    """
+    connector = getattr(namespace, "kv_connector", None)
+    role = getattr(namespace, "kv_role", None)
+    config = _as_dict(getattr(namespace, "kv_transfer_config", None))
+    if connector is None:
+        if role is not None:
+            raise ConfigError(f"--kv-role {role} needs --kv-connector {CONNECTOR}")
+        if config.get("kv_connector") != CONNECTOR:
+            return
+    wanted = {"kv_connector": connector, "kv_role": ROLES[role] if role else None}
+    for key, value in wanted.items():
+        if value is not None and config.get(key, value) != value:
+            raise ConfigError(
+                f"--{key.replace('_', '-')} says {value!r}, --kv-transfer-config says "
+                f"{config[key]!r}; give {key} in one place only"
+            )
+    config |= {key: value for key, value in wanted.items() if value is not None}
+    config.setdefault("kv_role", ROLES["both"])
+    require_supported_vllm()
+    PdConfig.parse(config.get("kv_connector_extra_config") or {}, os.environ)
+    from vllm.config import KVTransferConfig
+
+    try:
+        namespace.kv_transfer_config = KVTransferConfig(**config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--kv-transfer-config is refused: {error}") from error
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """Return only what was set, so that vLLM's own defaults and checks still apply."""
+    if config is None:
+        return {}
+    if isinstance(config, str):
+        config = json.loads(config)
+    if isinstance(config, dict):
+        return dict(config)
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("_") and value is not None
+    }

@@ -1,0 +1,183 @@
+"""The control channel's messages, and how they are told apart.
+
+A message is two frames. The *header* has the same form in every protocol version, so that two
+versions can tell each other why they do not talk; the *body* is decoded only when the header's
+version and kind are known. Both are MessagePack; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from vllm_pd_plugin.errors import PdError, Reason
+from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
+from vllm_pd_plugin.layout import EngineLayout, RankMemory
+
+PROTOCOL_VERSION = 1
+MAX_BODY_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 512
+
+
+class WireError(PdError):
+    """A message is malformed, too large, or of an unknown kind; it is dropped and counted."""
+
+
+class VersionError(WireError):
+    """The peer speaks another version of the protocol."""
+
+    def __init__(self, theirs: int) -> None:
+        super().__init__(
+            f"the peer speaks version {theirs} of the control protocol, this engine version "
+            f"{PROTOCOL_VERSION}; run the same release of vllm-pd-plugin on both"
+        )
+        self.theirs = theirs
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True):
+    """First frame of every message.
+
+    sender: the sending engine's incarnation.
+    target: the incarnation that the sender means to reach; empty while it is not known.
+    """
+
+    version: int
+    kind: str
+    sender: Incarnation
+    target: Incarnation
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A consumer introduces itself; answered by Welcome."""
+
+    engine_id: str
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """A producer's memory and rules: one ``RankMemory`` for each tensor parallel rank."""
+
+    engine_id: str
+    layout: EngineLayout
+    ranks: tuple[RankMemory, ...]
+    lease_s: float
+
+
+class Want(msgspec.Struct, frozen=True, tag="want"):
+    """A consumer's scheduler asks for a handoff; answered by Offer or Refuse."""
+
+    handoff_id: HandoffId
+
+
+class Offer(msgspec.Struct, frozen=True, tag="offer"):
+    """The handoff has started: its size, and which prompt it is for (see ``prompt_digest``)."""
+
+    handoff_id: HandoffId
+    num_tokens: int
+    digest: bytes
+
+
+class Subscribe(msgspec.Struct, frozen=True, tag="subscribe"):
+    """One consumer rank has allocated and wants to know where the KV is; answered by Seal."""
+
+    handoff_id: HandoffId
+    rank: int
+    num_ranks: int
+
+
+class Seal(msgspec.Struct, frozen=True, tag="seal"):
+    """All KV of the handoff is final; ``blocks`` has one block table a KV cache group."""
+
+    handoff_id: HandoffId
+    num_tokens: int
+    blocks: tuple[tuple[BlockId, ...], ...]
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """One consumer rank has read everything: did the producer still hold those blocks?"""
+
+    handoff_id: HandoffId
+    rank: int
+    num_ranks: int
+
+
+class Committed(msgspec.Struct, frozen=True, tag="committed"):
+    """Yes: what that rank has read is valid."""
+
+    handoff_id: HandoffId
+
+
+class Refuse(msgspec.Struct, frozen=True, tag="refuse"):
+    """No: the handoff is over for this consumer; what it has read must be discarded."""
+
+    handoff_id: HandoffId
+    reason: Reason
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """The consumer still wants these handoffs; renews their leases. Answered by Alive."""
+
+    handoff_ids: tuple[HandoffId, ...]
+
+
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """The producer lives; ``lost`` are handoffs of the heartbeat that it no longer holds."""
+
+    lost: tuple[HandoffId, ...]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """The consumer no longer wants the handoff; not answered."""
+
+    handoff_id: HandoffId
+
+
+Request = Hello | Want | Subscribe | Commit | Heartbeat | Cancel
+"""What a consumer sends."""
+
+Reply = Welcome | Offer | Seal | Committed | Refuse | Alive
+"""What a producer sends."""
+
+Message = Request | Reply
+M = TypeVar("M", bound=Message)
+
+_KINDS: dict[str, type[Message]] = {
+    str(kind.__struct_config__.tag): kind
+    for kind in (
+        Hello, Welcome, Want, Offer, Subscribe, Seal, Commit, Committed,
+        Refuse, Heartbeat, Alive, Cancel,
+    )
+}  # fmt: skip
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_body_decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in _KINDS.items()}
+
+
+def encode(message: Message, sender: Incarnation, target: Incarnation) -> list[bytes]:
+    """Return the two frames of a message."""
+    kind = str(message.__struct_config__.tag)
+    header = Header(PROTOCOL_VERSION, kind, sender, target)
+    return [msgspec.msgpack.encode(header), msgspec.msgpack.encode(message)]
+
+
+def decode(frames: list[bytes]) -> tuple[Header, Message]:
+    """Parse the two frames of a message.
+
+    Raises:
+        VersionError: the header is of another protocol version.
+        WireError: the frames are anything else than a message of this protocol.
+    """
+    if len(frames) != 2 or len(frames[0]) > MAX_HEADER_BYTES or len(frames[1]) > MAX_BODY_BYTES:
+        raise WireError("not a header and a body of allowed size")
+    try:
+        header = _header_decoder.decode(frames[0])
+    except msgspec.MsgspecError as error:
+        raise WireError(f"malformed header: {error}") from error
+    if header.version != PROTOCOL_VERSION:
+        raise VersionError(header.version)
+    decoder = _body_decoders.get(header.kind)
+    if decoder is None:
+        raise WireError(f"unknown kind of message {header.kind[:32]!r}")
+    try:
+        return header, decoder.decode(frames[1])
+    except msgspec.MsgspecError as error:
+        raise WireError(f"malformed {header.kind}: {error}") from error
