@@ -26,6 +26,7 @@ def register() -> None:
                 CONNECTOR, "vllm_pd_plugin.connector", "PdConnector"
             )
         vllm_hooks.install()
+        vllm_hooks.log_like_vllm()
     except Exception:
         logging.getLogger(__name__).exception(
             "vllm-pd-plugin %s could not register with this vLLM; connector %s is not available",

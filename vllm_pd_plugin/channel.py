@@ -140,9 +140,10 @@ class Loop:
             logger.exception("unexpected error in %s", self._name)
             return 1.0
 
-    @staticmethod
-    def _drain(socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
+    def _drain(self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
         for _ in range(_MAX_MESSAGES_PER_TURN):
+            if socket not in self._readers:  # a message may lead to the socket being closed
+                return
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

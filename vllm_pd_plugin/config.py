@@ -17,12 +17,13 @@ MIN_CLUSTER_KEY_LENGTH = 16
 class PdConfig:
     """Everything that the operator can set.
 
-    host: address that the control channel binds; loopback unless a cluster key is set.
+    host: address that the control channel binds; not loopback only with a cluster key.
     port: port of the control channel; 0 picks a free one.
     advertise_host: address that peers are told; the bound one unless ``host`` is a wildcard.
     lease_s: how long a producer holds finished KV for a consumer that is silent.
     peer_timeout_s: how long a peer may take to answer one control message.
     fetch_timeout_s: how long one handoff's fetch may take, from allocation to commit.
+    queue_timeout_s: how long a request may keep a producer's blocks while it waits for its own.
     cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY``; None without.
     """
 
@@ -32,6 +33,7 @@ class PdConfig:
     lease_s: float = 30.0
     peer_timeout_s: float = 5.0
     fetch_timeout_s: float = 60.0
+    queue_timeout_s: float = 600.0
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -56,17 +58,20 @@ class PdConfig:
             lease_s=_seconds(options, "lease_s", default.lease_s),
             peer_timeout_s=_seconds(options, "peer_timeout_s", default.peer_timeout_s),
             fetch_timeout_s=_seconds(options, "fetch_timeout_s", default.fetch_timeout_s),
+            queue_timeout_s=_seconds(options, "queue_timeout_s", default.queue_timeout_s),
             cluster_key=_cluster_key(environ),
         )
         return config._with_reachable_address()
 
     def _with_reachable_address(self) -> PdConfig:
-        if self.cluster_key is None and not is_loopback(self.host):
-            raise ConfigError(
-                f"host={self.host!r} is not a loopback address, and no cluster key is set; "
-                f"set {CLUSTER_KEY_VARIABLE} to the same secret on every engine, "
-                "or use host=127.0.0.1"
-            )
+        for name in ("host", "advertise_host"):
+            value = getattr(self, name)
+            if self.cluster_key is None and value and not is_loopback(value):
+                raise ConfigError(
+                    f"{name}={value!r} is not a loopback address, and no cluster key is set; "
+                    f"set {CLUSTER_KEY_VARIABLE} to the same secret on every engine, "
+                    f"or use {name}=127.0.0.1"
+                )
         if self.advertise_host:
             return self
         if self.host in ("0.0.0.0", "::"):

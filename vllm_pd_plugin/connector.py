@@ -54,6 +54,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         config = PdConfig.parse(transfer.kv_connector_extra_config, os.environ)
         geometry.refuse_unsupported(vllm_config)
         geometry.refuse_unsupported_cache(kv_cache_config)
+        geometry.refuse_shared_port(vllm_config, config.port)
         engine_id = transfer.engine_id or ""
         if role is KVConnectorRole.SCHEDULER:
             recomputes = transfer.kv_load_failure_policy == "recompute"

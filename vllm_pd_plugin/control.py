@@ -75,6 +75,7 @@ class ControlPlane:
         layout: EngineLayout,
         ranks: Sequence[RankMemory],
         lease_s: float,
+        queue_timeout_s: float,
         make_peers: Callable[..., PeerTable],
         answer: Callable[[bytes, list[bytes]], None],
         emit: Callable[[Event], None],
@@ -82,6 +83,7 @@ class ControlPlane:
     ) -> None:
         self._incarnation = identity.incarnation
         self._welcome = wire.Welcome(identity.engine_id, layout, tuple(ranks), lease_s)
+        self._queue_timeout_s = queue_timeout_s
         self._answer = answer
         self._emit = emit
         self._clock = clock
@@ -127,7 +129,7 @@ class ControlPlane:
             # Answered in our own version: the header tells the peer what is wrong.
             logger.warning("refused a peer: %s", error)
             self._dropped_requests += 1
-            self._reply((identity, Incarnation("")), wire.Alive(()))
+            self._reply((identity, Incarnation("")), wire.Alive({}))
             return
         except wire.WireError as error:
             logger.warning("dropped a message: %s", error)
@@ -144,7 +146,7 @@ class ControlPlane:
         if isinstance(message, wire.Hello):
             return self._welcome
         if header.target != self._incarnation:
-            return wire.Alive(())  # its header says who is here now
+            return wire.Alive({})  # its header says who is here now
         match message:
             case wire.Want(handoff_id):
                 return self._producing.want(handoff_id)
@@ -168,7 +170,8 @@ class ControlPlane:
 
     def want(self, request_id: RequestId, source: Source) -> None:
         """Ask for a handoff; an ``Offered`` or ``Lost`` event follows."""
-        wanted = self._consuming.want(request_id, source)
+        deadline = self._clock() + self._queue_timeout_s
+        wanted = self._consuming.want(request_id, source, deadline)
         if wanted is None:
             text = "another request already fetches this handoff"
             self._emit(Lost(request_id, Reason.BAD_PARAMS, text))
@@ -180,6 +183,10 @@ class ControlPlane:
             self._ask(peer)
         else:
             self._peers.refresh(source.address)
+
+    def allocated(self, request_id: RequestId) -> None:
+        """The request has its blocks; its workers fetch."""
+        self._consuming.allocated(request_id)
 
     def close(self, request_id: RequestId, cancel: bool) -> None:
         """The handoff is over for a request; ``cancel`` tells the producer to let go."""
@@ -194,7 +201,7 @@ class ControlPlane:
 
     def turn(self) -> float | None:
         """Do what is due; return for how many seconds nothing needs to be done."""
-        due = [self._producing.tick(), self._peers.tick(), self._beat()]
+        due = [self._producing.tick(), self._peers.tick(), self._beat(), self._give_up()]
         now = self._clock()
         waits = [max(0.0, at - now) for at in due if at is not None]
         return min(waits) if waits else None
@@ -211,6 +218,14 @@ class ControlPlane:
                 continue
             wanted.asked = True
             self._peers.send(peer, wire.Want(wanted.source.handoff_id))
+
+    def _give_up(self) -> float | None:
+        """End what has waited too long for blocks; return when to look again."""
+        for wanted in self._consuming.overdue(self._clock()):
+            text = f"no free blocks here within {self._queue_timeout_s:g} s"
+            self.close(wanted.request_id, cancel=True)
+            self._emit(Lost(wanted.request_id, Reason.QUEUE_TIMEOUT, text))
+        return self._consuming.next_deadline()
 
     def _beat(self) -> float | None:
         """Send the heartbeats that are due; return when the next one is."""
@@ -261,10 +276,10 @@ class ControlPlane:
                 if wanted := self._consuming.get(handoff_id):
                     self._lose(wanted.request_id, reason, f"the producer refused: {reason}")
             case wire.Alive(lost):
-                for handoff_id in lost:
+                for handoff_id, reason in lost.items():
                     if wanted := self._consuming.get(handoff_id):
                         text = "the producer no longer holds the handoff"
-                        self._lose(wanted.request_id, Reason.LEASE_EXPIRED, text)
+                        self._lose(wanted.request_id, reason, text)
 
     def _lose(self, request_id: RequestId, reason: Reason, message: str) -> None:
         self._consuming.close(request_id)

@@ -28,6 +28,8 @@ class Reason(enum.StrEnum):
     MISSING_BLOCKS = "missing_blocks"
     READ_FAILED = "read_failed"
     FETCH_TIMEOUT = "fetch_timeout"
+    QUEUE_TIMEOUT = "queue_timeout"
+    NOT_LOADED = "not_loaded"
     LEASE_EXPIRED = "lease_expired"
     CANCELLED = "cancelled"
     ABORTED = "aborted"

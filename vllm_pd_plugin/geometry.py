@@ -62,6 +62,16 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             )
 
 
+def refuse_shared_port(vllm_config: VllmConfig, port: int) -> None:
+    """Refuse one fixed port for several engines of one server. Raises UnsupportedError."""
+    size = vllm_config.parallel_config.data_parallel_size
+    if port and size > 1:
+        raise UnsupportedError(
+            f"port={port} cannot be shared by --data-parallel-size={size} engines; "
+            "use port=0, so that each picks a free one"
+        )
+
+
 def refuse_unsupported_cache(config: KVCacheConfig) -> None:
     """Refuse kinds of KV cache that cannot be handed off yet. Raises UnsupportedError."""
     for group in config.kv_cache_groups:

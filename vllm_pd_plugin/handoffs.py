@@ -130,14 +130,14 @@ class ProducerTable:
 
     def heartbeat(self, handoff_ids: Iterable[HandoffId]) -> wire.Alive:
         """Renew leases; name those that cannot be renewed any more (a committed one needs none)."""
-        lost = []
+        lost: dict[HandoffId, Reason] = {}
         for handoff_id in handoff_ids:
             handoff = self._live(handoff_id)
             if isinstance(handoff, Produced):
                 handoff.lease = handoff.lease.renewed(self._clock())
             elif self._endings.get(handoff_id) is not ProducerState.COMMITTED:
-                lost.append(handoff_id)
-        return wire.Alive(tuple(lost))
+                lost[handoff_id] = handoff.reason
+        return wire.Alive(lost)
 
     def commit(
         self, handoff_id: HandoffId, rank: int, num_ranks: int
@@ -205,6 +205,8 @@ class Wanted:
 
     request_id: RequestId
     source: Source
+    deadline: float | None
+    """When waiting for blocks of its own is given up; None once it has them."""
     asked: bool = False
     offered: bool = False
 
@@ -219,11 +221,11 @@ class ConsumerTable:
     def __len__(self) -> int:
         return len(self._wanted)
 
-    def want(self, request_id: RequestId, source: Source) -> Wanted | None:
+    def want(self, request_id: RequestId, source: Source, deadline: float) -> Wanted | None:
         """Start: WANTED. Returns None when another request already wants the same handoff."""
         if source.handoff_id in self._wanted:
             return None
-        wanted = Wanted(request_id, source)
+        wanted = Wanted(request_id, source, deadline)
         self._wanted[source.handoff_id] = wanted
         self._by_request[request_id] = source.handoff_id
         return wanted
@@ -235,6 +237,19 @@ class ConsumerTable:
             return None
         wanted.offered = True
         return wanted
+
+    def allocated(self, request_id: RequestId) -> None:
+        """The request has its blocks: ALLOCATED; from here on the workers keep the deadline."""
+        if handoff_id := self._by_request.get(request_id):
+            self._wanted[handoff_id].deadline = None
+
+    def overdue(self, now: float) -> list[Wanted]:
+        """Return what has waited too long for blocks."""
+        return [w for w in self._wanted.values() if w.deadline is not None and now >= w.deadline]
+
+    def next_deadline(self) -> float | None:
+        deadlines = (w.deadline for w in self._wanted.values())
+        return min((d for d in deadlines if d is not None), default=None)
 
     def close(self, request_id: RequestId) -> Wanted | None:
         """The handoff is over for this request, whatever the outcome."""

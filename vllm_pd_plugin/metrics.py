@@ -107,7 +107,7 @@ class PdPromMetrics(KVConnectorPromMetrics):
             labelnames=self._labelnames,
         )
         self._failures = self._counter(
-            "pd_handoff_failures", "Consumer handoffs that failed, by reason.", ["reason"]
+            "pd_handoff_failures", "Handoffs that failed or were not used, by reason.", ["reason"]
         )
         self._ended = self._counter(
             "pd_producer_handoffs", "Producer handoffs that ended, by final state.", ["state"]

@@ -64,6 +64,9 @@ def plan_reads(
         positions = group.needed_blocks(first_token, num_tokens)
         ours = _pick(local_tables[index], positions, f"local KV cache group {index}")
         theirs = _pick(remote_tables[index], positions, f"remote KV cache group {index}")
+        # Order does not matter to a copy, and vLLM reuses freed blocks backwards.
+        order = np.argsort(theirs)
+        ours, theirs = ours[order], theirs[order]
         starts, lengths = _runs(ours, theirs)
         for _ in group.layers:
             here, there = local_regions[next_region], remote_regions[next_region]

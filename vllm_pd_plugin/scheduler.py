@@ -66,6 +66,8 @@ class _Consuming:
     source: Source | None
     stage: _Stage = _Stage.WANTED
     num_tokens: int = 0
+    missing: int = 0
+    """How many of them this engine lacked when it was last asked."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -114,6 +116,7 @@ class SchedulerSide:
             ranks[0].layout,
             [rank.memory for rank in ranks],
             self._config.lease_s,
+            self._config.queue_timeout_s,
             lambda on_ready, on_lost, on_reply: PeerTable(
                 self._identity,
                 ranks[0].layout,
@@ -174,7 +177,7 @@ class SchedulerSide:
             # vLLM fails a request only through a failed receive, so one is staged: a single
             # token, whose load the workers report as failed without starting it.
             return (0, False) if self._role.recomputes else (1, True)
-        missing = consuming.num_tokens - num_computed_tokens
+        missing = consuming.missing = consuming.num_tokens - num_computed_tokens
         # The last token of a prompt is computed again in any case.
         return (missing, True) if missing > 1 else (0, False)
 
@@ -186,12 +189,16 @@ class SchedulerSide:
         if consuming is None:
             return
         if num_external_tokens == 0:  # everything is here already, or is computed here
+            if consuming.missing > 1 and consuming.stage is not _Stage.FAILED:
+                # vLLM loads nothing for this request (it wants prompt_logprobs, for one).
+                self._stats.record_failure(Reason.NOT_LOADED)
             self._forget(request_id, cancel=True)
         elif consuming.stage is _Stage.FAILED:
             self._refused.append(request_id)
         else:
             assert consuming.source is not None
             consuming.stage = _Stage.FETCHING
+            self._loop.call(lambda: self._control.allocated(request_id))
             self._fetches.append(
                 FetchSpec(
                     request_id,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,14 @@ def install() -> None:
     setattr(EngineArgs, _MARK, True)
 
 
+def log_like_vllm() -> None:
+    """Send this package's log records where vLLM's own go, at vLLM's level."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger(__package__)
+    ours.handlers = theirs.handlers
+    ours.setLevel(theirs.level)
+    ours.propagate = theirs.propagate
+
+
 def refuse_bad_config(vllm_config: VllmConfig) -> None:
     """Refuse what cannot work with pdplugin, before anything is loaded.
 
@@ -64,8 +73,9 @@ def refuse_bad_config(vllm_config: VllmConfig) -> None:
     from vllm_pd_plugin import geometry
 
     require_supported_vllm()
-    PdConfig.parse(transfer.kv_connector_extra_config, os.environ)
+    config = PdConfig.parse(transfer.kv_connector_extra_config, os.environ)
     geometry.refuse_unsupported(vllm_config)
+    geometry.refuse_shared_port(vllm_config, config.port)
 
 
 def add_flags(parser: Any) -> None:
@@ -113,11 +123,10 @@ def merge_flags(namespace: argparse.Namespace) -> None:
     connector = getattr(namespace, "kv_connector", None)
     role = getattr(namespace, "kv_role", None)
     config = _as_dict(getattr(namespace, "kv_transfer_config", None))
-    if connector is None:
+    if (connector or config.get("kv_connector")) != CONNECTOR:
         if role is not None:
             raise ConfigError(f"--kv-role {role} needs --kv-connector {CONNECTOR}")
-        if config.get("kv_connector") != CONNECTOR:
-            return
+        return
     wanted = {"kv_connector": connector, "kv_role": ROLES[role] if role else None}
     for key, value in wanted.items():
         if value is not None and config.get(key, value) != value:

@@ -121,9 +121,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """The producer lives; ``lost`` are handoffs of the heartbeat that it no longer holds."""
+    """The producer lives; ``lost`` are handoffs that it no longer holds for the consumer."""
 
-    lost: tuple[HandoffId, ...]
+    lost: dict[HandoffId, Reason]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -1,0 +1,64 @@
+# Everything happens in .venv; each target does its whole set-up, and is quick when it is done.
+#
+#   make demo    one prompt, prefilled on one vLLM engine and decoded on another
+#   make test    all tests (unit tests, then real engines)
+#   make check   linters, types, import contracts
+#   make bench   benchmarks; results in benchmarks/results
+#
+# PYTHON       interpreter that .venv is made with (3.11 or later)
+# TORCH_INDEX  URL of PyTorch's CPU wheel index, where pip does not find torch's +cpu wheel by itself
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+SETUP := .venv/.done
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: help setup models demo test check format bench lock clean
+help:
+	@sed -n 's/^#  *//p' Makefile
+
+setup: $(SETUP)
+
+$(SETUP): requirements/cpu.lock pyproject.toml setup.py packaging/vllm-for-cpu/pyproject.toml
+	@echo "[1/3] virtual environment in .venv"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or later is needed; give PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "[2/3] locked packages: about two minutes, 4 GB on disk"
+	@$(BIN)/python -m pip install -qq --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/cpu.lock
+	@echo "[3/3] this package, and the name that vLLM's command line asks for"
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation ./packaging/vllm-for-cpu -e .
+	@touch $@
+
+models: setup
+	@$(BIN)/python -m tests.models
+
+demo: setup
+	@$(BIN)/python -m tests.models smollm2
+	@$(BIN)/python examples/one_prefill_one_decode.py "$$($(BIN)/python -c 'from tests.models import smollm2; print(smollm2())')"
+
+test: setup
+	@$(BIN)/python -m tests.models
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@$(BIN)/python -m tests.models tiny-llama
+	$(BIN)/python -m benchmarks.idle --json benchmarks/results/idle.json
+
+lock:
+	$(PYTHON) requirements/lock.py
+
+clean:
+	rm -rf .venv .models build *.egg-info

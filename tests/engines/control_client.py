@@ -1,0 +1,68 @@
+"""A bare client of an engine's control channel, to look at its memory or to misbehave."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from vllm_pd_plugin import wire
+from vllm_pd_plugin.ids import HandoffId, Incarnation, new_incarnation
+
+
+class ControlClient:
+    """Speaks to the control channel that ``kv_transfer_params`` name."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._me = new_incarnation()
+        self._them = Incarnation(params["remote_incarnation"])
+        self.handoff_id = HandoffId(params["remote_handoff_id"])
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 500
+        self._socket.connect(f"tcp://{params['remote_host']}:{params['remote_port']}")
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._context.destroy(linger=500)
+
+    def ask(self, message: wire.Request) -> wire.Message:
+        """Send a message and return the answer; fails the test when none comes in 10 s."""
+        self._socket.send_multipart(wire.encode(message, self._me, self._them))
+        assert self._socket.poll(10_000), "the engine does not answer"
+        return wire.decode(self._socket.recv_multipart())[1]
+
+    def send_frames(self, frames: list[bytes]) -> None:
+        self._socket.send_multipart(frames)
+
+
+def corrupt_handoff(params: Mapping[str, Any], producer_pid: int) -> int:
+    """Overwrite the first block of every layer of a sealed handoff, in the producer's memory.
+
+    Returns the number of bytes written. Needs the right to write another process's memory.
+    """
+    with ControlClient(params) as client:
+        welcome = client.ask(wire.Hello("test"))
+        assert isinstance(welcome, wire.Welcome)
+        seal = client.ask(wire.Subscribe(client.handoff_id, 0, 1))
+        assert isinstance(seal, wire.Seal)
+    written = 0
+    regions = iter(welcome.ranks[0].regions)
+    with open(f"/proc/{producer_pid}/mem", "r+b", buffering=0) as memory:
+        for group, table in zip(welcome.layout.groups, seal.blocks, strict=True):
+            block = next(b for b in table if b != 0)
+            for _ in group.layers:
+                region = next(regions)
+                noise = b"\x3f" * region.block_bytes  # 0.747 as float32: finite, and wrong
+                written += os.pwrite(memory.fileno(), noise, region.address(block))
+    return written

@@ -1,0 +1,97 @@
+"""What two engines answer together equals what one engine alone answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.engine import hand_off, running
+from tests.engines.conftest import BLOCK_TOKENS, Trio, random_prompt, start_trio
+from tests.parity import BFLOAT16, FLOAT32, compare
+
+pytestmark = pytest.mark.engine
+
+SAMPLINGS = {
+    "greedy": {"temperature": 0},
+    "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 7},
+}
+
+
+@pytest.fixture(scope="module", params=["smollm2", "tiny-llama", "tiny-mla", "tiny-gemma3"])
+def model(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def trio(model: str, logs: Path) -> Iterator[Trio]:
+    with running(start_trio(model, logs)) as engines:
+        yield Trio(*engines)
+
+
+def lengths(model: str) -> list[int]:
+    block = BLOCK_TOKENS[model]
+    # 639 and 255: the window of 256 begins at the last token of a block (tiny-gemma3).
+    return [1, block - 1, block, block + 1, 255, 639, 1000, 3000]
+
+
+def test_adjacent_blocks_become_one_descriptor_a_layer(trio: Trio, model: str) -> None:
+    """First of all: an engine that has just started gives out its blocks in ascending order."""
+    hand_off(trio.producer, trio.consumer, random_prompt(8 * BLOCK_TOKENS[model], 300), 2)
+    layers = {"smollm2": 30, "tiny-llama": 4, "tiny-mla": 4, "tiny-gemma3": 6}[model]
+    assert trio.consumer.metrics()["pd_fetch_descriptors_total"] == layers
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_answers_equal_for_prompts_around_block_borders(
+    trio: Trio, model: str, sampling: str
+) -> None:
+    tolerance = BFLOAT16 if model == "smollm2" else FLOAT32
+    ties = 0
+    for seed, length in enumerate(lengths(model)):
+        prompt = random_prompt(length, seed)
+        expected = trio.alone.complete(prompt, **SAMPLINGS[sampling])
+        answer = hand_off(trio.producer, trio.consumer, prompt, **SAMPLINGS[sampling])
+        ties += compare(expected, answer, tolerance)
+    print(f"{model} {sampling}: {ties} ties in {len(lengths(model))} prompts")
+    assert ties <= len(lengths(model)) // 2
+    trio.assert_at_rest()
+
+
+def test_only_the_suffix_moves_when_the_consumer_has_the_prefix(trio: Trio, model: str) -> None:
+    if model == "tiny-mla":
+        pytest.skip("vLLM's CPU backend turns prefix caching off for MLA")
+    block = BLOCK_TOKENS[model]
+    prefix = random_prompt(4 * block, 100)
+    prompt = prefix + random_prompt(block + 10, 101)
+    trio.consumer.complete(prefix, 1)
+    before = trio.consumer.metrics()
+    expected = trio.alone.complete(prompt)
+    answer = hand_off(trio.producer, trio.consumer, prompt)
+    compare(expected, answer, BFLOAT16 if model == "smollm2" else FLOAT32)
+    moved = _moved(trio, before)
+    whole = random_prompt(len(prompt), 102)
+    before = trio.consumer.metrics()
+    hand_off(trio.producer, trio.consumer, whole)
+    assert 0 < moved <= 0.7 * _moved(trio, before)
+    trio.assert_at_rest()
+
+
+def test_sixteen_at_once_answer_as_one_alone(trio: Trio, model: str) -> None:
+    prompts = [random_prompt(40 + 37 * i, 200 + i) for i in range(16)]
+    expected = [trio.alone.complete(prompt, 8) for prompt in prompts]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda p: hand_off(trio.producer, trio.consumer, p, 8), prompts))
+    tolerance = BFLOAT16 if model == "smollm2" else FLOAT32
+    ties = sum(compare(e, a, tolerance) for e, a in zip(expected, answers, strict=True))
+    print(f"{model} sixteen at once: {ties} ties")
+    assert ties <= 8
+    trio.assert_at_rest()
+
+
+def _moved(trio: Trio, before: dict[str, float]) -> float:
+    after = trio.consumer.metrics()["pd_fetch_bytes_total"]
+    return after - before.get("pd_fetch_bytes_total", 0.0)

@@ -1,0 +1,181 @@
+"""Behind a router that we did not write, and in the other ways to start an engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests import models
+from tests.engine import (
+    Completion,
+    Engine,
+    connector_arguments,
+    free_port,
+    hand_off,
+    parse_completion,
+    running,
+    start,
+)
+from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
+from tests.parity import FLOAT32, compare
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def router(llama: Trio, logs: Path) -> Iterator[str]:
+    """The real vllm-router in front of the producer and the consumer."""
+    port, metrics_port = free_port(), free_port()
+    command = [
+        str(Path(sys.executable).with_name("vllm-router")), "--vllm-pd-disaggregation",
+        "--prefill", llama.producer.url, "--decode", llama.consumer.url,
+        "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port),
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    with (logs / "router.log").open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        wait_until_healthy(url, process, logs / "router.log")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise AssertionError(f"the router did not start:\n{log.read_text()[-2000:]}")
+
+
+def ask_router(router: str, engine: Engine, prompt: list[int], max_tokens: int) -> Completion:
+    body = engine.body(prompt, max_tokens)
+    answer = httpx.post(f"{router}/v1/completions", json=body, timeout=120)
+    answer.raise_for_status()
+    return parse_completion(answer.json())
+
+
+def test_answers_through_vllm_router_equal_one_engines(llama: Trio, router: str) -> None:
+    prompts = [random_prompt(60 + 61 * i, 400 + i) for i in range(16)]
+    expected = [llama.alone.complete(prompt, 8) for prompt in prompts]
+    before = llama.consumer.metrics()
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda p: ask_router(router, llama.consumer, p, 8), prompts))
+    for one, other in zip(expected, answers, strict=True):
+        compare(one, other, FLOAT32)
+    after = llama.consumer.metrics()
+    fetched = after["pd_fetch_seconds_count"] - before.get("pd_fetch_seconds_count", 0)
+    assert fetched == len(prompts)
+    llama.assert_at_rest()
+
+
+def test_a_streamed_chat_through_vllm_router_equals_one_engines(llama: Trio, router: str) -> None:
+    body = {
+        "model": llama.alone.model,
+        "messages": [{"role": "user", "content": "Count to twenty, please. " * 30}],
+        "max_tokens": 24,
+        "temperature": 0,
+        "stream": True,
+    }
+    assert streamed_text(router, body) == streamed_text(llama.alone.url, body) != ""
+    llama.assert_at_rest()
+
+
+def streamed_text(url: str, body: dict[str, object]) -> str:
+    text = ""
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                choices = json.loads(line.removeprefix("data: "))["choices"]
+                text += "".join(choice["delta"].get("content") or "" for choice in choices)
+    return text
+
+
+def test_prompt_logprobs_are_computed_on_the_consumer_and_free_the_producer(llama: Trio) -> None:
+    prompt = random_prompt(300, 430)
+    expected = llama.alone.complete(prompt, 4, prompt_logprobs=1)
+    answer = hand_off(llama.producer, llama.consumer, prompt, 4, prompt_logprobs=1)
+    compare(expected, answer, FLOAT32)
+    llama.assert_at_rest()
+
+
+def test_min_tokens_and_penalties_survive_the_handoff(llama: Trio) -> None:
+    prompt = random_prompt(300, 431)
+    options = {"presence_penalty": 1.0, "repetition_penalty": 1.2}
+    expected = llama.alone.complete(prompt, 12, min_tokens=6, **options)
+    first = llama.producer.complete(
+        prompt, 1, kv_transfer_params={"do_remote_decode": True}, **options
+    )
+    answer = llama.consumer.complete(
+        prompt, 12, kv_transfer_params=first.kv_transfer_params, min_tokens=6, **options
+    )
+    compare(expected, answer, FLOAT32)
+
+
+def test_a_preempted_consumer_still_answers_right(logs: Path, llama: Trio) -> None:
+    """A pool of 20 blocks for 8 requests that grow to 5 blocks each."""
+    small = start(
+        "small-pool",
+        models.tiny_llama(),
+        (*ARGUMENTS["tiny-llama"], "--num-gpu-blocks-override", "21",
+         "--no-enable-prefix-caching", *connector_arguments("decode")),
+        cores="1",
+        folder=logs,
+    )  # fmt: skip
+    with running([small]):
+        prompts = [random_prompt(250 + 13 * i, 440 + i) for i in range(8)]
+        expected = [llama.alone.complete(prompt, 300) for prompt in prompts]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda p: hand_off(llama.producer, small, p, 300), prompts))
+        for one, other in zip(expected, answers, strict=True):
+            compare(one, other, FLOAT32)
+        assert small.metrics()["vllm:num_preemptions_total"] > 0
+        small.wait_until_at_rest()
+    llama.assert_at_rest()
+
+
+def test_tensor_parallel_engines_answer_as_one_alone(logs: Path) -> None:
+    path, common = models.tiny_llama(), (*ARGUMENTS["tiny-llama"], "-tp", "2")
+    pair = [
+        start("tp2-producer", path, (*common, *connector_arguments("prefill")),
+              cores="0|1", folder=logs),
+        start("tp2-consumer", path, (*common, *connector_arguments("decode")),
+              cores="0|1", folder=logs),
+    ]  # fmt: skip
+    with running(pair) as (producer, consumer):
+        for length in (1, 128, 129, 1000):
+            prompt = random_prompt(length, 460 + length)
+            expected = producer.complete(prompt, 8)
+            compare(expected, hand_off(producer, consumer, prompt, 8), FLOAT32)
+        for engine in pair:
+            engine.wait_until_at_rest()
+
+
+def test_unequal_tensor_parallel_sizes_are_refused(logs: Path, llama: Trio) -> None:
+    path, common = models.tiny_llama(), (*ARGUMENTS["tiny-llama"], "-tp", "2")
+    producer = start(
+        "tp2", path, (*common, *connector_arguments("prefill")), cores="0|1", folder=logs
+    )
+    with running([producer]):
+        prompt = random_prompt(200, 470)
+        before = llama.consumer.metrics()
+        with pytest.raises(httpx.HTTPStatusError):
+            hand_off(producer, llama.consumer, prompt, 4)
+        name = 'pd_handoff_failures_total{reason="peer_incompatible"}'
+        assert llama.consumer.metrics()[name] == before.get(name, 0) + 1
+        producer.wait_until_at_rest(60)
+    llama.consumer.wait_until_at_rest()
+    assert "tensor parallel size is 2, ours is 1" in llama.consumer.log.read_text()

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig, is_loopback
+from vllm_pd_plugin.errors import ConfigError
+
+KEY = "0123456789abcdef"
+KEYED = {CLUSTER_KEY_VARIABLE: KEY}
+OPTIONS = [f.name for f in dataclasses.fields(PdConfig) if f.name != "cluster_key"]
+TIMES = [name for name in OPTIONS if name.endswith("_s")]
+
+
+def refusal(options: dict[str, Any], environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        PdConfig.parse(options, environ or {})
+    return str(caught.value)
+
+
+def test_defaults_bind_loopback_and_advertise_it() -> None:
+    config = PdConfig.parse({}, {})
+    assert (config.host, config.port, config.advertise_host) == ("127.0.0.1", 0, "127.0.0.1")
+    assert config.cluster_key is None
+
+
+def test_every_option_is_taken_over() -> None:
+    options = {
+        "host": "0.0.0.0",
+        "port": 7000,
+        "advertise_host": "10.0.0.1",
+        "lease_s": 3,
+        "peer_timeout_s": 0.1,
+        "fetch_timeout_s": 86_400,
+        "queue_timeout_s": 600.0,
+    }
+    assert list(options) == OPTIONS
+    config = PdConfig.parse(options, KEYED)
+    assert dataclasses.asdict(config) == options | {"cluster_key": KEY}
+    assert isinstance(config.lease_s, float)
+
+
+def test_an_unknown_option_is_named_with_all_that_are_allowed() -> None:
+    message = refusal({"lease": 3})
+    assert "'lease'" in message
+    assert all(name in message for name in OPTIONS)
+
+
+def test_the_cluster_key_is_not_an_option() -> None:
+    message = refusal({"cluster_key": KEY})
+    assert "'cluster_key'" in message
+    assert KEY not in message
+
+
+@pytest.mark.parametrize("value", [-1, 65536, 7000.0, "7000", True, None, [7000]])
+def test_a_port_that_is_none_is_refused(value: object) -> None:
+    message = refusal({"port": value})
+    assert f"port={value!r}" in message
+    assert "0 (any free one) to 65535" in message
+
+
+@pytest.mark.parametrize("value", [0, 65535])
+def test_the_ends_of_the_port_range_are_allowed(value: int) -> None:
+    assert PdConfig.parse({"port": value}, {}).port == value
+
+
+@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize(
+    "value", [0, 0.09, -1, 86_401, "30", True, None, float("nan"), float("inf"), 10**400]
+)
+def test_a_time_that_cannot_work_is_refused(name: str, value: object) -> None:
+    message = refusal({name: value})
+    assert f"{name}={value!r}" in message
+    assert "0.1 to 86400 seconds" in message
+
+
+@pytest.mark.parametrize("name", ["host", "advertise_host"])
+@pytest.mark.parametrize("value", [1, None, ["127.0.0.1"], b"127.0.0.1"])
+def test_an_address_that_is_no_text_is_refused(name: str, value: object) -> None:
+    message = refusal({name: value})
+    assert f"{name}={value!r}" in message
+    assert "host name or an IP address" in message
+
+
+def test_an_empty_host_is_refused() -> None:
+    assert "host=''" in refusal({"host": ""})
+
+
+@pytest.mark.parametrize("name", ["host", "advertise_host"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org", "127.example.org"])
+def test_without_a_key_only_loopback_can_be_bound_or_advertised(name: str, host: str) -> None:
+    message = refusal({"host": "127.0.0.1", "advertise_host": "127.0.0.1"} | {name: host})
+    assert message.startswith(f"{name}={host!r} is not a loopback address")
+    assert CLUSTER_KEY_VARIABLE in message
+    assert f"use {name}=127.0.0.1" in message
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert PdConfig.parse({"host": host}, {}).advertise_host == host
+
+
+# BUG: other spellings of the wildcard pass, and peers are then told "*".
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0:0:0:0:0:0:0:0", "*"])
+def test_a_wildcard_host_needs_an_address_to_advertise(host: str) -> None:
+    message = refusal({"host": host}, KEYED)
+    assert f"host={host!r}" in message
+    assert "advertise_host" in message
+
+
+def test_a_wildcard_host_with_an_address_to_advertise_is_allowed() -> None:
+    options = {"host": "0.0.0.0", "advertise_host": "10.0.0.1"}
+    assert PdConfig.parse(options, KEYED).advertise_host == "10.0.0.1"
+
+
+def test_a_bound_address_is_advertised() -> None:
+    assert PdConfig.parse({"host": "10.0.0.1"}, KEYED).advertise_host == "10.0.0.1"
+
+
+def test_a_short_key_is_refused_without_being_shown() -> None:
+    message = refusal({}, {CLUSTER_KEY_VARIABLE: "sesame"})
+    assert CLUSTER_KEY_VARIABLE in message
+    assert "6 characters" in message
+    assert "at least 16" in message
+    assert "sesame" not in message
+
+
+def test_a_key_of_just_the_minimum_is_allowed() -> None:
+    assert PdConfig.parse({}, KEYED).cluster_key == KEY
+
+
+def test_an_empty_key_is_no_key() -> None:
+    assert PdConfig.parse({}, {CLUSTER_KEY_VARIABLE: ""}).cluster_key is None
+
+
+def test_the_key_is_never_shown() -> None:
+    config = PdConfig.parse({}, KEYED)
+    assert KEY not in repr(config)
+    assert KEY not in str(config)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("127.255.0.1", True),
+        ("::1", True),
+        ("localhost.example.org", False),
+        ("0.0.0.0", False),
+        ("::ffff:10.0.0.1", False),
+        ("2130706433", False),
+        ("", False),
+    ],
+)
+def test_loopback_is_recognised_without_a_lookup(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.fakes import make_layout
+from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.layout import EngineLayout, Group, Region, check_compatible
+
+FULL = Group("full", 16, None, ("a",), (2, 16, 8), "float16")
+SLIDING = Group("sliding_window", 16, 64, ("b",), (2, 16, 8), "float16")
+
+
+def test_a_block_lies_a_stride_after_the_one_before() -> None:
+    region = Region(base=1000, num_blocks=4, block_bytes=32, stride_bytes=48)
+    assert [region.address(block) for block in range(4)] == [1000, 1048, 1096, 1144]
+
+
+def test_a_region_is_dense_only_when_its_blocks_touch() -> None:
+    assert Region(0, 4, 32, 32).is_dense
+    assert not Region(0, 4, 32, 48).is_dense
+
+
+@pytest.mark.parametrize(
+    ("first_token", "num_tokens", "expected"),
+    [
+        (0, 1, range(0, 1)),
+        (0, 16, range(0, 1)),
+        (0, 17, range(0, 2)),
+        (16, 33, range(1, 3)),
+        (15, 33, range(0, 3)),
+        (32, 32, range(2, 2)),
+    ],
+)
+def test_full_attention_needs_every_block_of_the_missing_suffix(
+    first_token: int, num_tokens: int, expected: range
+) -> None:
+    assert FULL.needed_blocks(first_token, num_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("first_token", "num_tokens", "expected"),
+    [
+        (0, 64, range(0, 4)),
+        (0, 79, range(0, 5)),  # token 78 looks back on 15, the last of block 0
+        (0, 80, range(1, 5)),  # token 79 looks back on 16
+        (0, 81, range(1, 6)),
+        (48, 80, range(3, 5)),
+        (0, 10, range(0, 1)),
+    ],
+)
+def test_a_sliding_window_reaches_back_from_the_recomputed_last_token(
+    first_token: int, num_tokens: int, expected: range
+) -> None:
+    assert SLIDING.needed_blocks(first_token, num_tokens) == expected
+
+
+def test_equal_layouts_fit() -> None:
+    check_compatible(make_layout(), make_layout())
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "values"),
+    [
+        ({"model": "other"}, "model digest", ("other", "model")),
+        ({"tensor_parallel_size": 2}, "tensor parallel size", ("2", "1")),
+        ({"groups": ()}, "number of KV cache groups", ("0", "1")),
+    ],
+)
+def test_the_first_difference_is_named_with_both_values(
+    change: dict[str, Any], named: str, values: tuple[str, str]
+) -> None:
+    message = refusal(msgspec.structs.replace(make_layout(), **change))
+    assert named in message
+    assert f"is {values[0]}, ours is {values[1]}" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "sliding_window"},
+        {"block_tokens": 8},
+        {"window": 64},
+        {"layers": ("layer.1", "layer.0")},
+        {"block_shape": (4, 2, 4)},
+        {"dtype": "int8"},
+    ],
+)
+def test_any_difference_in_a_group_is_refused(change: dict[str, Any]) -> None:
+    group = msgspec.structs.replace(make_layout().groups[0], **change)
+    message = refusal(msgspec.structs.replace(make_layout(), groups=(group,)))
+    assert f"KV cache group 0 {next(iter(change))}" in message
+
+
+def test_every_field_of_a_group_is_compared() -> None:
+    compared = {"kind", "block_tokens", "window", "layers", "block_shape", "dtype"}
+    assert set(Group.__struct_fields__) == compared
+
+
+def test_a_later_group_is_compared_too() -> None:
+    ours = EngineLayout("m", 1, (FULL, SLIDING))
+    theirs = EngineLayout("m", 1, (FULL, msgspec.structs.replace(SLIDING, window=32)))
+    with pytest.raises(PeerError, match="KV cache group 1 window is 32, ours is 64"):
+        check_compatible(ours, theirs)
+
+
+def refusal(remote: EngineLayout) -> str:
+    with pytest.raises(PeerError) as caught:
+        check_compatible(make_layout(), remote)
+    assert caught.value.reason is Reason.PEER_INCOMPATIBLE
+    return str(caught.value)

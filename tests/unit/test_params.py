@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_pd_plugin.errors import ParamsError, Reason
+from vllm_pd_plugin.handoffs import Source
+from vllm_pd_plugin.ids import HandoffId, Incarnation
+from vllm_pd_plugin.params import describe_handoff, parse_source, wants_to_produce
+
+HANDOFF = HandoffId("0123456789abcdef" * 2)
+INCARNATION = Incarnation("fedcba9876543210" * 2)
+SOURCE = Source(HANDOFF, ("127.0.0.1", 7000), INCARNATION)
+FETCH = describe_handoff(SOURCE, "engine", "request", 100, 1)
+NIXL_REQUEST = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+HOSTILE: dict[str, object] = {
+    "a number": 7,
+    "a fraction": 0.5,
+    "NaN": float("nan"),
+    "a large number": 10**4000,
+    "a negative number": -1,
+    "text": "yes",
+    "empty text": "",
+    "long text": "a" * 10_000_000,
+    "control characters": "127.0.0.1\r\nX: \x00\x1b[31m",
+    "bytes": b"127.0.0.1",
+    "a list": ["127.0.0.1"],
+    "a long list": [1] * 100_000,
+    "a dict": {"a": {"b": {"c": 1}}},
+    "a nested dict": nested(100),
+    "an object": object(),
+}
+
+
+def refusal(params: Any, trusted_network: bool = False) -> str:
+    with pytest.raises(ParamsError) as caught:
+        parse_source(params, trusted_network)
+    message = str(caught.value)
+    assert caught.value.reason is Reason.BAD_PARAMS
+    assert len(message) < 400
+    assert message.isprintable()
+    return message
+
+
+def test_what_a_producer_says_is_what_a_consumer_understands() -> None:
+    assert parse_source(FETCH, trusted_network=False) == SOURCE
+    assert not wants_to_produce(FETCH)
+
+
+def test_no_block_ids_travel_by_way_of_the_client() -> None:
+    assert not any("block" in key for key in FETCH)
+
+
+@pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": False}, {"other": 1}])
+def test_a_request_without_the_flags_neither_fetches_nor_produces(params: Any) -> None:
+    assert parse_source(params, trusted_network=False) is None
+    assert not wants_to_produce(params)
+
+
+def test_a_nixl_connector_request_is_accepted_as_produce() -> None:
+    assert wants_to_produce(NIXL_REQUEST)
+    assert parse_source(NIXL_REQUEST, trusted_network=False) is None
+
+
+def test_null_flags_are_not_set() -> None:
+    params = {"do_remote_decode": None, "do_remote_prefill": None}
+    assert not wants_to_produce(params)
+    assert parse_source(params, trusted_network=False) is None
+
+
+def test_both_flags_at_once_are_refused() -> None:
+    assert "exclude each other" in refusal(FETCH | {"do_remote_decode": True})
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("flag", ["do_remote_prefill", "do_remote_decode"])
+def test_a_flag_that_is_no_boolean_is_refused(flag: str, name: str) -> None:
+    params = FETCH | {flag: HOSTILE[name]}
+    assert flag in refusal(params)
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", "", [], {}])
+def test_what_merely_looks_true_or_false_is_refused(value: object) -> None:
+    with pytest.raises(ParamsError, match="do_remote_decode=.* is neither true nor false"):
+        wants_to_produce({"do_remote_decode": value})
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("key", ["remote_host", "remote_handoff_id", "remote_incarnation"])
+def test_a_hostile_text_field_is_refused(key: str, name: str) -> None:
+    assert key in refusal(FETCH | {key: HOSTILE[name]})
+    if (key, name) != ("remote_host", "text"):  # a host may be called so
+        assert key in refusal(FETCH | {key: HOSTILE[name]}, trusted_network=True)
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "a number"])
+def test_a_hostile_port_is_refused(name: str) -> None:
+    assert "remote_port" in refusal(FETCH | {"remote_port": HOSTILE[name]})
+
+
+# BUG: repr() itself raises, ValueError and RecursionError.
+@pytest.mark.parametrize("value", [10**5000, nested(100_000)], ids=["number", "dict"])
+@pytest.mark.parametrize("key", ["do_remote_prefill", "remote_host", "remote_port"])
+def test_a_value_that_cannot_even_be_printed_is_refused(key: str, value: object) -> None:
+    assert key in refusal(FETCH | {key: value})
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 2**64, True, 7000.0, "7000", None])
+def test_a_port_that_is_none_is_refused(port: object) -> None:
+    assert f"remote_port={port!r}" in refusal(FETCH | {"remote_port": port})
+
+
+@pytest.mark.parametrize("port", [1, 65535])
+def test_the_ends_of_the_port_range_are_allowed(port: int) -> None:
+    source = parse_source(FETCH | {"remote_port": port}, trusted_network=False)
+    assert source is not None
+    assert source.address == ("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    "key", ["remote_host", "remote_port", "remote_handoff_id", "remote_incarnation"]
+)
+def test_an_absent_field_is_named(key: str) -> None:
+    assert key in refusal({k: v for k, v in FETCH.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [HANDOFF[:-1], HANDOFF + "0", HANDOFF.upper(), "g" + HANDOFF[1:], HANDOFF + "\n", "٣" * 32],
+)
+@pytest.mark.parametrize("key", ["remote_handoff_id", "remote_incarnation"])
+def test_an_id_is_32_lower_case_hexadecimal_digits(key: str, value: str) -> None:
+    assert key in refusal(FETCH | {key: value})
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a b", "a/b", "a@b", "http://a", "a\n", "*", "a" * 254, "::1%eth0", "ａ.example", ""],
+)
+def test_a_host_with_other_characters_is_refused(host: str) -> None:
+    assert "remote_host" in refusal(FETCH | {"remote_host": host}, trusted_network=True)
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "example.org", "fd00::1", "::ffff:10.0.0.1", "0"])
+def test_without_a_key_only_loopback_is_fetched_from(host: str) -> None:
+    message = refusal(FETCH | {"remote_host": host})
+    assert host in message
+    assert "no cluster key" in message
+    source = parse_source(FETCH | {"remote_host": host}, trusted_network=True)
+    assert source is not None
+    assert source.address == (host, 7000)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert parse_source(FETCH | {"remote_host": host}, trusted_network=False) is not None
+
+
+def test_keys_that_mean_nothing_here_are_no_hindrance() -> None:
+    params = FETCH | {"remote_block_ids": nested(100), "x" * 1000: b"\x00", "tp_size": "many"}
+    assert parse_source(params, trusted_network=False) == SOURCE
+
+
+# BUG: `params.get` raises AttributeError. A client sends this with
+# `"vllm_xargs": {"kv_transfer_params": 0}`; vLLM itself lets what is false pass, and the error
+# then leaves on_new_request in the engine's own loop.
+@pytest.mark.parametrize("params", [0, "", [], "x", ["do_remote_decode"]], ids=repr)
+def test_params_that_are_no_dict_are_refused(params: Any) -> None:
+    refusal(params)
+    with pytest.raises(ParamsError):
+        wants_to_produce(params)
