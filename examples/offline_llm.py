@@ -30,6 +30,7 @@ def make_engine(model: str, role: str, core: int) -> Any:
 
     return LLM(
         model,
+        dtype="float32",
         max_model_len=2048,
         enforce_eager=True,
         enable_prefix_caching=False,

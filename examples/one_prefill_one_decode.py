@@ -83,7 +83,7 @@ def engine(
         str(Path(sys.executable).with_name("vllm")), "serve", model,
         "--kv-connector", "pdplugin", "--kv-role", role,
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo",
-        "--max-model-len", "2048", "--enforce-eager",
+        "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager",
         # The engine that answers alone must not profit from what it has seen before.
         "--no-enable-prefix-caching",
     ]  # fmt: skip

@@ -414,9 +414,9 @@ class FakeEngine:
         self.control.seal(source.handoff_id, num_tokens, (tuple(blocks),))
         return source
 
-    def begin(self, request_id: str, num_tokens: int, handoff: HandoffId | None = None) -> Source:
+    def begin(self, request_id: str, num_tokens: int) -> Source:
         """Open a handoff whose KV is still being produced."""
-        handoff = handoff or new_handoff_id()
+        handoff = new_handoff_id()
         self.control.open(handoff, request_id, num_tokens, b"digest")
         return Source(handoff, self.address, self.identity.incarnation)
 

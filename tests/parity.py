@@ -29,6 +29,10 @@ BFLOAT16 = Tolerance(logprob=0.25, tie=0.25)
 def compare(reference: Completion, answer: Completion, tolerance: Tolerance) -> int:
     """Return the number of ties (0 or 1: after a tie the texts are no longer comparable).
 
+    At every position up to the first different token, both distributions over the most likely
+    tokens must agree within ``tolerance.logprob``. A different token is a tie, and no error, only
+    where the reference held both tokens for equally likely, within ``tolerance.tie``.
+
     Raises:
         AssertionError: names the first position that differs, and by how much.
     """
@@ -37,6 +41,12 @@ def compare(reference: Completion, answer: Completion, tolerance: Tolerance) -> 
         reference.token_ids, answer.token_ids, reference.logprobs, answer.logprobs, strict=False
     )
     for position, (expected, got, expected_top, got_top) in enumerate(rows):
+        for token in expected_top.keys() & got_top.keys():
+            difference = abs(expected_top[token] - got_top[token])
+            assert difference <= tolerance.logprob, (
+                f"log-probability of {token} at {position} differs by {difference:.3g}, "
+                f"allowed is {tolerance.logprob:.3g}"
+            )
         if expected != got:
             gap = _gap(expected_top, expected, got)
             assert gap < tolerance.tie, (
@@ -44,12 +54,6 @@ def compare(reference: Completion, answer: Completion, tolerance: Tolerance) -> 
                 f"a tie is below {tolerance.tie})"
             )
             return 1
-        for token in expected_top.keys() & got_top.keys():
-            difference = abs(expected_top[token] - got_top[token])
-            assert difference <= tolerance.logprob, (
-                f"log-probability of {token} at {position} differs by {difference:.3g}, "
-                f"allowed is {tolerance.logprob:.3g}"
-            )
     assert len(answer.token_ids) == len(reference.token_ids)
     assert answer.finish_reason == reference.finish_reason
     assert answer.text == reference.text

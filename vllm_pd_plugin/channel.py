@@ -72,14 +72,17 @@ class Loop:
         self._poller.register(self._wake, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._stopping = False
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         self._thread.start()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Run a function on the loop's thread, soon; safe from any thread."""
-        self._calls.append(function)
-        os.eventfd_write(self._wake, 1)
+        """Run a function on the loop's thread, soon; safe from any thread, no-op after the end."""
+        with self._lock:
+            if not self._stopping:
+                self._calls.append(function)
+                os.eventfd_write(self._wake, 1)
 
     def add(self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
         """Hand a socket's messages to ``on_message``; on the loop's thread, or before start."""
@@ -92,11 +95,12 @@ class Loop:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop the thread and close the context; idempotent."""
-        if self._stopping:
-            return
-        self._stopping = True
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            os.eventfd_write(self._wake, 1)
         if self._thread.is_alive():
-            self.call(lambda: None)
             self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("%s did not stop within %.0f s", self._name, timeout_s)
@@ -113,8 +117,7 @@ class Loop:
             for socket, _ in ready:
                 if reader := self._readers.get(socket):
                     self._guard(reader)
-            turn = self._guard(self._on_turn)
-            timeout_s = turn if turn is None or isinstance(turn, float) else 1.0
+            timeout_s = self._guard(self._on_turn)
 
     def _wait(self, timeout_s: float | None) -> list[tuple[Any, int]]:
         if timeout_s is None:
@@ -169,6 +172,7 @@ class Listener:
         try:
             self._socket.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
         except zmq.ZMQError as error:
+            self._socket.close()
             raise ConfigError(
                 f"cannot bind the control channel to host={host!r} port={port}: {error}; "
                 "set port to a free one, or to 0 for any"

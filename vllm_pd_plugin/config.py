@@ -74,7 +74,7 @@ class PdConfig:
                 )
         if self.advertise_host:
             return self
-        if self.host in ("0.0.0.0", "::"):
+        if _is_wildcard(self.host):
             raise ConfigError(
                 f"host={self.host!r} binds every address, so peers cannot be told which to use; "
                 "set advertise_host to the address that they reach this engine by"
@@ -88,6 +88,13 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return host == "*" or ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return False
 

@@ -194,10 +194,12 @@ class ControlPlane:
         if wanted is None or not cancel:
             return
         peer = self._peers.get(wanted.source.address)
-        if peer is None:
-            self._cancels.append(wanted.source)
-        else:
+        if peer is not None and peer.incarnation == wanted.source.incarnation:
             self._cancel(peer, wanted.source)
+            return
+        self._cancels.append(wanted.source)
+        if peer is not None:
+            self._peers.refresh(wanted.source.address)
 
     def turn(self) -> float | None:
         """Do what is due; return for how many seconds nothing needs to be done."""
@@ -260,12 +262,17 @@ class ControlPlane:
         self._cancels = [source for source in self._cancels if source.address != address]
 
     def _on_lost(self, address: Address, error: PeerError) -> None:
-        self._forget_cancels(address)
+        restarted = error.reason is Reason.PEER_RESTARTED
+        if not restarted:
+            self._forget_cancels(address)
+        waits = bool(self._cancels)
         for wanted in self._consuming.at(address):
-            if error.reason is Reason.PEER_RESTARTED and not wanted.asked:
-                self._peers.get(address)  # it waits for the new incarnation
+            if restarted and not wanted.asked:
+                waits = True
             else:
                 self._lose(wanted.request_id, error.reason, str(error))
+        if restarted and waits:
+            self._peers.get(address)  # something is meant for the new incarnation
 
     def _on_reply(self, peer: Peer, message: wire.Message) -> None:
         match message:

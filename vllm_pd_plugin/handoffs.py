@@ -56,6 +56,8 @@ class Produced:
     lease: Lease
     blocks: BlockTables | None = None
     """Set when sealed."""
+    is_cancelled: bool = False
+    """The consumer does not want it, but its request still runs."""
     committed_ranks: set[int] = dataclasses.field(default_factory=set)
     waiting: list[ReturnAddress] = dataclasses.field(default_factory=list)
     """Who subscribed before the seal."""
@@ -91,12 +93,15 @@ class ProducerTable:
 
     def seal(
         self, handoff_id: HandoffId, num_tokens: int, blocks: BlockTables
-    ) -> tuple[wire.Seal, list[ReturnAddress]]:
+    ) -> tuple[wire.Seal | wire.Refuse, list[ReturnAddress]]:
         """All KV is final: SEALED. Returns the message, and who has been waiting for it."""
         handoff = self._open[handoff_id]
         handoff.num_tokens, handoff.blocks = num_tokens, blocks
         handoff.lease = handoff.lease.renewed(self._clock())
         waiting, handoff.waiting = handoff.waiting, []
+        if handoff.is_cancelled:
+            self._end(handoff, ProducerState.CANCELLED)
+            return wire.Refuse(handoff_id, Reason.CANCELLED), waiting
         return _seal(handoff), waiting
 
     def drop(self, handoff_id: HandoffId) -> list[ReturnAddress]:
@@ -154,8 +159,12 @@ class ProducerTable:
         return wire.Committed(handoff_id)
 
     def cancel(self, handoff_id: HandoffId) -> None:
-        """The consumer does not want it any more: CANCELLED."""
-        if handoff := self._open.get(handoff_id):
+        """The consumer does not want it any more: CANCELLED, at the latest when it is sealed."""
+        handoff = self._open.get(handoff_id)
+        if handoff is None:
+            return
+        handoff.is_cancelled = True
+        if handoff.blocks is not None:
             self._end(handoff, ProducerState.CANCELLED)
 
     def tick(self) -> float | None:
@@ -170,6 +179,8 @@ class ProducerTable:
     def _live(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         self.tick()  # an answer must never be based on a lease that has already run out
         if handoff := self._open.get(handoff_id):
+            if handoff.is_cancelled:
+                return wire.Refuse(handoff_id, Reason.CANCELLED)
             return handoff
         ending = self._endings.get(handoff_id)
         reason = _REFUSALS[ending] if ending else Reason.UNKNOWN_HANDOFF

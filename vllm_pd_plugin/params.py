@@ -71,6 +71,9 @@ def describe_handoff(
 
 
 def _flag(params: Mapping[str, Any] | None, name: str) -> bool:
+    if params is not None and not isinstance(params, Mapping):
+        # OpenAI's API types them, but `vllm_xargs` lets a client put any JSON value here.
+        raise ParamsError(f"kv_transfer_params={_short(params)} is not an object")
     value = None if params is None else params.get(name)
     if value is not None and not isinstance(value, bool):
         raise ParamsError(f"{name}={_short(value)} is neither true nor false")
@@ -85,5 +88,8 @@ def _matching(params: Mapping[str, Any], name: str, pattern: re.Pattern[str]) ->
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number or a nesting too large to print
+        return f"({type(value).__name__})"
     return text if len(text) <= 60 else text[:57] + "..."

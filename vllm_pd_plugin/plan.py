@@ -71,6 +71,11 @@ def plan_reads(
         for _ in group.layers:
             here, there = local_regions[next_region], remote_regions[next_region]
             next_region += 1
+            if here.block_bytes != there.block_bytes:
+                raise HandoffError(
+                    Reason.MISSING_BLOCKS,
+                    f"a remote block has {there.block_bytes} bytes, ours {here.block_bytes}",
+                )
             _check_bounds(ours, here)
             _check_bounds(theirs, there)
             if here.is_dense and there.is_dense:
@@ -90,7 +95,10 @@ def _pick(table: Sequence[BlockId], positions: range, where: str) -> NDArray[np.
             Reason.MISSING_BLOCKS,
             f"{where} has {len(table)} blocks, {positions[-1] + 1} are needed",
         )
-    picked = np.array([table[i] for i in positions], dtype=np.uint64)
+    try:
+        picked = np.array([table[i] for i in positions], dtype=np.uint64)
+    except OverflowError as error:
+        raise HandoffError(Reason.MISSING_BLOCKS, f"{where} names no block: {error}") from error
     if np.any(picked == NULL_BLOCK):
         raise HandoffError(Reason.MISSING_BLOCKS, f"{where} no longer holds a block that is needed")
     return picked

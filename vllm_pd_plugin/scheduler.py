@@ -27,7 +27,11 @@ from vllm_pd_plugin.ids import (
 )
 from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
-from vllm_pd_plugin.params import describe_handoff, parse_source, wants_to_produce
+from vllm_pd_plugin.params import (
+    describe_handoff,
+    parse_source,
+    wants_to_produce,
+)
 from vllm_pd_plugin.peers import Identity, PeerTable
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ class EngineRole:
 
 
 class _Stage(enum.Enum):
+    FOLLOWING = enum.auto()
+    """Another request fetches the same handoff (``n`` > 1): its blocks will be in the cache."""
     WANTED = enum.auto()
     OFFERED = enum.auto()
     FETCHING = enum.auto()
@@ -95,6 +101,7 @@ class SchedulerSide:
         )
         self._events: deque[Event] = deque()
         self._consuming: dict[RequestId, _Consuming] = {}
+        self._leaders: dict[HandoffId, RequestId] = {}
         self._producing: dict[RequestId, _Producing] = {}
         self._sealed: set[RequestId] = set()
         self._fetches: list[FetchSpec] = []
@@ -156,14 +163,14 @@ class SchedulerSide:
             produces = wants_to_produce(request.kv_transfer_params)
             self._check_role(request, source is not None, produces)
         except HandoffError as error:
+            request.kv_transfer_params = None  # vLLM reads it next, and expects a mapping
             self._consuming[request_id] = _Consuming(request, None)
             self._fail(request_id, error.reason, str(error))
             return
         if produces:
             self._producing[request_id] = _Producing(new_handoff_id())
         elif source is not None:
-            self._consuming[request_id] = _Consuming(request, source)
-            self._loop.call(lambda: self._control.want(request_id, source))
+            self._consume(request, source)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""
@@ -173,6 +180,8 @@ class SchedulerSide:
             return 0, False
         if consuming.stage is _Stage.WANTED:
             return None, False
+        if consuming.stage is _Stage.FOLLOWING:
+            return (None if self._is_led(consuming) else 0), False
         if consuming.stage is _Stage.FAILED:
             # vLLM fails a request only through a failed receive, so one is staged: a single
             # token, whose load the workers report as failed without starting it.
@@ -295,6 +304,20 @@ class SchedulerSide:
         if (consumes or produces) and request.prompt_token_ids is None:
             raise ParamsError("a prompt of embeddings cannot be handed off")
 
+    def _consume(self, request: Request, source: Source) -> None:
+        """Begin to fetch, or to follow the request that already fetches the same handoff."""
+        request_id = request.request_id
+        consuming = self._consuming[request_id] = _Consuming(request, source)
+        if self._is_led(consuming):
+            consuming.stage = _Stage.FOLLOWING
+        else:
+            self._leaders[source.handoff_id] = request_id
+            self._loop.call(lambda: self._control.want(request_id, source))
+
+    def _is_led(self, consuming: _Consuming) -> bool:
+        assert consuming.source is not None
+        return self._leaders.get(consuming.source.handoff_id) in self._consuming
+
     def _open(self, request: Request) -> None:
         """Start to produce, when the request is scheduled for the first time."""
         producing = self._producing.get(request.request_id)
@@ -348,7 +371,9 @@ class SchedulerSide:
         )
 
     def _forget(self, request_id: RequestId, cancel: bool) -> None:
-        del self._consuming[request_id]
+        source = self._consuming.pop(request_id).source
+        if source is not None and self._leaders.get(source.handoff_id) == request_id:
+            del self._leaders[source.handoff_id]
         self._close(request_id, cancel)
 
     def _close(self, request_id: RequestId, cancel: bool) -> None:

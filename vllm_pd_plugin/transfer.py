@@ -144,12 +144,12 @@ class TransferPlane:
     def _on_lost(self, address: Address, error: PeerError) -> None:
         fetches = self._at(address)
         known = self._names.pop(address, None)
+        if known is not None:
+            self._transport.remove_peer(known[1])
         for fetch in fetches:
             if fetch.handle is not None:
                 self._transport.release_read(fetch.handle)
                 fetch.handle = None
-        if known is not None:
-            self._transport.remove_peer(known[1])
         for fetch in fetches:
             if error.reason is Reason.PEER_RESTARTED and fetch.state is FetchState.CONNECTING:
                 self._peers.get(address)  # it waits for the new incarnation
@@ -209,11 +209,16 @@ class TransferPlane:
     def _drive(self, fetch: _Fetch) -> None:
         if fetch.handle is not None:
             state = self._transport.poll_read(fetch.handle)
-            if state is not ReadState.PENDING:
+            if state is ReadState.FAILED:
+                # The rest of it may still write: only closing the connection ends that.
+                error = PeerError(Reason.READ_FAILED, "a read from the peer failed")
+                self._peers.drop(fetch.spec.source.address, error)
+                return
+            if state is ReadState.DONE:
                 self._transport.release_read(fetch.handle)
                 fetch.handle = None
-                if fetch.state is FetchState.DRAINING or state is ReadState.FAILED:
-                    self._finish(fetch, fetch.reason or Reason.READ_FAILED)
+                if fetch.state is FetchState.DRAINING:
+                    self._finish(fetch, fetch.reason)
                     return
                 assert fetch.peer is not None
                 self._commit(fetch, fetch.peer)

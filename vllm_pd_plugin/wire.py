@@ -7,7 +7,7 @@ version and kind are known. Both are MessagePack; nothing is ever unpickled.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -60,7 +60,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     engine_id: str
     layout: EngineLayout
     ranks: tuple[RankMemory, ...]
-    lease_s: float
+    lease_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
 class Want(msgspec.Struct, frozen=True, tag="want"):
@@ -148,6 +148,8 @@ _KINDS: dict[str, type[Message]] = {
         Refuse, Heartbeat, Alive, Cancel,
     )
 }  # fmt: skip
+# What msgspec raises for bytes from outside; the latter two are no MsgspecError.
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _header_decoder = msgspec.msgpack.Decoder(Header)
 _body_decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in _KINDS.items()}
 
@@ -170,7 +172,7 @@ def decode(frames: list[bytes]) -> tuple[Header, Message]:
         raise WireError("not a header and a body of allowed size")
     try:
         header = _header_decoder.decode(frames[0])
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise WireError(f"malformed header: {error}") from error
     if header.version != PROTOCOL_VERSION:
         raise VersionError(header.version)
@@ -179,5 +181,5 @@ def decode(frames: list[bytes]) -> tuple[Header, Message]:
         raise WireError(f"unknown kind of message {header.kind[:32]!r}")
     try:
         return header, decoder.decode(frames[1])
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise WireError(f"malformed {header.kind}: {error}") from error

@@ -138,9 +138,7 @@ def _fetch_without_key(producer: object, llama: Trio) -> None:
     assert isinstance(producer, Engine)
     prompt = random_prompt(300, 502)
     first = producer.complete(prompt, 1, kv_transfer_params=PRODUCE)
-    before = llama.consumer.metrics().get(
-        'pd_handoff_failures_total{reason="peer_unreachable"}', 0
-    )
+    before = llama.consumer.metrics().get('pd_handoff_failures_total{reason="peer_unreachable"}', 0)
     import httpx
 
     with pytest.raises(httpx.HTTPStatusError):

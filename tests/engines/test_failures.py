@@ -155,6 +155,18 @@ def test_hostile_parameters_fail_only_their_request(cluster: Cluster, name: str)
     assert reasons or name == "number of a thousand bits"
 
 
+@pytest.mark.parametrize("value", ["x", 7, ["a"], 0])
+def test_parameters_that_are_no_object_do_not_kill_the_engine(
+    cluster: Cluster, value: object
+) -> None:
+    body = cluster.failing.body(random_prompt(50, 26), 2)
+    body["vllm_xargs"] = {"kv_transfer_params": value}
+    answer = httpx.post(f"{cluster.failing.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code in (200, 400, 500)
+    cluster.assert_at_rest()
+    cluster.assert_healthy(27)
+
+
 def test_hostile_parameters_are_recomputed_where_configured(cluster: Cluster) -> None:
     prompt = random_prompt(200, 2)
     expected = cluster.producer.complete(prompt, 4)

@@ -6,9 +6,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -102,6 +103,29 @@ def streamed_text(url: str, body: dict[str, object]) -> str:
                 choices = json.loads(line.removeprefix("data: "))["choices"]
                 text += "".join(choice["delta"].get("content") or "" for choice in choices)
     return text
+
+
+def test_two_choices_share_one_handoff(llama: Trio) -> None:
+    prompt = random_prompt(300, 432)
+    sampling = {"temperature": 0.9, "seed": 3, "n": 2}
+    expected = choices_of(llama.alone, prompt, None, sampling)
+    params = llama.producer.complete(
+        prompt, 1, kv_transfer_params={"do_remote_decode": True}
+    ).kv_transfer_params
+    before = llama.consumer.metrics()["pd_fetch_seconds_count"]
+    assert choices_of(llama.consumer, prompt, params, sampling) == expected
+    assert llama.consumer.metrics()["pd_fetch_seconds_count"] == before + 1
+    llama.assert_at_rest()
+
+
+def choices_of(
+    engine: Engine, prompt: list[int], params: Mapping[str, Any] | None, sampling: dict[str, Any]
+) -> list[list[int]]:
+    """Return the tokens of every choice."""
+    body = engine.body(prompt, 8, params, **sampling)
+    answer = httpx.post(f"{engine.url}/v1/completions", json=body, timeout=60)
+    answer.raise_for_status()
+    return [choice["token_ids"] for choice in answer.json()["choices"]]
 
 
 def test_prompt_logprobs_are_computed_on_the_consumer_and_free_the_producer(llama: Trio) -> None:

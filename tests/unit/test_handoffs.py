@@ -364,7 +364,9 @@ def test_a_handoff_is_closed_once() -> None:
 
 def test_what_is_wanted_is_found_by_peer() -> None:
     table = ConsumerTable()
-    a, b, c = (table.want(name, source(port), LATER) for name, port in zip("abc", (1, 2, 1), strict=True))
+    a, b, c = (
+        table.want(name, source(port), LATER) for name, port in zip("abc", (1, 2, 1), strict=True)
+    )
     assert table.at(("127.0.0.1", 1)) == [a, c]
     assert table.at(("127.0.0.1", 2)) == [b]
     assert table.at(("127.0.0.1", 3)) == []

@@ -7,7 +7,11 @@ import pytest
 from vllm_pd_plugin.errors import ParamsError, Reason
 from vllm_pd_plugin.handoffs import Source
 from vllm_pd_plugin.ids import HandoffId, Incarnation
-from vllm_pd_plugin.params import describe_handoff, parse_source, wants_to_produce
+from vllm_pd_plugin.params import (
+    describe_handoff,
+    parse_source,
+    wants_to_produce,
+)
 
 HANDOFF = HandoffId("0123456789abcdef" * 2)
 INCARNATION = Incarnation("fedcba9876543210" * 2)
@@ -178,11 +182,10 @@ def test_keys_that_mean_nothing_here_are_no_hindrance() -> None:
     assert parse_source(params, trusted_network=False) == SOURCE
 
 
-# BUG: `params.get` raises AttributeError. A client sends this with
-# `"vllm_xargs": {"kv_transfer_params": 0}`; vLLM itself lets what is false pass, and the error
-# then leaves on_new_request in the engine's own loop.
-@pytest.mark.parametrize("params", [0, "", [], "x", ["do_remote_decode"]], ids=repr)
-def test_params_that_are_no_dict_are_refused(params: Any) -> None:
-    refusal(params)
-    with pytest.raises(ParamsError):
-        wants_to_produce(params)
+# A client sends these with `"vllm_xargs": {"kv_transfer_params": 0}`.
+@pytest.mark.parametrize("params", [0, "", [], "x", ["do_remote_decode"], False, 0.5], ids=repr)
+def test_params_that_are_no_mapping_are_refused(params: object) -> None:
+    for ask in (wants_to_produce, lambda p: parse_source(p, trusted_network=True)):
+        with pytest.raises(ParamsError, match="is not an object") as caught:
+            ask(params)  # type: ignore[operator]
+        assert len(str(caught.value)) < 100

@@ -35,9 +35,7 @@ class Remote:
         """Send to whoever spoke last."""
         assert self._who is not None
         identity, consumer = self._who
-        frames = wire.encode(
-            message, self.incarnation, consumer if target is None else target
-        )
+        frames = wire.encode(message, self.incarnation, consumer if target is None else target)
         self._network.answer(identity, frames)
 
     def welcome(self) -> wire.Welcome:
@@ -295,9 +293,7 @@ def test_rubbish_is_counted_and_changes_nothing(acquainted: Local, network: Fake
     assert acquainted.lost == []
 
 
-def test_rubbish_is_no_answer(
-    acquainted: Local, network: FakeNetwork, clock: FakeClock
-) -> None:
+def test_rubbish_is_no_answer(acquainted: Local, network: FakeNetwork, clock: FakeClock) -> None:
     acquainted.table.send(acquainted.peer(), wire.Want(H))
     (link,) = network.links.values()
     link.on_message([b"rubbish"])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hypothesis.strategies as st
 import pytest
@@ -31,11 +31,21 @@ def sealed(cluster: FakeCluster, request_id: str = "p") -> Source:
     return cluster.producer.produce(request_id, THERE, TOKENS)
 
 
-def start(cluster: FakeCluster, request_id: str = "c", source: Source | None = None) -> Source:
+def start(
+    cluster: FakeCluster,
+    request_id: str = "c",
+    source: Source | None = None,
+    blocks: Sequence[int] = HERE,
+) -> Source:
     """Start a fetch, of a sealed handoff unless another is given."""
     source = source or sealed(cluster, f"p-{request_id}")
-    cluster.consumer.fetch(request_id, source, HERE, TOKENS)
+    cluster.consumer.fetch(request_id, source, blocks, TOKENS)
     return source
+
+
+def forged(cluster: FakeCluster) -> Source:
+    """A handoff of an incarnation that never was."""
+    return Source(new_handoff_id(), cluster.producer_address, new_incarnation())
 
 
 def reading(cluster: FakeCluster, request_id: str = "c") -> Source:
@@ -249,14 +259,15 @@ def test_a_new_request_finds_the_restarted_producer_while_an_old_read_hangs(
     reading(cluster, "old")
     old = cluster.restart_producer()
     cluster.producer.fill(THERE, 0x22)
-    start(cluster, "new")
+    start(cluster, "new", blocks=[11, 12])
     cluster.settle()
     assert cluster.consumer.outcome("old") is Reason.PEER_RESTARTED
     assert cluster.consumer.transport.removed == [old.transport.name]
     cluster.consumer.transport.finish_reads()
     cluster.settle()
     assert cluster.consumer.outcome("new") is None
-    assert cluster.consumer.holds(HERE, 0x22)
+    assert cluster.consumer.holds([11, 12], 0x22)
+    assert cluster.consumer.holds(HERE, EMPTY)
 
 
 def test_a_handoff_of_the_incarnation_before_fails(cluster: FakeCluster) -> None:
@@ -273,7 +284,7 @@ def test_a_wrong_incarnation_does_not_disturb_another_fetch_from_the_same_addres
     cluster: FakeCluster,
 ) -> None:
     reading(cluster, "honest")
-    start(cluster, "forged", Source(new_handoff_id(), cluster.producer_address, new_incarnation()))
+    start(cluster, "forged", forged(cluster), blocks=[11, 12])
     cluster.settle()
     assert cluster.consumer.outcome("forged") is Reason.PEER_RESTARTED
     assert cluster.consumer.transport.removed == []
@@ -283,7 +294,7 @@ def test_a_wrong_incarnation_does_not_disturb_another_fetch_from_the_same_addres
 
 
 def test_a_wrong_incarnation_at_an_address_not_yet_known_fails_alone(cluster: FakeCluster) -> None:
-    start(cluster, "forged", Source(new_handoff_id(), cluster.producer_address, new_incarnation()))
+    start(cluster, "forged", forged(cluster), blocks=[11, 12])
     start(cluster, "honest")
     cluster.settle()
     assert cluster.consumer.outcome("forged") is Reason.PEER_RESTARTED
@@ -383,9 +394,17 @@ def test_a_read_that_never_ends_times_out_and_is_cut_off(cluster: FakeCluster) -
 
 
 def test_a_refusal_while_reading_is_drained_too(cluster: FakeCluster) -> None:
-    source = reading(cluster)
-    cluster.producer.control._producing.cancel(source.handoff_id)
-    cluster.consumer.plane.cancel("c", Reason.CANCELLED)
+    cluster.consumer.transport.holds_reads = True
+    source = start(cluster)
+    cluster.network.deliver_one()  # hello
+    cluster.network.deliver_one()  # welcome
+    cluster.network.duplicate("subscribe")
+    cluster.network.deliver_one()
+    cluster.network.deliver_one(1)  # the seal; the second subscribe is still under way
+    assert cluster.consumer.transport.unfinished
+    cluster.producer.control.drop(source.handoff_id)
+    cluster.settle()
+    assert cluster.network.delivered[-1] == "refuse"
     assert cluster.consumer.results == []
     cluster.consumer.transport.finish_reads()
     cluster.settle()
@@ -440,16 +459,14 @@ def test_a_request_may_fetch_again_after_a_failure(cluster: FakeCluster) -> None
 # --- messages out of turn --------------------------------------------------------------------
 
 
-def test_a_message_that_comes_twice_counts_once(cluster: FakeCluster) -> None:
+def test_messages_that_come_twice_count_once(cluster: FakeCluster) -> None:
     start(cluster)
-    while cluster.network.in_flight:
-        cluster.network.duplicate(cluster.network.in_flight[0].kind)
-        first, *rest = cluster.network.in_flight
-        cluster.network.deliver_one(cluster.network.in_flight.index(first))
-        second = cluster.network.in_flight.index(first)
-        cluster.network.deliver_one(second)
-        del rest
+    while in_flight := cluster.network.in_flight:
+        in_flight.insert(0, in_flight[0])
+        cluster.network.deliver_one()
+        cluster.network.deliver_one()
         cluster.consumer.turn()
+    assert cluster.network.delivered.count("commit") == 2
     assert cluster.consumer.transport.num_posted == 1
     assert cluster.consumer.outcome("c") is None
 
@@ -617,9 +634,16 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(how=st.sampled_from(["finish", "finish", "fail"]))
     def end_reads(self, how: str) -> None:
         transport = self.consumer.transport
-        transport.finish_reads() if how == "finish" else transport.fail_reads()
+        if how == "finish":
+            transport.finish_reads()
+        else:
+            transport.fail_reads()
         self.look()
         self.turn()
+
+    @rule()
+    def write_late(self) -> None:
+        self.consumer.transport.write_late()
 
     @rule()
     def turn(self) -> None:
@@ -660,7 +684,6 @@ class AnyOrder(RuleBasedStateMachine):
                 self.consumer.fill(blocks, NOBODY_S)
                 self.given_back += blocks
         self.seen_results = len(self.consumer.results)
-        self.consumer.transport.write_late() if self.counter % 3 == 0 else None
 
     @invariant()
     def usable_kv_is_what_was_sealed(self) -> None:
@@ -698,9 +721,8 @@ def test_with_few_faults_most_fetches_succeed(seed: int) -> None:
         cluster.consumer.turn,
         lambda: cluster.network.deliver_one(chance.randrange(len(cluster.network.in_flight))),
     ]
-    while len(cluster.consumer.results) < 10:
-        step = steps[bool(cluster.network.in_flight) and chance.random() < 0.8]
-        step()
+    for _ in range(1000):
+        steps[bool(cluster.network.in_flight) and chance.random() < 0.8]()
     assert [result.reason for result in cluster.consumer.results] == [None] * 10
     for number in range(10):
         assert cluster.consumer.holds([1 + 2 * number, 2 + 2 * number], number + 1)
