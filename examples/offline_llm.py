@@ -52,6 +52,7 @@ def prefill(model: str, core: int, pipe: Connection) -> None:
     pipe.recv()  # the blocks are held until the other side has them: the engine must keep running
     alone = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=16))
     pipe.send([output.outputs[0].text for output in alone])
+    engine.llm_engine.engine_core.shutdown()
 
 
 def decode(model: str, core: int, pipe: Connection) -> None:
@@ -65,6 +66,7 @@ def decode(model: str, core: int, pipe: Connection) -> None:
         for handoff in pipe.recv()
     ]
     pipe.send([output.outputs[0].text for output in engine.generate(PROMPTS, params)])
+    engine.llm_engine.engine_core.shutdown()
 
 
 def main() -> int:

@@ -118,6 +118,8 @@ class Loop:
                 if reader := self._readers.get(socket):
                     self._guard(reader)
             timeout_s = self._guard(self._on_turn)
+        while self._calls:  # what was called before the end still runs
+            self._guard(self._calls.popleft())
 
     def _wait(self, timeout_s: float | None) -> list[tuple[Any, int]]:
         if timeout_s is None:

@@ -66,7 +66,9 @@ def _check_vllm() -> str:
 def _check_nixl() -> str:
     from vllm_pd_plugin.nixl_transport import NixlTransport
 
-    NixlTransport("DRAM", 0).close()
+    transport = NixlTransport("DRAM", 0)
+    transport.register([])
+    transport.close()
     return importlib.metadata.version("nixl")
 
 

@@ -265,7 +265,7 @@ class ControlPlane:
         restarted = error.reason is Reason.PEER_RESTARTED
         if not restarted:
             self._forget_cancels(address)
-        waits = bool(self._cancels)
+        waits = any(source.address == address for source in self._cancels)
         for wanted in self._consuming.at(address):
             if restarted and not wanted.asked:
                 waits = True

@@ -148,6 +148,7 @@ class SchedulerSide:
         )
 
     def close(self) -> None:
+        self._loop.call(lambda: self._control.shut_down())
         self._loop.close()
 
     def _turn(self) -> float | None:

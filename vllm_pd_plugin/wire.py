@@ -60,7 +60,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     engine_id: str
     layout: EngineLayout
     ranks: tuple[RankMemory, ...]
-    lease_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+    lease_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)]
 
 
 class Want(msgspec.Struct, frozen=True, tag="want"):

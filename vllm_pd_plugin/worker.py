@@ -69,7 +69,9 @@ class WorkerSide:
             self._results.append,
             time.monotonic,
             self._config.fetch_timeout_s,
-            self._config.peer_timeout_s,
+            # Closing a connection in the middle of a read is the last resort: over TCP, UCX may
+            # abort the peer's process for it. A peer that was only stopped ends the read itself.
+            drain_s=self._config.fetch_timeout_s,
         )
         self._loop.start()
         return RankHandshake(layout, rank_memory)

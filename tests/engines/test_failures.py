@@ -31,7 +31,7 @@ from vllm_pd_plugin import wire
 
 pytestmark = pytest.mark.engine
 
-LEASE_S, PEER_TIMEOUT_S, FETCH_TIMEOUT_S = 4.0, 2.0, 8.0
+LEASE_S, PEER_TIMEOUT_S, FETCH_TIMEOUT_S = 4.0, 3.0, 8.0
 OPTIONS = {
     "lease_s": LEASE_S,
     "peer_timeout_s": PEER_TIMEOUT_S,

@@ -346,10 +346,30 @@ def test_a_closed_loop_has_ended_its_thread(make_engine: MakeEngine) -> None:
     assert engine.loop.context.closed
 
 
-# BUG: call() writes to the eventfd that close() has closed: OSError, or, where another file has
-# taken its number since, eight bytes into that file.
+# Its file descriptor may belong to another file by then.
 def test_a_call_after_the_end_does_nothing() -> None:
     loop = Loop("ended", lambda: None)
     loop.start()
     loop.close()
     loop.call(lambda: None)
+
+
+def test_what_was_called_before_the_end_still_runs() -> None:
+    busy, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def on_turn() -> None:
+        busy.set()
+        assert go_on.wait(PATIENCE_S)
+
+    loop = Loop("ending", on_turn)
+    loop.start()
+    assert busy.wait(PATIENCE_S)
+    loop.call(done.set)
+    closing = threading.Thread(target=loop.close)
+    closing.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while not loop._stopping and time.monotonic() < deadline:
+        closing.join(0.001)
+    go_on.set()
+    closing.join(PATIENCE_S)
+    assert done.is_set()

@@ -102,7 +102,6 @@ def test_loopback_needs_no_key(host: str) -> None:
     assert PdConfig.parse({"host": host}, {}).advertise_host == host
 
 
-# BUG: other spellings of the wildcard pass, and peers are then told "*".
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "0:0:0:0:0:0:0:0", "*"])
 def test_a_wildcard_host_needs_an_address_to_advertise(host: str) -> None:
     message = refusal({"host": host}, KEYED)

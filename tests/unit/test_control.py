@@ -307,8 +307,6 @@ def test_a_cancel_is_delivered_once(cluster: FakeCluster) -> None:
     assert cluster.network.delivered.count("cancel") == 1
 
 
-# BUG: control.py close() throws the cancel away where the peer that is known is not (yet) the
-# incarnation meant; the producer holds the blocks until the lease runs out.
 def test_a_cancel_for_a_peer_that_is_only_known_before_its_restart_is_delivered_later(
     cluster: FakeCluster,
 ) -> None:

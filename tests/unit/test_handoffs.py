@@ -287,7 +287,7 @@ def test_endings_are_forgotten_in_the_end(producer: Producer) -> None:
     assert len(producer.table) == 0
 
 
-# BUG: seal() raises KeyError; the scheduler holds the blocks for a release that never comes.
+# The scheduler holds them from the seal on, until it hears of their release.
 def test_a_handoff_that_was_cancelled_before_its_seal_releases_its_blocks(
     producer: Producer,
 ) -> None:
@@ -295,6 +295,31 @@ def test_a_handoff_that_was_cancelled_before_its_seal_releases_its_blocks(
     producer.table.cancel(handoff)
     producer.table.seal(handoff, 90, BLOCKS)
     assert producer.released == [("r", ProducerState.CANCELLED)]
+
+
+def test_a_handoff_that_was_cancelled_before_its_seal_is_refused_to_everybody(
+    producer: Producer,
+) -> None:
+    handoff = producer.open()
+    producer.table.subscribe(handoff, RANK_0)
+    producer.table.cancel(handoff)
+    refusal = wire.Refuse(handoff, Reason.CANCELLED)
+    assert producer.released == []  # its request still runs
+    assert producer.table.want(handoff) == refusal
+    assert producer.table.subscribe(handoff, RANK_1) == refusal
+    assert producer.table.seal(handoff, 90, BLOCKS) == (refusal, [RANK_0])
+    assert producer.table.commit(handoff, 0, 1) == refusal
+    assert len(producer.table) == 0
+
+
+def test_a_request_that_ends_without_kv_after_its_cancel_leaves_nothing(
+    producer: Producer,
+) -> None:
+    handoff = producer.open()
+    producer.table.cancel(handoff)
+    producer.table.drop(handoff)
+    assert len(producer.table) == 0
+    assert producer.released == []
 
 
 # --- the consumer's table --------------------------------------------------------------------

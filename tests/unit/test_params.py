@@ -119,7 +119,7 @@ def test_a_hostile_port_is_refused(name: str) -> None:
     assert "remote_port" in refusal(FETCH | {"remote_port": HOSTILE[name]})
 
 
-# BUG: repr() itself raises, ValueError and RecursionError.
+# repr() itself raises, ValueError and RecursionError.
 @pytest.mark.parametrize("value", [10**5000, nested(100_000)], ids=["number", "dict"])
 @pytest.mark.parametrize("key", ["do_remote_prefill", "remote_host", "remote_port"])
 def test_a_value_that_cannot_even_be_printed_is_refused(key: str, value: object) -> None:

@@ -176,7 +176,7 @@ def test_a_huge_block_number_is_refused(block: int) -> None:
     assert "outside a region" in refusal([1], [block], 4)
 
 
-# BUG: OverflowError instead of HandoffError; msgspec lets negative block ids in.
+# The wire lets any 64-bit number in.
 @pytest.mark.parametrize("block", [-1, -(2**63), 2**64])
 def test_a_block_number_that_is_no_uint64_is_refused(block: int) -> None:
     refusal([1], [block], 4)
@@ -196,8 +196,7 @@ def test_a_wrong_number_of_tables_or_regions_is_refused() -> None:
         plan_reads([group], (table, [region(0)]), (table, [region(0)] * 2), 0, 4)
 
 
-# BUG: plan.py takes the local block's size for both; dense regions whose blocks differ in size
-# are merged into a run that reads the wrong bytes.
+# Two dense regions whose blocks differ in size would be merged into a run of the wrong bytes.
 def test_blocks_of_another_size_are_refused() -> None:
     refusal([1, 2], [1, 2], 8, there=Region(1000, 100, 2 * BYTES, 2 * BYTES))
 

@@ -189,8 +189,6 @@ def test_a_seal_with_unusable_blocks_fails(cluster: FakeCluster, blocks: list[in
     assert cluster.consumer.holds(HERE, EMPTY)
 
 
-# BUG: plan_reads raises OverflowError, which leaves the receive callback; the fetch is reported
-# only when it times out.
 def test_a_seal_with_a_negative_block_fails_at_once(cluster: FakeCluster) -> None:
     start(cluster, source=cluster.producer.produce("p", [3, -1], TOKENS))
     cluster.settle()
@@ -220,8 +218,7 @@ def test_a_read_that_fails_is_not_committed(cluster: FakeCluster) -> None:
     assert not cluster.consumer.transport.reads
 
 
-# BUG: transfer.py _drive() reports a FAILED read at once. FAILED does not say that the rest of it
-# has stopped: only DONE, or remove_peer, does (transport.py).
+# FAILED does not say that the rest of it has stopped: only DONE, or remove_peer, does.
 def test_a_read_that_fails_is_reported_only_when_the_rest_of_it_cannot_write(
     cluster: FakeCluster,
 ) -> None:
@@ -411,8 +408,6 @@ def test_a_refusal_while_reading_is_drained_too(cluster: FakeCluster) -> None:
     assert cluster.consumer.outcome("c") is Reason.CANCELLED
 
 
-# BUG: transfer.py _on_lost() releases the handles before remove_peer; transport.py allows
-# release_read only for a read that is DONE or FAILED, or whose peer was removed.
 def test_a_read_is_released_only_when_its_peer_was_removed(cluster: FakeCluster) -> None:
     reading(cluster)
     cluster.consumer.plane.cancel("c", Reason.ABORTED)
