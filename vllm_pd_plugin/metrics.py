@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from typing import Any
 
 import prometheus_client
@@ -51,8 +50,8 @@ class PdStats(KVConnectorStats):
     def record_dropped(self, count: int) -> None:
         self.data["dropped_messages"] += count
 
-    def record_open(self, handoffs: Counter[str]) -> None:
-        self.data["open"] = dict(handoffs)
+    def record_open(self, handoffs: dict[str, int]) -> None:
+        self.data["open"] = handoffs
 
     def reset(self) -> None:
         self.data = PdStats().data

@@ -7,7 +7,7 @@ import enum
 import hashlib
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,7 +110,7 @@ class SchedulerSide:
         self._reasons: dict[RequestId, Reason] = {}
         self._released: list[RequestId] = []
         self._stats = PdStats()
-        self._reported_open: Counter[str] = Counter()
+        self._reported_open = {"producer": 0, "consumer": 0}
         self._reported_drops = 0
         self._control: ControlPlane
 
@@ -282,7 +282,12 @@ class SchedulerSide:
 
     def take_stats(self) -> PdStats | None:
         """Return the counts since the last call; None when nothing has happened."""
-        handoffs = self._control.open_handoffs
+        # By this thread's tables: the control thread's change after the last step of an engine
+        # that falls idle, and would never be reported.
+        handoffs = {
+            "producer": len(self._producing) + len(self._sealed),
+            "consumer": len(self._consuming),
+        }
         if handoffs != self._reported_open:
             self._stats.record_open(handoffs)
             self._reported_open = handoffs
