@@ -193,7 +193,11 @@ def test_tensor_parallel_engines_answer_as_one_alone(logs: Path) -> None:
 def test_unequal_tensor_parallel_sizes_are_refused(logs: Path, llama: Trio) -> None:
     path, common = models.tiny_llama(), (*ARGUMENTS["tiny-llama"], "-tp", "2")
     producer = start(
-        "tp2", path, (*common, *connector_arguments("prefill")), cores="0|0", folder=logs
+        "tp2",
+        path,
+        (*common, *connector_arguments("prefill", lease_s=5)),
+        cores="0|0",
+        folder=logs,
     )
     with running([producer]):
         prompt = random_prompt(200, 470)
