@@ -15,7 +15,7 @@ from tests.engine import Engine, connector_arguments, running, start
 FLOAT32 = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    # In bfloat16 it would answer ten times slower on a CPU without AVX512-BF16.
+    # In bfloat16 it would answer many times slower on a CPU without AVX512-BF16.
     "smollm2": FLOAT32,
     "tiny-llama": FLOAT32,
     # vLLM's CPU kernel for rotary embeddings is wrong for MLA's strided queries.
