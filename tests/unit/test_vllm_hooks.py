@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,8 +252,12 @@ def test_a_namespace_of_another_program_is_left_alone() -> None:
     assert not hasattr(namespace, "kv_transfer_config")
 
 
-def test_the_parsed_configuration_makes_engine_arguments(parser: FlexibleArgumentParser) -> None:
-    namespace = parser.parse_args(["--kv-connector", "pdplugin", "--kv-role", "prefill"])
+def test_the_parsed_configuration_makes_engine_arguments(
+    parser: FlexibleArgumentParser, tmp_path: Path
+) -> None:
+    # A folder: vLLM looks a model's name up when HF_HUB_OFFLINE is set, as `make` sets it.
+    model = ["--model", str(tmp_path)]
+    namespace = parser.parse_args([*model, "--kv-connector", "pdplugin", "--kv-role", "prefill"])
     arguments = EngineArgs.from_cli_args(namespace)
     assert arguments.kv_transfer_config is not None
     assert arguments.kv_transfer_config.kv_role == "kv_producer"
