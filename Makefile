@@ -56,6 +56,12 @@ format: setup
 bench: setup
 	@$(BIN)/python -m tests.models tiny-llama
 	$(BIN)/python -m benchmarks.idle --json benchmarks/results/idle.json
+	@command -v tc >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq iproute2; }
+	@$(BIN)/python -m tests.models bench-llama
+	$(BIN)/python -m benchmarks.handoff --prompts 512 --link-mbit 0 --repeat 7 --json benchmarks/results/handoff-unlimited.json
+	$(BIN)/python -m benchmarks.handoff --prompts 512,2048 --link-mbit 300,1000 --json benchmarks/results/handoff-limited.json
+	$(BIN)/python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
 
 lock:
 	$(PYTHON) requirements/lock.py

@@ -97,7 +97,7 @@ def engine(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **settings},
-            start_new_session=True,
+            process_group=0,
         )
     try:
         yield f"http://127.0.0.1:{port}", process

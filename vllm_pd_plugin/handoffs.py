@@ -1,11 +1,12 @@
 """Per request: the state machines of a handoff, pure and with an injected clock.
 
-    producer   PRODUCING -> SEALED -> COMMITTED | CANCELLED | EXPIRED
+    producer   QUEUED -> PRODUCING -> SEALED -> COMMITTED | CANCELLED | EXPIRED
     consumer   WANTED -> OFFERED -> ALLOCATED -> done | failed(reason)     in the scheduler
-               CONNECTING -> SUBSCRIBED -> READING -> COMMITTING -> done | failed(reason)
+               CONNECTING -> FETCHING -> COMMITTING -> done | failed(reason)
                                                                           in each worker rank
 
-The producer's blocks are freed in its three final states only. A consumer uses what it has read
+A sealed handoff's blocks are freed in the three final states only; before the seal they belong to
+the running request, and its preemption starts a new *epoch*. A consumer uses what it has read
 only after a commit was granted. Nothing here sends, waits or touches memory: the methods return
 what is to be sent, and the owner of the table does it.
 """
@@ -15,15 +16,18 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId
+from vllm_pd_plugin.layout import EngineLayout
 from vllm_pd_plugin.lease import Lease
 from vllm_pd_plugin.plan import BlockTables
 
 _REMEMBERED_ENDINGS = 4096
+_REMEMBERED_STEPS = 64
+_MAX_EARLY = 10_000
 
 
 ReturnAddress = tuple[bytes, Incarnation]
@@ -31,6 +35,7 @@ ReturnAddress = tuple[bytes, Incarnation]
 
 
 class ProducerState(enum.Enum):
+    QUEUED = "queued"
     PRODUCING = "producing"
     SEALED = "sealed"
     COMMITTED = "committed"
@@ -44,6 +49,35 @@ _REFUSALS = {
     ProducerState.EXPIRED: Reason.LEASE_EXPIRED,
 }
 
+Answer = tuple[ReturnAddress, wire.Reply]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Advance:
+    """What one engine step adds to a handoff: KV up to ``num_tokens``, in these block tables."""
+
+    handoff_id: HandoffId
+    epoch: int
+    num_tokens: int
+    blocks: BlockTables
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Written:
+    """How far one rank's KV is written; see ``wire.Progress``."""
+
+    base_tokens: int = 0
+    num_tokens: int = 0
+    num_layers: int = 0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Subscriber:
+    """A consumer rank, and how much of each block table it has been told."""
+
+    who: ReturnAddress
+    told: list[int]
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Produced:
@@ -54,160 +88,350 @@ class Produced:
     num_tokens: int
     digest: bytes
     lease: Lease
-    blocks: BlockTables | None = None
-    """Set when sealed."""
-    is_cancelled: bool = False
-    """The consumer does not want it, but its request still runs."""
+    blocks: BlockTables
+    state: ProducerState = ProducerState.QUEUED
+    wanted_by: ReturnAddress | None = None
+    """The consumer's scheduler, once it has asked: from then on the lease runs."""
+    ending: ProducerState | None = None
+    """Set when the consumer is done with it while its request still runs."""
+    epoch: int = 0
+    written: dict[int, _Written] = dataclasses.field(default_factory=dict)
+    subscribers: dict[int, _Subscriber] = dataclasses.field(default_factory=dict)
     committed_ranks: set[int] = dataclasses.field(default_factory=set)
-    waiting: list[ReturnAddress] = dataclasses.field(default_factory=list)
-    """Who subscribed before the seal."""
+
+    @property
+    def is_sealed(self) -> bool:
+        return self.state is ProducerState.SEALED
+
+    def is_final(self, rank: int) -> bool:
+        """Whether one rank's KV is complete, sealed or not."""
+        return self.is_sealed or self.written.get(rank, _Written()).base_tokens >= self.num_tokens
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Step:
+    """What one step of the engine computes, and which ranks have finished it."""
+
+    advances: Sequence[Advance]
+    finished_ranks: set[int] = dataclasses.field(default_factory=set)
 
 
 class ProducerTable:
     """Every handoff that this engine produces.
 
     on_released(request_id, state): the blocks of a sealed handoff may be freed now.
+    on_abandoned(request_id, state): nobody wants what this request is computing.
     """
 
     def __init__(
         self,
+        layout: EngineLayout,
         lease_s: float,
         on_released: Callable[[RequestId, ProducerState], None],
+        on_abandoned: Callable[[RequestId, ProducerState], None],
         clock: Callable[[], float],
     ) -> None:
+        self._num_layers = len(layout.layers)
+        self._num_ranks = layout.tensor_parallel_size
+        self._groups = layout.groups
+        self._no_blocks: BlockTables = tuple(() for _ in layout.groups)
         self._lease_s = lease_s
         self._on_released = on_released
+        self._on_abandoned = on_abandoned
         self._clock = clock
         self._open: dict[HandoffId, Produced] = {}
+        self._early: dict[HandoffId, tuple[ReturnAddress, Lease]] = {}
+        self._steps: OrderedDict[int, _Step] = OrderedDict()
         self._endings: OrderedDict[HandoffId, ProducerState] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(
+    def enqueue(
         self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, digest: bytes
     ) -> None:
-        """Start a handoff: PRODUCING."""
+        """A request has arrived whose KV is to be handed off: QUEUED.
+
+        Whoever sends requests chooses ids; one that was used before is not handed off again."""
+        if used := self._open.get(handoff_id):
+            self._end(used, ProducerState.CANCELLED)
         lease = Lease(self._lease_s, self._clock())
-        self._open[handoff_id] = Produced(handoff_id, request_id, num_tokens, digest, lease)
+        handoff = Produced(handoff_id, request_id, num_tokens, digest, lease, self._no_blocks)
+        self._open[handoff_id] = handoff
+        if early := self._early.pop(handoff_id, None):
+            handoff.wanted_by = early[0]
+        if (ending := self._endings.pop(handoff_id, None)) is not None:  # cancelled beforehand
+            self._abandon(handoff, ending)
 
-    def seal(
-        self, handoff_id: HandoffId, num_tokens: int, blocks: BlockTables
-    ) -> tuple[wire.Seal | wire.Refuse, list[ReturnAddress]]:
-        """All KV is final: SEALED. Returns the message, and who has been waiting for it."""
-        handoff = self._open[handoff_id]
-        handoff.num_tokens, handoff.blocks = num_tokens, blocks
+    def open(self, handoff_id: HandoffId) -> list[Answer]:
+        """The request is scheduled: PRODUCING. Returns the offer, if a consumer waits for it."""
+        handoff = self._open.get(handoff_id)
+        if handoff is None or handoff.ending:
+            return []
+        handoff.state = ProducerState.PRODUCING
+        if handoff.wanted_by is None:
+            return []
         handoff.lease = handoff.lease.renewed(self._clock())
-        waiting, handoff.waiting = handoff.waiting, []
-        if handoff.is_cancelled:
-            self._end(handoff, ProducerState.CANCELLED)
-            return wire.Refuse(handoff_id, Reason.CANCELLED), waiting
-        return _seal(handoff), waiting
+        return [(handoff.wanted_by, _offer(handoff))]
 
-    def drop(self, handoff_id: HandoffId) -> list[ReturnAddress]:
-        """The request ended without KV to hand off: CANCELLED. Returns who has been waiting."""
+    def advance(self, step: int, advances: Sequence[Advance]) -> None:
+        """An engine step begins that computes KV of these handoffs."""
+        for advance in advances:
+            if (handoff := self._open.get(advance.handoff_id)) and handoff.epoch == advance.epoch:
+                self._set_blocks(handoff, advance.blocks)
+        self._steps[step] = _Step(advances)
+        while len(self._steps) > _REMEMBERED_STEPS:
+            self._steps.popitem(last=False)
+
+    def announce(self, step: int, rank: int, num_layers: int) -> list[Answer]:
+        """One rank has written its first ``num_layers`` layers in a step. Returns the progress
+        messages that follow."""
+        if step not in self._steps:
+            return []
+        answers: list[Answer] = []
+        is_finished = num_layers >= self._num_layers
+        for advance in self._steps[step].advances:
+            handoff = self._open.get(advance.handoff_id)
+            if handoff is None or handoff.epoch != advance.epoch or handoff.is_sealed:
+                continue
+            tokens = advance.num_tokens
+            base = tokens if is_finished else handoff.written.get(rank, _Written()).base_tokens
+            handoff.written[rank] = _Written(base, tokens, num_layers)
+            if (subscriber := handoff.subscribers.get(rank)) and not handoff.ending:
+                answers.append((subscriber.who, self._state(handoff, rank, subscriber)))
+        if is_finished:
+            self._finish_step(step, rank)
+        return answers
+
+    def withdraw(self, handoff_id: HandoffId, epoch: int) -> list[Answer]:
+        """The request was preempted: its blocks are no longer its own."""
+        handoff = self._open.get(handoff_id)
+        if handoff is None or handoff.is_sealed or epoch <= handoff.epoch:
+            return []
+        handoff.epoch, handoff.blocks = epoch, self._no_blocks
+        handoff.written.clear()
+        answers: list[Answer] = []
+        for rank, subscriber in handoff.subscribers.items():
+            subscriber.told = []
+            answers.append((subscriber.who, self._state(handoff, rank, subscriber)))
+        return answers
+
+    def seal(self, handoff_id: HandoffId, num_tokens: int, blocks: BlockTables) -> list[Answer]:
+        """All KV is final: SEALED. Returns what is to be told to whom."""
+        handoff = self._open[handoff_id]
+        handoff.state = ProducerState.SEALED
+        handoff.num_tokens = num_tokens
+        self._set_blocks(handoff, blocks)
+        handoff.lease = handoff.lease.renewed(self._clock())
+        if handoff.ending:
+            self._end(handoff, handoff.ending)
+            return []
+        return [
+            (subscriber.who, self._state(handoff, rank, subscriber))
+            for rank, subscriber in handoff.subscribers.items()
+        ]
+
+    def drop(self, handoff_id: HandoffId) -> list[Answer]:
+        """The request ended without KV to hand off: CANCELLED. Returns who is to be refused."""
         handoff = self._open.get(handoff_id)
         if handoff is None:
             return []
+        if handoff.ending:
+            self._end(handoff, handoff.ending)
+            return []
         self._end(handoff, ProducerState.CANCELLED)
-        return handoff.waiting
+        waiting = [subscriber.who for subscriber in handoff.subscribers.values()]
+        if handoff.wanted_by:
+            waiting.append(handoff.wanted_by)
+        return [(who, wire.Refuse(handoff_id, Reason.PRODUCER_ENDED)) for who in waiting]
 
-    def want(self, handoff_id: HandoffId) -> wire.Offer | wire.Refuse:
-        """Answer a consumer that asks for a handoff, and start its lease."""
+    def want(self, handoff_id: HandoffId, who: ReturnAddress) -> wire.Offer | wire.Refuse | None:
+        """Answer a consumer that asks for a handoff, and start its lease; None: not yet."""
         handoff = self._live(handoff_id)
         if isinstance(handoff, wire.Refuse):
-            return handoff
+            if handoff.reason is not Reason.UNKNOWN_HANDOFF or handoff_id in self._endings:
+                return handoff
+            if len(self._early) >= _MAX_EARLY:
+                return handoff
+            self._early[handoff_id] = (who, Lease(self._lease_s, self._clock()))
+            return None
+        handoff.wanted_by = who
         handoff.lease = handoff.lease.renewed(self._clock())
-        return wire.Offer(handoff_id, handoff.num_tokens, handoff.digest)
+        return None if handoff.state is ProducerState.QUEUED else _offer(handoff)
 
     def subscribe(
-        self, handoff_id: HandoffId, who: ReturnAddress
-    ) -> wire.Seal | wire.Refuse | None:
-        """Answer one rank that is ready to read; None: it is told at the seal."""
+        self, handoff_id: HandoffId, rank: int, who: ReturnAddress
+    ) -> wire.Progress | wire.Seal | wire.Refuse:
+        """Answer one rank that is ready to read, and keep it informed."""
         handoff = self._live(handoff_id)
         if isinstance(handoff, wire.Refuse):
             return handoff
         handoff.lease = handoff.lease.renewed(self._clock())
-        if handoff.blocks is None:
-            handoff.waiting.append(who)
-            return None
-        return _seal(handoff)
+        subscriber = handoff.subscribers[rank] = _Subscriber(who, [])
+        return self._state(handoff, rank, subscriber)
 
     def heartbeat(self, handoff_ids: Iterable[HandoffId]) -> wire.Alive:
-        """Renew leases; name those that cannot be renewed any more (a committed one needs none)."""
+        """Renew leases; name those that cannot be renewed any more (a committed one needs none).
+
+        A handoff that the producer has not heard of yet is not renewed: its request must come
+        within one lease."""
         lost: dict[HandoffId, Reason] = {}
         for handoff_id in handoff_ids:
             handoff = self._live(handoff_id)
             if isinstance(handoff, Produced):
+                if handoff.wanted_by is None:  # its want came so early that it was forgotten
+                    lost[handoff_id] = Reason.UNKNOWN_HANDOFF
                 handoff.lease = handoff.lease.renewed(self._clock())
-            elif self._endings.get(handoff_id) is not ProducerState.COMMITTED:
+            elif handoff_id in self._early:
+                continue
+            elif self._ending_of(handoff_id) is not ProducerState.COMMITTED:
                 lost[handoff_id] = handoff.reason
         return wire.Alive(lost)
 
     def commit(
-        self, handoff_id: HandoffId, rank: int, num_ranks: int
-    ) -> wire.Committed | wire.Refuse:
-        """Say whether the blocks were held until now; COMMITTED once every rank has asked."""
-        handoff = self._live(handoff_id)
+        self, commit: wire.Commit
+    ) -> wire.Committed | wire.Progress | wire.Seal | wire.Refuse:
+        """Say whether the blocks were held until now; COMMITTED once every rank has read all.
+
+        A rank that asks about an earlier epoch is told how things stand instead."""
+        handoff = self._live(commit.handoff_id)
         if isinstance(handoff, wire.Refuse):
             return handoff
-        if handoff.blocks is None:
-            return wire.Refuse(handoff_id, Reason.MISSING_BLOCKS)
-        handoff.committed_ranks.add(rank)
-        if len(handoff.committed_ranks) >= num_ranks:
-            self._end(handoff, ProducerState.COMMITTED)
-        return wire.Committed(handoff_id)
+        if commit.epoch != handoff.epoch:
+            subscriber = handoff.subscribers.get(commit.rank)
+            if subscriber is None:
+                return wire.Refuse(commit.handoff_id, Reason.MISSING_BLOCKS)
+            subscriber.told = []
+            return self._state(handoff, commit.rank, subscriber)
+        if commit.is_last:
+            if not handoff.is_final(commit.rank):
+                return wire.Refuse(commit.handoff_id, Reason.MISSING_BLOCKS)
+            handoff.committed_ranks.add(commit.rank)
+            if len(handoff.committed_ranks) >= commit.num_ranks:
+                self._conclude(handoff, ProducerState.COMMITTED)
+        return wire.Committed(commit.handoff_id, commit.epoch, commit.is_last)
 
     def cancel(self, handoff_id: HandoffId) -> None:
-        """The consumer does not want it any more: CANCELLED, at the latest when it is sealed."""
-        handoff = self._open.get(handoff_id)
-        if handoff is None:
-            return
-        handoff.is_cancelled = True
-        if handoff.blocks is not None:
-            self._end(handoff, ProducerState.CANCELLED)
+        """The consumer does not want it any more: CANCELLED, at the latest when its request ends.
+
+        It may say so before the request has arrived; that is remembered."""
+        if handoff := self._open.get(handoff_id):
+            if not handoff.ending:
+                self._conclude(handoff, ProducerState.CANCELLED)
+        elif handoff_id not in self._endings:
+            self._early.pop(handoff_id, None)
+            self._remember(handoff_id, ProducerState.CANCELLED)
 
     def tick(self) -> float | None:
-        """Expire sealed handoffs; return when to call again (absolute), or None."""
+        """Expire what nobody asks for any more; return when to call again (absolute), or None."""
         now = self._clock()
         for handoff in list(self._open.values()):
-            if handoff.blocks is not None and handoff.lease.has_expired(now):
-                self._end(handoff, ProducerState.EXPIRED)
-        sealed = [h.lease.deadline for h in self._open.values() if h.blocks is not None]
-        return min(sealed, default=None)
+            if _is_leased(handoff) and handoff.lease.has_expired(now):
+                self._conclude(handoff, ProducerState.EXPIRED)
+        self._early = {i: e for i, e in self._early.items() if not e[1].has_expired(now)}
+        deadlines = [h.lease.deadline for h in self._open.values() if _is_leased(h)]
+        deadlines += [lease.deadline for _, lease in self._early.values()]
+        return min(deadlines, default=None)
 
     def _live(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         self.tick()  # an answer must never be based on a lease that has already run out
-        if handoff := self._open.get(handoff_id):
-            if handoff.is_cancelled:
-                return wire.Refuse(handoff_id, Reason.CANCELLED)
+        handoff = self._open.get(handoff_id)
+        if handoff is not None and handoff.ending is None:
             return handoff
-        ending = self._endings.get(handoff_id)
+        ending = self._ending_of(handoff_id)
         reason = _REFUSALS[ending] if ending else Reason.UNKNOWN_HANDOFF
         return wire.Refuse(handoff_id, reason)
 
+    def _ending_of(self, handoff_id: HandoffId) -> ProducerState | None:
+        handoff = self._open.get(handoff_id)
+        return handoff.ending if handoff else self._endings.get(handoff_id)
+
+    def _state(
+        self, handoff: Produced, rank: int, subscriber: _Subscriber
+    ) -> wire.Progress | wire.Seal:
+        """Say how things stand, with what the subscriber does not know of the block tables."""
+        told = subscriber.told or [0] * len(handoff.blocks)
+        tables = tuple(
+            wire.TableSlice(start, tuple(table[start:]))
+            for start, table in zip(told, handoff.blocks, strict=True)
+        )
+        subscriber.told = [len(table) for table in handoff.blocks]
+        if handoff.is_sealed:
+            return wire.Seal(handoff.handoff_id, handoff.epoch, handoff.num_tokens, tables)
+        written = handoff.written.get(rank, _Written())
+        return wire.Progress(
+            handoff.handoff_id,
+            handoff.epoch,
+            written.base_tokens,
+            written.num_tokens,
+            written.num_layers,
+            tables,
+        )
+
+    def _set_blocks(self, handoff: Produced, blocks: BlockTables) -> None:
+        """Take the block tables as they are now.
+
+        When a request goes on after its prompt, a sliding window lets go of blocks that a
+        consumer may be reading: the handoff is over then."""
+        for group, before, now in zip(self._groups, handoff.blocks, blocks, strict=True):
+            needed = group.needed_blocks(0, handoff.num_tokens)
+            told = slice(needed.start, min(needed.stop, len(before)))
+            if list(before[told]) != list(now[told]) and not handoff.ending:
+                handoff.ending = ProducerState.CANCELLED
+        handoff.blocks = blocks
+
+    def _finish_step(self, step: int, rank: int) -> None:
+        finished = self._steps[step].finished_ranks
+        finished.add(rank)
+        if len(finished) >= self._num_ranks:
+            del self._steps[step]
+
+    def _conclude(self, handoff: Produced, state: ProducerState) -> None:
+        """The consumer is done with it, for better or worse."""
+        if handoff.is_sealed:
+            self._end(handoff, state)
+        elif state is ProducerState.COMMITTED:
+            handoff.ending = state
+        else:
+            self._abandon(handoff, state)
+
+    def _abandon(self, handoff: Produced, state: ProducerState) -> None:
+        handoff.ending = state
+        self._on_abandoned(handoff.request_id, state)
+
     def _end(self, handoff: Produced, state: ProducerState) -> None:
         del self._open[handoff.handoff_id]
-        self._endings[handoff.handoff_id] = state
-        while len(self._endings) > _REMEMBERED_ENDINGS:
-            self._endings.popitem(last=False)
-        if handoff.blocks is not None:
+        self._remember(handoff.handoff_id, state)
+        if handoff.is_sealed:
             self._on_released(handoff.request_id, state)
 
+    def _remember(self, handoff_id: HandoffId, state: ProducerState) -> None:
+        self._endings[handoff_id] = state
+        while len(self._endings) > _REMEMBERED_ENDINGS:
+            self._endings.popitem(last=False)
 
-def _seal(handoff: Produced) -> wire.Seal:
-    assert handoff.blocks is not None
-    blocks = tuple(tuple(table) for table in handoff.blocks)
-    return wire.Seal(handoff.handoff_id, handoff.num_tokens, blocks)
+
+def _offer(handoff: Produced) -> wire.Offer:
+    return wire.Offer(handoff.handoff_id, handoff.num_tokens, handoff.digest)
+
+
+def _is_leased(handoff: Produced) -> bool:
+    """Whether silence ends it. Until it is sealed that takes a consumer that once spoke."""
+    if handoff.ending:
+        return False
+    return handoff.is_sealed or handoff.wanted_by is not None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """Where a consumer is to fetch a handoff from."""
+    """Where a consumer is to fetch a handoff from.
+
+    incarnation: None when the dispatcher does not know it; whoever answers first is meant.
+    """
 
     handoff_id: HandoffId
     address: Address
-    incarnation: Incarnation
+    incarnation: Incarnation | None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -218,8 +442,18 @@ class Wanted:
     source: Source
     deadline: float | None
     """When waiting for blocks of its own is given up; None once it has them."""
+    accepts_any: bool
+    """The source was named without an incarnation."""
     asked: bool = False
     offered: bool = False
+
+    def ask_again(self) -> bool:
+        """Turn to whoever runs at the address now, if nothing binds it to who ran there before."""
+        if not self.accepts_any or self.offered:
+            return False
+        self.source = dataclasses.replace(self.source, incarnation=None)
+        self.asked = False
+        return True
 
 
 class ConsumerTable:
@@ -236,7 +470,7 @@ class ConsumerTable:
         """Start: WANTED. Returns None when another request already wants the same handoff."""
         if source.handoff_id in self._wanted:
             return None
-        wanted = Wanted(request_id, source, deadline)
+        wanted = Wanted(request_id, source, deadline, source.incarnation is None)
         self._wanted[source.handoff_id] = wanted
         self._by_request[request_id] = source.handoff_id
         return wanted
@@ -280,11 +514,11 @@ class ConsumerTable:
 
 class FetchState(enum.Enum):
     CONNECTING = "connecting"
-    SUBSCRIBED = "subscribed"
-    READING = "reading"
+    FETCHING = "fetching"
     COMMITTING = "committing"
     DRAINING = "draining"
     """Failed, but a read may still write: the blocks must be kept until it has ended."""
+    ENDED = "ended"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -305,11 +539,15 @@ class FetchSpec:
 class FetchResult:
     """How a fetch ended on one rank. ``reason`` is None when the KV is committed and usable.
 
+    num_stretches: reads that were posted.
     seconds: from the worker's first knowledge of the fetch to its end.
+    valid_tokens: length of the prompt's prefix whose KV is usable all the same, when it failed.
     """
 
     request_id: RequestId
     reason: Reason | None
     num_bytes: int
     num_descriptors: int
+    num_stretches: int
     seconds: float
+    valid_tokens: int

@@ -72,6 +72,20 @@ class EngineLayout(msgspec.Struct, frozen=True):
     tensor_parallel_size: int
     groups: tuple[Group, ...]
 
+    @property
+    def layers(self) -> list[str]:
+        """The layers in the order of their regions: group by group."""
+        return [layer for group in self.groups for layer in group.layers]
+
+    def forward_order(self) -> list[int]:
+        """Return the indices of the regions in the order in which a forward pass fills them.
+
+        vLLM names a layer by its place in the model, such as ``model.layers.7.self_attn.attn``;
+        groups take layers from all over it.
+        """
+        layers = self.layers
+        return sorted(range(len(layers)), key=lambda i: (_place(layers[i]), i))
+
 
 class RankMemory(msgspec.Struct, frozen=True):
     """One rank's KV memory as a peer needs it.
@@ -82,6 +96,11 @@ class RankMemory(msgspec.Struct, frozen=True):
 
     regions: tuple[Region, ...]
     transport_metadata: bytes
+
+
+def _place(layer: str) -> int:
+    numbers = [int(part) for part in layer.split(".") if part.isdigit()]
+    return numbers[0] if numbers else 0
 
 
 def check_compatible(local: EngineLayout, remote: EngineLayout) -> None:

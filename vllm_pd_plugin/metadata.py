@@ -10,9 +10,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from vllm_pd_plugin.announcer import Announcement
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.handoffs import FetchSpec
-from vllm_pd_plugin.ids import RequestId
+from vllm_pd_plugin.ids import Incarnation, RequestId
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 
 
@@ -24,6 +25,7 @@ class StepMetadata(KVConnectorMetadata):
     cancels: to end early, and why.
     released: producer requests whose blocks may be freed; to be reported as sent.
     serving: whether peers may be reading from this engine.
+    announcement: set when this step computes KV that is to be handed off.
     """
 
     fetches: tuple[FetchSpec, ...]
@@ -31,22 +33,29 @@ class StepMetadata(KVConnectorMetadata):
     cancels: dict[RequestId, Reason]
     released: tuple[RequestId, ...]
     serving: bool
+    announcement: Announcement | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchFailures(KVConnectorWorkerMetadata):
-    """Workers to scheduler: why fetches failed."""
+    """Workers to scheduler: why fetches failed, and how many of the prompt's first tokens have
+    usable KV all the same."""
 
     reasons: dict[RequestId, Reason]
+    valid_tokens: dict[RequestId, int]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchFailures:
         assert isinstance(other, FetchFailures)
-        return FetchFailures({**other.reasons, **self.reasons})
+        valid = dict(other.valid_tokens)
+        for request_id, tokens in self.valid_tokens.items():
+            valid[request_id] = min(tokens, valid.get(request_id, tokens))
+        return FetchFailures({**other.reasons, **self.reasons}, valid)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankHandshake(KVConnectorHandshakeMetadata):
     """Worker to scheduler, once: this rank's memory and the layout that it saw."""
 
+    incarnation: Incarnation
     layout: EngineLayout
     memory: RankMemory

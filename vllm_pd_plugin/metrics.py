@@ -25,27 +25,34 @@ class PdStats(KVConnectorStats):
     """Counts since the last collection. ``data`` holds only JSON-able values, all of which add up
     across ranks and steps; ``open`` (gauges) is replaced by the newer.
 
-    fetches: [bytes, descriptors, seconds] of each committed fetch, one row a rank.
+    fetches: [bytes, descriptors, stretches, seconds] of each committed fetch, one row a rank.
     failures: consumer handoffs that failed, by reason.
     ended: producer handoffs that ended, by final state.
+    kept_tokens: prompt tokens that a failed fetch brought all the same, and are not recomputed.
     dropped_messages: control messages that were malformed or came from nobody known.
     open: handoffs open now, by side.
     """
 
     data: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
-            "fetches": [], "failures": {}, "ended": {}, "dropped_messages": 0, "open": {},
+            "fetches": [], "failures": {}, "ended": {}, "kept_tokens": 0, "dropped_messages": 0,
+            "open": {},
         }
     )  # fmt: skip
 
     def record_fetch(self, result: FetchResult) -> None:
-        self.data["fetches"].append([result.num_bytes, result.num_descriptors, result.seconds])
+        self.data["fetches"].append(
+            [result.num_bytes, result.num_descriptors, result.num_stretches, result.seconds]
+        )
 
     def record_failure(self, reason: Reason) -> None:
         _add(self.data["failures"], {reason.value: 1})
 
     def record_ended(self, state: ProducerState) -> None:
         _add(self.data["ended"], {state.value: 1})
+
+    def record_kept(self, num_tokens: int) -> None:
+        self.data["kept_tokens"] += num_tokens
 
     def record_dropped(self, count: int) -> None:
         self.data["dropped_messages"] += count
@@ -64,6 +71,7 @@ class PdStats(KVConnectorStats):
         mine["fetches"] += theirs["fetches"]
         _add(mine["failures"], theirs["failures"])
         _add(mine["ended"], theirs["ended"])
+        mine["kept_tokens"] += theirs["kept_tokens"]
         mine["dropped_messages"] += theirs["dropped_messages"]
         mine["open"] = theirs["open"] or mine["open"]
         return self
@@ -73,10 +81,13 @@ class PdStats(KVConnectorStats):
         rows = self.data["fetches"]
         summary: dict[str, int | float] = {"fetches": len(rows)}
         if rows:
-            num_bytes, descriptors, seconds = (sum(column) for column in zip(*rows, strict=True))
+            num_bytes, descriptors, stretches, seconds = (
+                sum(column) for column in zip(*rows, strict=True)
+            )
             summary |= {
                 "MiB": round(num_bytes / 2**20, 2),
                 "descriptors": descriptors,
+                "stretches": stretches,
                 "mean_ms": round(1000 * seconds / len(rows), 2),
             }
         summary |= {f"failed_{reason}": n for reason, n in self.data["failures"].items()}
@@ -98,6 +109,12 @@ class PdPromMetrics(KVConnectorPromMetrics):
         self._bytes = self._counter("pd_fetch_bytes", "Bytes of KV fetched and committed.")
         self._descriptors = self._counter(
             "pd_fetch_descriptors", "Read descriptors (merged runs of blocks) of those fetches."
+        )
+        self._stretches = self._counter(
+            "pd_fetch_stretches", "Reads of those fetches, one for each stretch."
+        )
+        self._kept = self._counter(
+            "pd_kept_tokens", "Prompt tokens not recomputed, although their fetch failed."
         )
         self._seconds = self._histogram_cls(
             name="pd_fetch_seconds",
@@ -129,10 +146,12 @@ class PdPromMetrics(KVConnectorPromMetrics):
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         values = self.per_engine_labelvalues[engine_idx]
-        for num_bytes, descriptors, seconds in transfer_stats_data["fetches"]:
+        for num_bytes, descriptors, stretches, seconds in transfer_stats_data["fetches"]:
             self._seconds.labels(*values).observe(seconds)
             self._bytes.labels(*values).inc(num_bytes)
             self._descriptors.labels(*values).inc(descriptors)
+            self._stretches.labels(*values).inc(stretches)
+        self._kept.labels(*values).inc(transfer_stats_data["kept_tokens"])
         for reason, count in transfer_stats_data["failures"].items():
             self._failures.labels(*values, reason).inc(count)
         for state, count in transfer_stats_data["ended"].items():

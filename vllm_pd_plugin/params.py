@@ -4,6 +4,10 @@ A router asks a producer with ``do_remote_decode``, gets the parameters of a han
 the answer, and passes them to a consumer with ``do_remote_prefill``. The keys that we share with
 vLLM's NixlConnector keep their names. Block ids never travel this way: a consumer learns them
 from the producer itself, so no client can name another request's blocks.
+
+A dispatcher that need not wait chooses a handoff id itself and asks both at the same moment: the
+producer with ``do_remote_decode`` and ``handoff_id``, the consumer with ``do_remote_prefill``,
+``remote_host``, ``remote_port`` (the producer's control channel) and ``remote_handoff_id``.
 """
 
 from __future__ import annotations
@@ -22,8 +26,16 @@ _HOST = re.compile(r"[0-9A-Za-z.:_-]{1,253}")
 
 
 def wants_to_produce(params: Mapping[str, Any] | None) -> bool:
-    """Say whether the request's KV is to be handed off when it ends. Raises ParamsError."""
+    """Say whether the request's KV is to be handed off. Raises ParamsError."""
     return _flag(params, "do_remote_decode")
+
+
+def parse_handoff_id(params: Mapping[str, Any] | None) -> HandoffId | None:
+    """Return the id that a dispatcher chose for what the request produces, so that it could tell
+    the consumer at the same time; None when the producer is to choose. Raises ParamsError."""
+    if params is None or params.get("handoff_id") is None:
+        return None
+    return HandoffId(_matching(params, "handoff_id", _HEX_ID))
 
 
 def parse_source(params: Mapping[str, Any] | None, trusted_network: bool) -> Source | None:
@@ -44,11 +56,11 @@ def parse_source(params: Mapping[str, Any] | None, trusted_network: bool) -> Sou
     port = params.get("remote_port")
     if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
         raise ParamsError(f"remote_port={_short(port)} is not a port")
-    return Source(
-        HandoffId(_matching(params, "remote_handoff_id", _HEX_ID)),
-        (host, port),
-        Incarnation(_matching(params, "remote_incarnation", _HEX_ID)),
-    )
+    incarnation = None
+    if params.get("remote_incarnation") is not None:
+        incarnation = Incarnation(_matching(params, "remote_incarnation", _HEX_ID))
+    handoff_id = HandoffId(_matching(params, "remote_handoff_id", _HEX_ID))
+    return Source(handoff_id, (host, port), incarnation)
 
 
 def describe_handoff(

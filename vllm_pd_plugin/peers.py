@@ -27,6 +27,8 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
+MakePeers = Callable[["PeerListener"], "PeerTable"]
+
 Connect = Callable[[Address, Callable[[list[bytes]], None]], Link]
 """Opens a link to an address; the second argument receives every message from it."""
 
@@ -56,14 +58,22 @@ class _Connection:
     """When the answer that is awaited is given up; None while none is."""
 
 
-class PeerTable:
-    """Connections by address.
+class PeerListener(Protocol):
+    """Who is told what becomes of the peers of a table."""
 
-    on_ready(address, peer): the peer has introduced itself, or has been replaced.
-    on_lost(address, error): it did not answer in time, does not fit, or was replaced; everything
-        that depended on it is void. The connection is closed.
-    on_reply(peer, message): any other answer of a known incarnation.
-    """
+    def peer_ready(self, address: Address, peer: Peer) -> None:
+        """The peer has introduced itself, or has been replaced."""
+
+    def peer_lost(self, address: Address, error: PeerError) -> None:
+        """It did not answer in time, does not fit, or was replaced; everything that depended on
+        it is void. The connection is closed."""
+
+    def peer_replied(self, peer: Peer, message: wire.Message) -> None:
+        """Any other answer of a known incarnation has come."""
+
+
+class PeerTable:
+    """Connections by address."""
 
     def __init__(
         self,
@@ -71,19 +81,15 @@ class PeerTable:
         layout: EngineLayout,
         timeout_s: float,
         connect: Connect,
-        on_ready: Callable[[Address, Peer], None],
-        on_lost: Callable[[Address, PeerError], None],
-        on_reply: Callable[[Peer, wire.Message], None],
         clock: Callable[[], float],
+        listener: PeerListener,
     ) -> None:
         self._identity = identity
         self._layout = layout
         self._timeout_s = timeout_s
         self._connect = connect
-        self._on_ready = on_ready
-        self._on_lost = on_lost
-        self._on_reply = on_reply
         self._clock = clock
+        self._listener = listener
         self._connections: dict[Address, _Connection] = {}
         self.dropped_messages = 0
 
@@ -97,7 +103,7 @@ class PeerTable:
         return connection.peer
 
     def refresh(self, address: Address) -> None:
-        """Ask again who is there; ``on_ready`` follows, after ``on_lost`` if it is another."""
+        """Ask again who is there; ``peer_ready`` follows, after ``peer_lost`` for another."""
         self._introduce(self._connections[address])
 
     def send(self, peer: Peer, message: wire.Request, expects_answer: bool = True) -> None:
@@ -146,7 +152,7 @@ class PeerTable:
     def _lose(self, address: Address, error: PeerError) -> None:
         self._connections.pop(address).link.close()
         logger.warning("peer %s lost: %s", _spell(address), error)
-        self._on_lost(address, error)
+        self._listener.peer_lost(address, error)
 
     def _receive(self, address: Address, frames: list[bytes]) -> None:
         connection = self._connections.get(address)
@@ -173,7 +179,7 @@ class PeerTable:
         elif header.sender != peer.incarnation:
             self._lose(address, _restarted(address))
         else:
-            self._on_reply(peer, message)
+            self._listener.peer_replied(peer, message)
 
     def _introduced(
         self, address: Address, connection: _Connection, header: wire.Header, welcome: wire.Welcome
@@ -188,9 +194,9 @@ class PeerTable:
         if known is None or known.incarnation != header.sender:
             connection.peer = Peer(address, header.sender, welcome)
             if known is not None:
-                self._on_lost(address, _restarted(address))
+                self._listener.peer_lost(address, _restarted(address))
         assert connection.peer is not None
-        self._on_ready(address, connection.peer)
+        self._listener.peer_ready(address, connection.peer)
 
 
 def _check_complete(welcome: wire.Welcome) -> None:

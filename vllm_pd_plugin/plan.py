@@ -40,13 +40,13 @@ def plan_reads(
     groups: Sequence[Group],
     local: tuple[BlockTables, Sequence[Region]],
     remote: tuple[BlockTables, Sequence[Region]],
-    first_token: int,
-    num_tokens: int,
+    positions: Sequence[range],
 ) -> ReadPlan:
-    """Plan the reads that give the consumer KV for tokens [first_token, num_tokens).
+    """Plan the reads of some positions of the block tables, a range of them for each layer.
 
     ``local`` and ``remote`` are each side's block tables and regions (one a layer, in the order
-    of the groups' layers). Blocks that are neighbours on both sides become one descriptor.
+    of the groups' layers, as ``positions``). Blocks that are neighbours on both sides become one
+    descriptor.
 
     Raises:
         HandoffError: a block that is needed is absent, or lies outside its region.
@@ -61,16 +61,16 @@ def plan_reads(
     parts: list[tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]] = []
     next_region = 0
     for index, group in enumerate(groups):
-        positions = group.needed_blocks(first_token, num_tokens)
-        ours = _pick(local_tables[index], positions, f"local KV cache group {index}")
-        theirs = _pick(remote_tables[index], positions, f"remote KV cache group {index}")
-        # Order does not matter to a copy, and vLLM reuses freed blocks backwards.
-        order = np.argsort(theirs)
-        ours, theirs = ours[order], theirs[order]
-        starts, lengths = _runs(ours, theirs)
+        pairs: dict[range, _Pairs] = {}  # layers of a group mostly need the same positions
         for _ in group.layers:
             here, there = local_regions[next_region], remote_regions[next_region]
+            wanted = positions[next_region]
             next_region += 1
+            if not wanted:
+                continue
+            if wanted not in pairs:
+                pairs[wanted] = _pair(local_tables[index], remote_tables[index], wanted, index)
+            ours, theirs, starts, lengths = pairs[wanted]
             if here.block_bytes != there.block_bytes:
                 raise HandoffError(
                     Reason.MISSING_BLOCKS,
@@ -87,6 +87,19 @@ def plan_reads(
         return ReadPlan(empty, empty, empty)
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return ReadPlan(*columns)
+
+
+_Pairs = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.intp], NDArray[np.uint64]]
+
+
+def _pair(local: Sequence[BlockId], remote: Sequence[BlockId], wanted: range, index: int) -> _Pairs:
+    """Return local blocks, remote blocks, and where runs of them start and how long they are."""
+    ours = _pick(local, wanted, f"local KV cache group {index}")
+    theirs = _pick(remote, wanted, f"remote KV cache group {index}")
+    # Order does not matter to a copy, and vLLM reuses freed blocks backwards.
+    order = np.argsort(theirs)
+    ours, theirs = ours[order], theirs[order]
+    return ours, theirs, *_runs(ours, theirs)
 
 
 def _pick(table: Sequence[BlockId], positions: range, where: str) -> NDArray[np.uint64]:

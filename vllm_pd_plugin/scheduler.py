@@ -6,18 +6,29 @@ import dataclasses
 import enum
 import hashlib
 import logging
+import threading
 import time
 from collections import deque
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.request import RequestStatus
 
+from vllm_pd_plugin.announcer import Announcement, layers_worth_a_message
 from vllm_pd_plugin.channel import CurveKeys, Link, Listener, Loop
 from vllm_pd_plugin.config import PdConfig
-from vllm_pd_plugin.control import ControlPlane, Event, Offered, Released
+from vllm_pd_plugin.control import (
+    Abandoned,
+    ControlPlane,
+    Event,
+    LocalEngine,
+    Offered,
+    Released,
+)
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
-from vllm_pd_plugin.handoffs import FetchSpec, Source
+from vllm_pd_plugin.handoffs import Advance, FetchSpec, Source
 from vllm_pd_plugin.ids import (
     EngineId,
     HandoffId,
@@ -25,21 +36,26 @@ from vllm_pd_plugin.ids import (
     new_handoff_id,
     new_incarnation,
 )
+from vllm_pd_plugin.layout import EngineLayout, RankMemory
 from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
 from vllm_pd_plugin.params import (
     describe_handoff,
+    parse_handoff_id,
     parse_source,
     wants_to_produce,
 )
 from vllm_pd_plugin.peers import Identity, PeerTable
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_EMPTY_STEP_S = 0.002
 
 _HANDED_OFF = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
@@ -78,10 +94,15 @@ class _Consuming:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Producing:
-    """One request whose KV is to be handed off."""
+    """One request whose KV is to be handed off.
 
+    epoch: its preemptions that the control thread knows of.
+    """
+
+    request: Request
     handoff_id: HandoffId
     is_open: bool = False
+    epoch: int = 0
 
 
 class SchedulerSide:
@@ -100,42 +121,51 @@ class SchedulerSide:
             lambda who, frames: self._control.receive(who, frames),
         )
         self._events: deque[Event] = deque()
+        self._has_events = threading.Event()
         self._consuming: dict[RequestId, _Consuming] = {}
         self._leaders: dict[HandoffId, RequestId] = {}
         self._producing: dict[RequestId, _Producing] = {}
+        self._handoff_ids: set[HandoffId] = set()
+        self._abandoned: list[RequestId] = []
+        self._step = 0
         self._sealed: set[RequestId] = set()
         self._fetches: list[FetchSpec] = []
         self._refused: list[RequestId] = []
         self._cancels: dict[RequestId, Reason] = {}
-        self._reasons: dict[RequestId, Reason] = {}
+        self._failures = FetchFailures({}, {})
         self._released: list[RequestId] = []
         self._stats = PdStats()
         self._reported_open = {"producer": 0, "consumer": 0}
         self._reported_drops = 0
         self._control: ControlPlane
+        self._kv_cache_manager: KVCacheManager
+
+    def bind(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take what tells the block tables of running requests."""
+        self._kv_cache_manager = kv_cache_manager
 
     def start(self, handshakes: dict[int, RankHandshake]) -> None:
         """Begin to serve; ``handshakes`` holds every tensor parallel rank's memory."""
         ranks = [handshakes[rank] for rank in sorted(handshakes)]
+        layout, memories = ranks[0].layout, [rank.memory for rank in ranks]
         self._tp_size = len(ranks)
+        self._num_layers = len(layout.layers)
+        self._has_windows = any(group.window is not None for group in layout.groups)
+        self._layer_bytes_per_token = _bytes_per_token(layout, memories[0]) / self._num_layers
         self._control = ControlPlane(
-            self._identity,
-            ranks[0].layout,
-            [rank.memory for rank in ranks],
+            LocalEngine(self._identity, layout, memories, [rank.incarnation for rank in ranks]),
             self._config.lease_s,
             self._config.queue_timeout_s,
-            lambda on_ready, on_lost, on_reply: PeerTable(
+            partial(
+                PeerTable,
                 self._identity,
-                ranks[0].layout,
+                layout,
                 self._config.peer_timeout_s,
                 lambda address, on_message: Link(self._loop, address, self._keys, on_message),
-                on_ready,
-                on_lost,
-                on_reply,
                 time.monotonic,
             ),
             self._listener.send,
-            self._events.append,
+            self._emit,
             time.monotonic,
         )
         self._loop.start()
@@ -154,6 +184,10 @@ class SchedulerSide:
     def _turn(self) -> float | None:
         return self._control.turn()
 
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
+        self._has_events.set()
+
     # --- requests ----------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
@@ -162,14 +196,15 @@ class SchedulerSide:
         try:
             source = parse_source(request.kv_transfer_params, self._keys is not None)
             produces = wants_to_produce(request.kv_transfer_params)
+            handoff_id = self._choose_id(request) if produces else None
             self._check_role(request, source is not None, produces)
         except HandoffError as error:
             request.kv_transfer_params = None  # vLLM reads it next, and expects a mapping
             self._consuming[request_id] = _Consuming(request, None)
             self._fail(request_id, error.reason, str(error))
             return
-        if produces:
-            self._producing[request_id] = _Producing(new_handoff_id())
+        if handoff_id is not None:
+            self._produce(request, handoff_id)
         elif source is not None:
             self._consume(request, source)
 
@@ -219,26 +254,68 @@ class SchedulerSide:
                 )
             )
 
-    def step(self) -> StepMetadata:
-        """Hand over what has gathered since the last step."""
+    def step(self, output: SchedulerOutput) -> StepMetadata:
+        """Hand over what has gathered since the last step, and say what this one computes."""
+        if output.total_num_scheduled_tokens == 0 and (self._consuming or self._sealed):
+            # vLLM steps an engine that only waits as often as it can: let the others have the core.
+            self._has_events.wait(_EMPTY_STEP_S)
+        self._has_events.clear()
         self._take_events()
         metadata = StepMetadata(
             tuple(self._fetches),
             tuple(self._refused),
             self._cancels,
             tuple(self._released),
-            bool(self._sealed),
+            serving=bool(self._sealed or self._producing),
+            announcement=self._advance(output.num_scheduled_tokens),
         )
         self._fetches, self._refused, self._cancels, self._released = [], [], {}, []
         return metadata
+
+    def _advance(self, num_scheduled_tokens: Mapping[RequestId, int]) -> Announcement | None:
+        """Tell the control thread what becomes of the handoffs in this step."""
+        advances, computed = [], 0
+        for request_id, producing in self._producing.items():
+            request, handoff_id = producing.request, producing.handoff_id
+            if request.num_preemptions != producing.epoch:
+                producing.epoch = epoch = request.num_preemptions
+                self._loop.call(partial(self._control.withdraw, handoff_id, epoch))
+            scheduled = num_scheduled_tokens.get(request_id, 0)
+            start, end = request.num_computed_tokens, request.num_prompt_tokens
+            if scheduled and (start < end or self._has_windows):
+                num_tokens = min(start + scheduled, end)
+                blocks = self._kv_cache_manager.get_block_ids(request_id)
+                advances.append(Advance(handoff_id, producing.epoch, num_tokens, blocks))
+                computed += max(0, num_tokens - start)
+        if not advances:
+            return None
+        self._step += 1
+        self._loop.call(partial(self._control.advance, self._step, advances))
+        return Announcement(
+            self._step,
+            (self._config.advertise_host, self._listener.port),
+            self._identity.incarnation,
+            layers_worth_a_message(
+                self._num_layers,
+                int(computed * self._layer_bytes_per_token),
+                self._config.stretch_bytes,
+            ),
+        )
+
+    def take_abandoned(self) -> list[RequestId]:
+        """Return requests that compute what nobody wants any more; they are to be ended."""
+        self._take_events()
+        abandoned, self._abandoned = self._abandoned, []
+        return abandoned
 
     def collect(self, output: KVConnectorOutput) -> None:
         """Take the workers' results of a step."""
         failures = output.kv_connector_worker_meta
         if isinstance(failures, FetchFailures):  # a rank may say so before the last has finished
-            self._reasons |= failures.reasons
+            self._failures = self._failures.aggregate(failures)
         for request_id in output.finished_recving or ():
-            reason = self._reasons.pop(request_id, Reason.INTERNAL)
+            reason = self._failures.reasons.pop(request_id, Reason.INTERNAL)
+            valid_tokens = self._failures.valid_tokens.pop(request_id, 0)
             self._cancels.pop(request_id, None)
             consuming = self._consuming.get(request_id)
             if consuming is None:
@@ -251,6 +328,10 @@ class SchedulerSide:
                 self._forget(request_id, cancel=failed)
             elif consuming.source is not None:
                 self._close(request_id, cancel=True)
+                if valid_tokens:
+                    # vLLM has set it to none: what did arrive need not be computed again.
+                    consuming.request.num_computed_tokens = valid_tokens
+                    self._stats.record_kept(valid_tokens)
 
     def finish(
         self, request: Request, blocks: tuple[list[int], ...]
@@ -265,9 +346,10 @@ class SchedulerSide:
         elif consuming is not None:
             self._forget(request_id, cancel=True)
         producing = self._producing.pop(request_id, None)
-        if producing is None or not producing.is_open:
+        if producing is None:
             return False, None
         handoff_id = producing.handoff_id
+        self._handoff_ids.discard(handoff_id)
         if request.status not in _HANDED_OFF or not any(blocks):
             self._loop.call(lambda: self._control.drop(handoff_id))
             return False, None
@@ -324,16 +406,32 @@ class SchedulerSide:
         assert consuming.source is not None
         return self._leaders.get(consuming.source.handoff_id) in self._consuming
 
+    def _choose_id(self, request: Request) -> HandoffId | None:
+        """Return the id of what the request is to hand off; None when another does that: the
+        choices of one request (``n`` > 1) have the same parameters."""
+        handoff_id = parse_handoff_id(request.kv_transfer_params)
+        if handoff_id in self._handoff_ids:
+            leader = next(p for p in self._producing.values() if p.handoff_id == handoff_id)
+            if leader.request.prompt_token_ids != request.prompt_token_ids:
+                raise ParamsError(f"handoff_id={handoff_id} is in use for another prompt")
+            return None
+        return handoff_id or new_handoff_id()
+
+    def _produce(self, request: Request, handoff_id: HandoffId) -> None:
+        request_id, num_tokens = request.request_id, request.num_prompt_tokens
+        self._producing[request_id] = _Producing(request, handoff_id)
+        self._handoff_ids.add(handoff_id)
+        digest = prompt_digest(request, num_tokens)
+        enqueue = partial(self._control.enqueue, handoff_id, request_id, num_tokens, digest)
+        self._loop.call(enqueue)
+
     def _open(self, request: Request) -> None:
         """Start to produce, when the request is scheduled for the first time."""
         producing = self._producing.get(request.request_id)
         if producing is None or producing.is_open:
             return
         producing.is_open = True
-        num_tokens = request.num_prompt_tokens
-        opened = (producing.handoff_id, request.request_id, num_tokens)
-        digest = prompt_digest(request, num_tokens)
-        self._loop.call(lambda: self._control.open(*opened, digest))
+        self._loop.call(partial(self._control.open, producing.handoff_id))
 
     def _take_events(self) -> None:
         """Apply what the control thread has found out."""
@@ -342,6 +440,10 @@ class SchedulerSide:
             if isinstance(event, Released):
                 self._sealed.discard(event.request_id)
                 self._released.append(event.request_id)
+                self._stats.record_ended(event.state)
+                continue
+            if isinstance(event, Abandoned):
+                self._abandoned.append(event.request_id)
                 self._stats.record_ended(event.state)
                 continue
             consuming = self._consuming.get(event.request_id)
@@ -360,6 +462,7 @@ class SchedulerSide:
         fits = offer.num_tokens <= request.num_tokens
         if fits and prompt_digest(request, offer.num_tokens) == offer.digest:
             consuming.stage, consuming.num_tokens = _Stage.OFFERED, offer.num_tokens
+            consuming.source = offer.source
             return
         text = "the handoff is of another prompt"
         self._fail(request.request_id, Reason.PROMPT_MISMATCH, text)
@@ -384,6 +487,13 @@ class SchedulerSide:
 
     def _close(self, request_id: RequestId, cancel: bool) -> None:
         self._loop.call(lambda: self._control.close(request_id, cancel))
+
+
+def _bytes_per_token(layout: EngineLayout, memory: RankMemory) -> float:
+    """Return how much KV one token has on one rank, in all layers."""
+    groups = [group for group in layout.groups for _ in group.layers]
+    pairs = zip(memory.regions, groups, strict=True)
+    return sum(region.block_bytes / group.block_tokens for region, group in pairs)
 
 
 def prompt_digest(request: Request, num_tokens: int) -> bytes:

@@ -15,8 +15,8 @@ from vllm_pd_plugin.errors import HandoffError, PeerError, Reason
 from vllm_pd_plugin.handoffs import FetchResult, FetchSpec, FetchState
 from vllm_pd_plugin.ids import Address, HandoffId, RequestId
 from vllm_pd_plugin.layout import EngineLayout, Region
-from vllm_pd_plugin.peers import Peer, PeerTable
-from vllm_pd_plugin.plan import ReadPlan, plan_reads
+from vllm_pd_plugin.peers import MakePeers, Peer
+from vllm_pd_plugin.stretches import Stretches
 from vllm_pd_plugin.transport import PeerName, ReadHandle, ReadState, Transport
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,12 @@ SERVE_INTERVAL_S = 0.002
 """How often a side that is being read drives its transport."""
 
 _MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
+_MAX_READS = 2
+"""Reads of one fetch that are under way together: the next is there when one ends, and what is
+announced meanwhile gathers into one."""
+
+_VOUCH_INTERVAL_S = 0.1
+"""How often a fetch asks whether what has arrived is valid, so that a later failure keeps it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,6 +43,29 @@ class LocalRank:
     regions: Sequence[Region]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a fetch may take.
+
+    queue_s: until the producer has computed everything.
+    read_s: for one read, and from the last read to the commit.
+    drain_s: how long a failed fetch waits for its reads before the connection is closed.
+    """
+
+    queue_s: float
+    read_s: float
+    drain_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Read:
+    handle: ReadHandle
+    epoch: int
+    posted_at: float
+    prefix_tokens: int
+    """``Stretches.taken_tokens`` when it was posted."""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class _Fetch:
     spec: FetchSpec
@@ -44,37 +73,46 @@ class _Fetch:
     deadline: float
     state: FetchState = FetchState.CONNECTING
     peer: Peer | None = None
-    plan: ReadPlan | None = None
-    handle: ReadHandle | None = None
-    posted_at: float = 0.0
+    stretches: Stretches | None = None
+    reads: list[_Read] = dataclasses.field(default_factory=list)
+    """In the order in which they were posted, which is that in which they are waited for."""
+    arrived_tokens: int = 0
+    vouched_tokens: int = 0
+    asked_tokens: int = 0
+    next_vouch_at: float = 0.0
     reason: Reason | None = None
+    num_bytes: int = 0
+    num_descriptors: int = 0
+    num_stretches: int = 0
+
+    @property
+    def wants_vouch(self) -> bool:
+        """Whether something has arrived that was not asked for, and no answer is due."""
+        is_answered = self.asked_tokens == self.vouched_tokens
+        return is_answered and self.arrived_tokens > self.asked_tokens
 
 
 class TransferPlane:
     """All fetches of one rank.
 
-    make_peers(on_ready, on_lost, on_reply): builds the peer table of this thread.
     on_result: called once for every spec that was handed in.
-    drain_s: how long a failed fetch waits for its read before the connection is closed.
     """
 
     def __init__(
         self,
         local: LocalRank,
         transport: Transport,
-        make_peers: Callable[..., PeerTable],
+        make_peers: MakePeers,
         on_result: Callable[[FetchResult], None],
         clock: Callable[[], float],
-        fetch_timeout_s: float,
-        drain_s: float,
+        timeouts: Timeouts,
     ) -> None:
         self._local = local
         self._transport = transport
-        self._peers = make_peers(self._on_ready, self._on_lost, self._on_reply)
+        self._peers = make_peers(self)
         self._on_result = on_result
         self._clock = clock
-        self._fetch_timeout_s = fetch_timeout_s
-        self._drain_s = drain_s
+        self._timeouts = timeouts
         self._fetches: dict[RequestId, _Fetch] = {}
         self._names: dict[Address, tuple[Peer, PeerName]] = {}
         self._serving = False
@@ -86,7 +124,9 @@ class TransferPlane:
     def fetch(self, spec: FetchSpec) -> None:
         """Start a fetch."""
         now = self._clock()
-        fetch = _Fetch(spec, now, now + self._fetch_timeout_s)
+        fetch = _Fetch(
+            spec, now, now + self._timeouts.read_s, next_vouch_at=now + _VOUCH_INTERVAL_S
+        )
         self._fetches[spec.request_id] = fetch
         peer = self._peers.get(spec.source.address)
         if peer is None:
@@ -110,16 +150,18 @@ class TransferPlane:
         if self._serving:
             self._transport.progress()
         waits = [SERVE_INTERVAL_S] if self._serving else []
-        for request_id, fetch in list(self._fetches.items()):
-            if self._fetches.get(request_id) is fetch:  # losing a peer ends others too
+        for fetch in list(self._fetches.values()):
+            if fetch.state is not FetchState.ENDED:  # losing a peer ends others too
                 self._drive(fetch)
         if (peers_at := self._peers.tick()) is not None:
             waits.append(peers_at - self._clock())
         now = self._clock()
         for fetch in self._fetches.values():
             waits.append(fetch.deadline - now)
-            if fetch.handle is not None:
-                elapsed = now - fetch.posted_at
+            if fetch.state is FetchState.FETCHING and fetch.wants_vouch:
+                waits.append(fetch.next_vouch_at - now)
+            if fetch.reads:
+                elapsed = now - fetch.reads[0].posted_at
                 waits.append(min(max(_POLL_SHARE * elapsed, _MIN_POLL_S), _MAX_POLL_S))
         return max(0.0, min(waits)) if waits else None
 
@@ -132,7 +174,9 @@ class TransferPlane:
         self._peers.close()
         self._transport.close()
 
-    def _on_ready(self, address: Address, peer: Peer) -> None:
+    # --- what peers say ----------------------------------------------------------------------
+
+    def peer_ready(self, address: Address, peer: Peer) -> None:
         for fetch in self._at(address):
             if fetch.state is not FetchState.CONNECTING:
                 continue
@@ -141,115 +185,187 @@ class TransferPlane:
             else:
                 self._fail(fetch, Reason.PEER_RESTARTED)
 
-    def _on_lost(self, address: Address, error: PeerError) -> None:
+    def peer_lost(self, address: Address, error: PeerError) -> None:
         fetches = self._at(address)
         known = self._names.pop(address, None)
         if known is not None:
             self._transport.remove_peer(known[1])
         for fetch in fetches:
-            if fetch.handle is not None:
-                self._transport.release_read(fetch.handle)
-                fetch.handle = None
+            for read in fetch.reads:
+                self._transport.release_read(read.handle)
+            fetch.reads.clear()
         for fetch in fetches:
             if error.reason is Reason.PEER_RESTARTED and fetch.state is FetchState.CONNECTING:
                 self._peers.get(address)  # it waits for the new incarnation
             else:
                 self._finish(fetch, fetch.reason or error.reason)
 
-    def _on_reply(self, peer: Peer, message: wire.Message) -> None:
-        if not isinstance(message, wire.Seal | wire.Committed | wire.Refuse):
+    def peer_replied(self, peer: Peer, message: wire.Message) -> None:
+        if not isinstance(message, wire.Progress | wire.Seal | wire.Committed | wire.Refuse):
             return
         fetch = self._find(peer, message.handoff_id)
-        if fetch is None:
+        if fetch is None or fetch.state is FetchState.DRAINING:
             return
         if isinstance(message, wire.Refuse):
             self._fail(fetch, message.reason)
-        elif isinstance(message, wire.Seal) and fetch.state is FetchState.SUBSCRIBED:
-            self._read(fetch, peer, message)
-        elif isinstance(message, wire.Committed) and fetch.state is FetchState.COMMITTING:
-            self._finish(fetch, None)
+        elif isinstance(message, wire.Committed):
+            self._committed(fetch, message)
+        else:
+            self._learn(fetch, peer, message)
+
+    # --- one fetch ---------------------------------------------------------------------------
 
     def _subscribe(self, fetch: _Fetch, peer: Peer) -> None:
-        fetch.peer, fetch.state = peer, FetchState.SUBSCRIBED
+        spec = fetch.spec
+        fetch.peer, fetch.state = peer, FetchState.FETCHING
+        fetch.deadline = fetch.started_at + self._timeouts.queue_s
+        fetch.stretches = Stretches(
+            self._local.layout,
+            (spec.blocks, self._local.regions),
+            peer.welcome.ranks[self._local.rank].regions,
+            spec.first_token,
+            spec.num_tokens,
+        )
+        self._send_subscribe(fetch, peer)
+
+    def _send_subscribe(self, fetch: _Fetch, peer: Peer) -> None:
         handoff_id = fetch.spec.source.handoff_id
         subscribe = wire.Subscribe(handoff_id, self._local.rank, self._local.num_ranks)
-        self._peers.send(peer, subscribe, expects_answer=False)
+        self._peers.send(peer, subscribe)
 
-    def _read(self, fetch: _Fetch, peer: Peer, seal: wire.Seal) -> None:
-        spec = fetch.spec
+    def _learn(self, fetch: _Fetch, peer: Peer, message: wire.Progress | wire.Seal) -> None:
+        assert fetch.stretches is not None
+        epoch = fetch.stretches.epoch
         try:
-            if seal.num_tokens < spec.num_tokens:
-                raise HandoffError(
-                    Reason.MISSING_BLOCKS,
-                    f"sealed with {seal.num_tokens} tokens, offered {spec.num_tokens}",
-                )
-            fetch.plan = plan_reads(
-                self._local.layout.groups,
-                (spec.blocks, self._local.regions),
-                (seal.blocks, peer.welcome.ranks[self._local.rank].regions),
-                spec.first_token,
-                spec.num_tokens,
-            )
-            if fetch.plan.num_descriptors == 0:
-                self._commit(fetch, peer)
-                return
-            fetch.posted_at = self._clock()
-            fetch.handle = self._transport.post_read(self._name(peer), fetch.plan)
+            is_complete = fetch.stretches.learn(message)
         except HandoffError as error:
-            logger.warning("handoff %s of %s: %s", spec.source.handoff_id, spec.request_id, error)
-            self._fail(fetch, error.reason)
+            self._fail(fetch, error.reason, error)
             return
-        fetch.state = FetchState.READING
+        if fetch.stretches.epoch != epoch:  # what was read, and asked, is void
+            fetch.state = FetchState.FETCHING
+            fetch.arrived_tokens = fetch.vouched_tokens = fetch.asked_tokens = 0
+        if not is_complete:
+            self._send_subscribe(fetch, peer)
+        self._read(fetch)
 
-    def _commit(self, fetch: _Fetch, peer: Peer) -> None:
-        fetch.state = FetchState.COMMITTING
-        handoff_id = fetch.spec.source.handoff_id
-        self._peers.send(peer, wire.Commit(handoff_id, self._local.rank, self._local.num_ranks))
+    def _read(self, fetch: _Fetch) -> None:
+        """Post a read of what is final and not asked for; when nothing is left, commit."""
+        if fetch.state is not FetchState.FETCHING:
+            return
+        stretches, peer = fetch.stretches, fetch.peer
+        assert stretches is not None
+        assert peer is not None
+        # A read of an earlier epoch may still write to the same blocks.
+        stale = any(read.epoch != stretches.epoch for read in fetch.reads)
+        try:
+            while not stale and len(fetch.reads) < _MAX_READS and (plan := stretches.take()):
+                prefix = stretches.taken_tokens
+                handle = self._transport.post_read(self._name(peer), plan)
+                fetch.reads.append(_Read(handle, stretches.epoch, self._clock(), prefix))
+                fetch.num_bytes += plan.total_bytes
+                fetch.num_descriptors += plan.num_descriptors
+                fetch.num_stretches += 1
+        except HandoffError as error:
+            self._fail(fetch, error.reason, error)
+            return
+        if not fetch.reads and stretches.is_exhausted:
+            fetch.state = FetchState.COMMITTING
+            self._send_commit(fetch, is_last=True)
+        self._set_deadline(fetch)
+
+    def _set_deadline(self, fetch: _Fetch) -> None:
+        if fetch.reads:
+            fetch.deadline = fetch.reads[0].posted_at + self._timeouts.read_s
+        elif fetch.state is FetchState.COMMITTING:
+            fetch.deadline = self._clock() + self._timeouts.read_s
+        else:
+            fetch.deadline = fetch.started_at + self._timeouts.queue_s
+
+    def _send_commit(self, fetch: _Fetch, is_last: bool) -> None:
+        assert fetch.stretches is not None
+        assert fetch.peer is not None
+        commit = wire.Commit(
+            fetch.spec.source.handoff_id,
+            fetch.stretches.epoch,
+            self._local.rank,
+            self._local.num_ranks,
+            is_last,
+        )
+        self._peers.send(fetch.peer, commit)
+
+    def _committed(self, fetch: _Fetch, message: wire.Committed) -> None:
+        if fetch.stretches is None or message.epoch != fetch.stretches.epoch:
+            return
+        if not message.is_last:
+            fetch.vouched_tokens = fetch.asked_tokens
+        elif fetch.state is FetchState.COMMITTING:
+            self._finish(fetch, None)
+
+    def _vouch(self, fetch: _Fetch) -> None:
+        """Ask, now and then, whether what has arrived is valid."""
+        now = self._clock()
+        if fetch.wants_vouch and now >= fetch.next_vouch_at:
+            fetch.asked_tokens = fetch.arrived_tokens
+            fetch.next_vouch_at = now + _VOUCH_INTERVAL_S
+            self._send_commit(fetch, is_last=False)
 
     def _drive(self, fetch: _Fetch) -> None:
-        if fetch.handle is not None:
-            state = self._transport.poll_read(fetch.handle)
+        while fetch.reads:
+            read = fetch.reads[0]
+            state = self._transport.poll_read(read.handle)
+            if state is ReadState.PENDING:
+                break
             if state is ReadState.FAILED:
                 # The rest of it may still write: only closing the connection ends that.
                 error = PeerError(Reason.READ_FAILED, "a read from the peer failed")
                 self._peers.drop(fetch.spec.source.address, error)
                 return
-            if state is ReadState.DONE:
-                self._transport.release_read(fetch.handle)
-                fetch.handle = None
-                if fetch.state is FetchState.DRAINING:
-                    self._finish(fetch, fetch.reason)
-                    return
-                assert fetch.peer is not None
-                self._commit(fetch, fetch.peer)
-        if self._clock() < fetch.deadline:
+            self._transport.release_read(read.handle)
+            fetch.reads.pop(0)
+            if fetch.stretches is not None and read.epoch == fetch.stretches.epoch:
+                fetch.arrived_tokens = read.prefix_tokens
+        if fetch.state is FetchState.DRAINING and not fetch.reads:
+            self._finish(fetch, fetch.reason)
             return
+        if fetch.state is FetchState.FETCHING:
+            self._read(fetch)
+        if fetch.state is FetchState.FETCHING:
+            self._vouch(fetch)
+        if fetch.state is not FetchState.ENDED and self._clock() >= fetch.deadline:
+            self._overdue(fetch)
+
+    def _overdue(self, fetch: _Fetch) -> None:
         if fetch.state is FetchState.DRAINING:
-            # The read does not end by itself; closing the connection ends it.
+            # The reads do not end by themselves; closing the connection ends them.
             error = PeerError(Reason.READ_FAILED, "a cancelled read did not end in time")
             self._peers.drop(fetch.spec.source.address, error)
         else:
             self._fail(fetch, Reason.FETCH_TIMEOUT)
 
-    def _fail(self, fetch: _Fetch, reason: Reason) -> None:
+    def _fail(self, fetch: _Fetch, reason: Reason, error: HandoffError | None = None) -> None:
+        if error is not None:
+            spec = fetch.spec
+            logger.warning("handoff %s of %s: %s", spec.source.handoff_id, spec.request_id, error)
         if fetch.state is FetchState.DRAINING:
             return
-        if fetch.handle is None:
+        if not fetch.reads:
             self._finish(fetch, reason)
             return
         fetch.state, fetch.reason = FetchState.DRAINING, reason
-        fetch.deadline = self._clock() + self._drain_s
+        fetch.deadline = self._clock() + self._timeouts.drain_s
 
     def _finish(self, fetch: _Fetch, reason: Reason | None) -> None:
+        fetch.state = FetchState.ENDED
         del self._fetches[fetch.spec.request_id]
-        plan = fetch.plan
         self._on_result(
             FetchResult(
                 fetch.spec.request_id,
                 reason,
-                plan.total_bytes if plan else 0,
-                plan.num_descriptors if plan else 0,
+                fetch.num_bytes,
+                fetch.num_descriptors,
+                fetch.num_stretches,
                 self._clock() - fetch.started_at,
+                fetch.spec.num_tokens if reason is None else fetch.vouched_tokens,
             )
         )
 

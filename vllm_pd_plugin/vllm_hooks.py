@@ -1,6 +1,7 @@
-"""The two places where vLLM offers no hook: its command line, and the check of a finished config.
+"""The three places where vLLM offers no hook: its command line, the check of a finished config, and
+ending a request that nobody wants.
 
-Both wrap a method of ``EngineArgs`` once. ``--kv-connector`` and ``--kv-role`` are merged into
+Each wraps a method of vLLM's once. ``--kv-connector`` and ``--kv-role`` are merged into
 ``--kv-transfer-config`` while the arguments are parsed, because API server processes build their
 engine arguments from the parsed namespace before they load any plugin.
 """
@@ -51,6 +52,28 @@ def install() -> None:
     EngineArgs.add_cli_args = staticmethod(with_flags)
     EngineArgs.create_engine_config = with_check
     setattr(EngineArgs, _MARK, True)
+
+
+def end_abandoned_requests() -> None:
+    """Let the scheduler end, with an error, what its connector names in ``take_abandoned``.
+
+    A connector cannot end a running request by itself. vLLM's scheduler has a set of requests to
+    be ended that way, meant for grammars that do not compile.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if getattr(Scheduler, _MARK, False):
+        return
+    update_from_output = Scheduler.update_from_output
+
+    @functools.wraps(update_from_output)
+    def with_abandoned(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        if take_abandoned := getattr(self.connector, "take_abandoned", None):
+            self.grammar_compile_error_reqs.update(take_abandoned())
+        return update_from_output(self, *args, **kwargs)
+
+    Scheduler.update_from_output = with_abandoned
+    setattr(Scheduler, _MARK, True)
 
 
 def log_like_vllm() -> None:

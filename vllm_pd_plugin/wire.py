@@ -15,7 +15,7 @@ from vllm_pd_plugin.errors import PdError, Reason
 from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_BODY_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 512
 
@@ -64,7 +64,11 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Want(msgspec.Struct, frozen=True, tag="want"):
-    """A consumer's scheduler asks for a handoff; answered by Offer or Refuse."""
+    """A consumer's scheduler asks for a handoff; answered by Offer or Refuse.
+
+    It may come before the producer has heard of the handoff, and the offer follows when the
+    producer begins to compute it: in the meantime heartbeats say that both are alive.
+    """
 
     handoff_id: HandoffId
 
@@ -73,38 +77,78 @@ class Offer(msgspec.Struct, frozen=True, tag="offer"):
     """The handoff has started: its size, and which prompt it is for (see ``prompt_digest``)."""
 
     handoff_id: HandoffId
-    num_tokens: int
+    num_tokens: Count
     digest: bytes
 
 
 class Subscribe(msgspec.Struct, frozen=True, tag="subscribe"):
-    """One consumer rank has allocated and wants to know where the KV is; answered by Seal."""
+    """One consumer rank has allocated and wants to know where the KV is.
+
+    Answered at once by Progress or Seal with whole block tables, and then by further ones, each
+    with what has been added to the tables. Sent again when a table has a gap.
+    """
 
     handoff_id: HandoffId
-    rank: int
-    num_ranks: int
+    rank: Count
+    num_ranks: Count
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TableSlice(msgspec.Struct, frozen=True, array_like=True):
+    """A stretch of one KV cache group's block table, from position ``start`` on."""
+
+    start: Count
+    blocks: tuple[BlockId, ...]
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """KV is final on the receiver's rank: tokens [0, base_tokens) of every layer, and tokens
+    [0, num_tokens) of the first ``num_layers`` layers in the order of the forward pass.
+
+    epoch: how often the producer has lost the handoff's blocks and started afresh. Whatever was
+        read in an earlier epoch is void.
+    tables: one slice for each KV cache group.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    base_tokens: Count
+    num_tokens: Count
+    num_layers: Count
+    tables: tuple[TableSlice, ...]
 
 
 class Seal(msgspec.Struct, frozen=True, tag="seal"):
-    """All KV of the handoff is final; ``blocks`` has one block table a KV cache group."""
+    """All KV of the handoff is final: tokens [0, num_tokens) of every layer."""
 
     handoff_id: HandoffId
-    num_tokens: int
-    blocks: tuple[tuple[BlockId, ...], ...]
+    epoch: Count
+    num_tokens: Count
+    tables: tuple[TableSlice, ...]
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    """One consumer rank has read everything: did the producer still hold those blocks?"""
+    """One consumer rank has read something: did the producer still hold those blocks?
+
+    is_last: everything has been read, and the rank will not read again. Without it only what
+        arrived so far is asked for, and the handoff goes on.
+    """
 
     handoff_id: HandoffId
-    rank: int
-    num_ranks: int
+    epoch: Count
+    rank: Count
+    num_ranks: Count
+    is_last: bool
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed"):
-    """Yes: what that rank has read is valid."""
+    """Yes: what that rank had read in that epoch when it asked is valid."""
 
     handoff_id: HandoffId
+    epoch: Count
+    is_last: bool
 
 
 class Refuse(msgspec.Struct, frozen=True, tag="refuse"):
@@ -132,10 +176,21 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     handoff_id: HandoffId
 
 
-Request = Hello | Want | Subscribe | Commit | Heartbeat | Cancel
-"""What a consumer sends."""
+class Announce(msgspec.Struct, frozen=True, tag="announce"):
+    """Inside one engine, a worker rank to its own control plane; not answered.
 
-Reply = Welcome | Offer | Seal | Committed | Refuse | Alive
+    In the forward pass of step ``step``, the KV of the first ``num_layers`` layers is written.
+    """
+
+    step: Count
+    rank: Count
+    num_layers: Count
+
+
+Request = Hello | Want | Subscribe | Commit | Heartbeat | Cancel | Announce
+"""What a consumer sends, and a worker to its own engine."""
+
+Reply = Welcome | Offer | Progress | Seal | Committed | Refuse | Alive
 """What a producer sends."""
 
 Message = Request | Reply
@@ -144,8 +199,8 @@ M = TypeVar("M", bound=Message)
 _KINDS: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
-        Hello, Welcome, Want, Offer, Subscribe, Seal, Commit, Committed,
-        Refuse, Heartbeat, Alive, Cancel,
+        Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Commit, Committed,
+        Refuse, Heartbeat, Alive, Cancel, Announce,
     )
 }  # fmt: skip
 # What msgspec raises for bytes from outside; the latter two are no MsgspecError.

@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from vllm_pd_plugin import memory
+from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
 from vllm_pd_plugin.channel import CurveKeys, Link, Loop
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.handoffs import FetchResult
-from vllm_pd_plugin.ids import EngineId, RequestId, new_incarnation
+from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
 from vllm_pd_plugin.layout import EngineLayout
 from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
 from vllm_pd_plugin.peers import Identity, PeerTable
-from vllm_pd_plugin.transfer import LocalRank, TransferPlane
+from vllm_pd_plugin.transfer import LocalRank, Timeouts, TransferPlane
 from vllm_pd_plugin.transport import Transport
 
 if TYPE_CHECKING:
@@ -37,13 +39,18 @@ class WorkerSide:
         self._identity = Identity(engine_id, new_incarnation())
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
         self._rank, self._num_ranks = rank, num_ranks
-        self._loop = Loop("pd-transfer", lambda: self._plane.turn())
+        self._loop = Loop("pd-transfer", self._turn)
+        self._announcer = Announcer(self._identity.incarnation, rank, self._connect)
         self._plane: TransferPlane
         self._results: deque[FetchResult] = deque()
         self._finished: list[RequestId] = []
-        self._failed: dict[RequestId, Reason] = {}
+        self._failed: dict[RequestId, FetchResult] = {}
         self._released: list[RequestId] = []
         self._serving = False
+        self._places: dict[str, int] = {}
+        self._mark_stream: Callable[[], Callable[[], bool]] = _mark_nothing
+        self._announcement: Announcement | None = None
+        self._layers_written = 0
         self._stats = PdStats()
         self._reported_drops = 0
 
@@ -51,35 +58,69 @@ class WorkerSide:
         self, transport: Transport, layout: EngineLayout, caches: Mapping[str, torch.Tensor]
     ) -> RankHandshake:
         """Make the KV caches readable, start the transfer thread, and describe the memory."""
-        layers = [layer for group in layout.groups for layer in group.layers]
-        rank_memory = memory.register(transport, caches, layers)
+        rank_memory = memory.register(transport, caches, layout.layers)
+        order = layout.forward_order()
+        self._places = {layout.layers[region]: place for place, region in enumerate(order)}
+        if next(iter(caches.values())).is_cuda:
+            self._mark_stream = _mark_cuda_stream
+        config = self._config
         self._plane = TransferPlane(
             LocalRank(self._rank, self._num_ranks, layout, rank_memory.regions),
             transport,
-            lambda on_ready, on_lost, on_reply: PeerTable(
+            partial(
+                PeerTable,
                 self._identity,
                 layout,
-                self._config.peer_timeout_s,
-                lambda address, on_message: Link(self._loop, address, self._keys, on_message),
-                on_ready,
-                on_lost,
-                on_reply,
+                config.peer_timeout_s,
+                self._connect,
                 time.monotonic,
             ),
             self._results.append,
             time.monotonic,
-            self._config.fetch_timeout_s,
             # Closing a connection in the middle of a read is the last resort: over TCP, UCX may
             # abort the peer's process for it. A peer that was only stopped ends the read itself.
-            drain_s=self._config.fetch_timeout_s,
+            Timeouts(config.queue_timeout_s, config.fetch_timeout_s, config.fetch_timeout_s),
         )
         self._loop.start()
-        return RankHandshake(layout, rank_memory)
+        return RankHandshake(self._identity.incarnation, layout, rank_memory)
+
+    def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Link:
+        return Link(self._loop, address, self._keys, on_message)
+
+    def _turn(self) -> float | None:
+        waits = [self._announcer.turn(), self._plane.turn()]
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    # --- in the forward pass -----------------------------------------------------------------
+
+    def layer_written(self, layer: str) -> None:
+        """A layer's KV of this step is written. Called in the forward pass: it only takes note."""
+        if self._announcement is None:
+            return
+        place = self._places.get(layer)
+        if place == self._layers_written:  # out of order it says nothing of those before it
+            self._layers_written += 1
+            if self._layers_written in self._announcement.after_layers:
+                self._mark(self._layers_written)
+
+    def forward_ended(self) -> None:
+        """All layers' KV of this step is written, whether or not each of them said so."""
+        if self._announcement is not None:
+            num_layers = self._announcement.after_layers[-1]
+            if self._layers_written < num_layers:
+                self._mark(num_layers)
+            self._announcement = None
+
+    def _mark(self, num_layers: int) -> None:
+        assert self._announcement is not None
+        mark = Mark(self._announcement, num_layers, self._mark_stream())
+        self._loop.call(lambda: self._announcer.add(mark))
 
     def step(self, metadata: StepMetadata) -> None:
         """Start and cancel what the scheduler says, at once: no step is waited for."""
-        self._failed |= dict.fromkeys(metadata.refused, Reason.INTERNAL)
-        self._finished += metadata.refused
+        self._announcement, self._layers_written = metadata.announcement, 0
+        for request_id in metadata.refused:
+            self._results.append(FetchResult(request_id, Reason.INTERNAL, 0, 0, 0, 0.0, 0))
         self._released += metadata.released
         if metadata.serving != self._serving:
             self._serving = serving = metadata.serving
@@ -97,7 +138,7 @@ class WorkerSide:
             if result.reason is None:
                 self._stats.record_fetch(result)
             else:
-                self._failed[result.request_id] = result.reason
+                self._failed[result.request_id] = result
         finished, self._finished = set(self._finished), []
         released, self._released = set(self._released), []
         return KVConnectorTransferResults(
@@ -109,7 +150,10 @@ class WorkerSide:
     def take_failures(self) -> FetchFailures | None:
         """Return why the fetches of the last ``take_results`` failed."""
         failed, self._failed = self._failed, {}
-        return FetchFailures(failed) if failed else None
+        if not failed:
+            return None
+        reasons = {i: result.reason for i, result in failed.items() if result.reason}
+        return FetchFailures(reasons, {i: r.valid_tokens for i, r in failed.items()})
 
     def take_stats(self) -> PdStats | None:
         """Return the counts since the last call; None when nothing has happened."""
@@ -122,5 +166,20 @@ class WorkerSide:
 
     def close(self) -> None:
         """Stop the transfer thread, then disconnect."""
+        self._loop.call(self._announcer.close)
         self._loop.call(lambda: self._plane.close())
         self._loop.close()
+
+
+def _mark_nothing() -> Callable[[], bool]:
+    """On a CPU a layer is written when its hook is called."""
+    return lambda: True
+
+
+def _mark_cuda_stream() -> Callable[[], bool]:
+    """On a GPU it is written when the stream gets there."""
+    import torch
+
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: bool(event.query())

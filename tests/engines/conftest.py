@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import models
-from tests.engine import Engine, connector_arguments, running, start
+from tests.engine import Engine, connector_arguments, free_port, running, start
 
 FLOAT32 = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
 
@@ -22,6 +22,10 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "tiny-mla": (*FLOAT32, "--compilation-config", '{"custom_ops": ["-rotary_embedding"]}'),
     "tiny-gemma3": FLOAT32,
 }
+# Prompts of more tokens are computed in several steps. MLA on CPU cannot do that.
+CHUNKED = ("--max-num-batched-tokens", "768")
+# Less than one layer's KV of a chunk: each layer is announced.
+STRETCH_BYTES = 50_000
 BLOCK_TOKENS = {"smollm2": 128, "tiny-llama": 128, "tiny-mla": 16, "tiny-gemma3": 128}
 
 
@@ -46,9 +50,19 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start_trio(model: str, logs: Path, extra: tuple[str, ...] = ()) -> list[Engine]:
     path = models.MODELS[model]()
     common = (*ARGUMENTS[model], *extra)
+    port = free_port()
+    produce = connector_arguments("prefill", port=port, stretch_bytes=STRETCH_BYTES)
+    chunked = () if model == "tiny-mla" else CHUNKED
     return [
         start("alone", path, common, cores="0", folder=logs),
-        start("producer", path, (*common, *connector_arguments("prefill")), cores="0", folder=logs),
+        start(
+            "producer",
+            path,
+            (*common, *chunked, *produce),
+            cores="0",
+            folder=logs,
+            control_port=port,
+        ),
         start("consumer", path, (*common, *connector_arguments("decode")), cores="1", folder=logs),
     ]
 

@@ -59,8 +59,8 @@ def corrupt_handoff(params: Mapping[str, Any], producer_pid: int) -> int:
     written = 0
     regions = iter(welcome.ranks[0].regions)
     with open(f"/proc/{producer_pid}/mem", "r+b", buffering=0) as memory:
-        for group, table in zip(welcome.layout.groups, seal.blocks, strict=True):
-            block = next(b for b in table if b != 0)
+        for group, table in zip(welcome.layout.groups, seal.tables, strict=True):
+            block = next(b for b in table.blocks if b != 0)
             for _ in group.layers:
                 region = next(regions)
                 noise = b"\x3f" * region.block_bytes  # 0.747 as float32: finite, and wrong

@@ -18,13 +18,15 @@ from tests.engine import (
     PRODUCE,
     Completion,
     Engine,
+    at_once,
     connector_arguments,
     free_port,
     hand_off,
+    hand_off_at_once,
     running,
     start,
 )
-from tests.engines.conftest import ARGUMENTS, random_prompt
+from tests.engines.conftest import ARGUMENTS, CHUNKED, STRETCH_BYTES, random_prompt
 from tests.engines.control_client import ControlClient, corrupt_handoff
 from tests.parity import FLOAT32, compare
 from vllm_pd_plugin import wire
@@ -45,10 +47,23 @@ class Cluster:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._control_port = free_port()
-        self.producer = self._start("producer", "prefill", "0", port=self._control_port)
+        self.producer = self._start_producer()
         self.failing = self._start("failing", "decode", "1")
         self.recomputing = self._start(
             "recomputing", "decode", "1", kv_load_failure_policy="recompute"
+        )
+
+    def _start_producer(self) -> Engine:
+        options = {**OPTIONS, "port": self._control_port, "stretch_bytes": STRETCH_BYTES}
+        arguments = (*ARGUMENTS["tiny-llama"], *CHUNKED, *connector_arguments("prefill", **options))
+        return start(
+            "producer",
+            models.tiny_llama(),
+            arguments,
+            cores="0",
+            folder=self._logs,
+            control_port=self._control_port,
+            environ={"VLLM_SERVER_DEV_MODE": "1"},
         )
 
     def _start(self, name: str, role: str, cores: str, **options: Any) -> Engine:
@@ -60,7 +75,7 @@ class Cluster:
 
     def restart_producer(self) -> None:
         """Bring up another producer on the same control address."""
-        self.producer = self._start("producer", "prefill", "0", port=self._control_port)
+        self.producer = self._start_producer()
         self.producer.wait_until_ready()
 
     def assert_at_rest(self) -> None:
@@ -282,6 +297,73 @@ def test_a_stopped_producer_fails_waiting_requests_in_time(cluster: Cluster) -> 
         cluster.producer.signal_all(signal.SIGCONT)
     cluster.assert_at_rest()
     cluster.assert_healthy(18)
+
+
+def test_a_handoff_that_the_producer_never_hears_of_fails_within_a_lease(cluster: Cluster) -> None:
+    prompt = random_prompt(200, 30)
+    _, consume = at_once(cluster.producer)
+    assert assert_fails(cluster.failing, prompt, consume) == {"unknown_handoff"}
+    expected = cluster.producer.complete(prompt, 4)
+    _, consume = at_once(cluster.producer)
+    reasons = assert_recomputes(cluster.recomputing, prompt, consume, expected)
+    assert reasons == {"unknown_handoff"}
+    cluster.assert_at_rest()
+
+
+def test_a_producer_stops_computing_what_nobody_wants_any_more(cluster: Cluster) -> None:
+    name = 'pd_producer_handoffs_total{state="cancelled"}'
+    prompt = random_prompt(4000, 31)
+    before = cluster.producer.metrics().get(name, 0)
+    produce, consume = at_once(cluster.producer)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)
+        leave_after(cluster.failing, prompt, 4, consume, 0.3)
+        error = answer.exception(60)
+    assert isinstance(error, httpx.HTTPStatusError)
+    assert cluster.producer.metrics()[name] == before + 1
+    cluster.assert_at_rest()
+    cluster.assert_healthy(32)
+
+
+def test_a_preempted_producer_computes_afresh_and_nothing_stale_is_used(cluster: Cluster) -> None:
+    """Between two requests of a storm all running ones are preempted, again and again."""
+    prompts = [random_prompt(1500 + 100 * i, 33 + i) for i in range(8)]
+    expected = [cluster.producer.complete(prompt, 4) for prompt in prompts]
+    name = "vllm:num_preemptions_total"
+    before = cluster.producer.metrics()[name]
+    reset = f"{cluster.producer.url}/reset_prefix_cache?reset_running_requests=true"
+    with ThreadPoolExecutor(8) as pool:
+        answers = [
+            pool.submit(hand_off_at_once, cluster.producer, cluster.failing, prompt, 4)
+            for prompt in prompts
+        ]
+        for _ in range(20):
+            time.sleep(0.1)
+            httpx.post(reset, timeout=30)  # preempts, and says so with an error if KV is held
+    for one, other in zip(expected, answers, strict=True):
+        compare(one, other.result(), FLOAT32)
+    assert cluster.producer.metrics()[name] > before
+    cluster.assert_at_rest()
+
+
+def test_a_producer_killed_in_the_middle_costs_only_what_is_missing(cluster: Cluster) -> None:
+    prompt = random_prompt(4000, 50)
+    expected = cluster.producer.complete(prompt, 4)
+    started = time.monotonic()
+    cluster.producer.complete(random_prompt(4000, 51), 1)
+    prefill_s = time.monotonic() - started
+    httpx.post(f"{cluster.producer.url}/reset_prefix_cache", timeout=30).raise_for_status()
+    with ThreadPoolExecutor(4) as pool:
+        produce, consume = at_once(cluster.producer)
+        pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)
+        answer = pool.submit(assert_recomputes, cluster.recomputing, prompt, consume, expected)
+        time.sleep(0.8 * prefill_s)
+        cluster.producer.kill()
+        assert answer.result(60) == {"peer_unreachable"}
+    assert cluster.recomputing.metrics()["pd_kept_tokens_total"] >= 768
+    cluster.restart_producer()
+    cluster.assert_at_rest()
+    cluster.assert_healthy(52)
 
 
 def test_a_producer_killed_and_restarted_works_without_restarting_the_consumer(

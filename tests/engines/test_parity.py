@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.engine import hand_off, running
+from tests.engine import Completion, hand_off, hand_off_at_once, running
 from tests.engines.conftest import BLOCK_TOKENS, Trio, random_prompt, start_trio
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine
 
-SAMPLINGS = {
-    "greedy": {"temperature": 0},
-    "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 7},
+CASES: dict[str, tuple[Callable[..., Completion], dict[str, float]]] = {
+    "serial, greedy": (hand_off, {"temperature": 0}),
+    "at once, seeded": (hand_off_at_once, {"temperature": 0.9, "top_p": 0.95, "seed": 7}),
 }
 
 
@@ -46,14 +46,13 @@ def test_adjacent_blocks_become_one_descriptor_a_layer(trio: Trio, model: str) -
     assert trio.consumer.metrics()["pd_fetch_descriptors_total"] == layers
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_answers_equal_for_prompts_around_block_borders(
-    trio: Trio, model: str, sampling: str
-) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_answers_equal_for_prompts_around_block_borders(trio: Trio, model: str, case: str) -> None:
+    ask, sampling = CASES[case]
     for seed, length in enumerate(lengths(model)):
-        prompt = random_prompt(length, seed)
-        expected = trio.alone.complete(prompt, **SAMPLINGS[sampling])
-        answer = hand_off(trio.producer, trio.consumer, prompt, **SAMPLINGS[sampling])
+        prompt = random_prompt(length, 1000 * len(case) + seed)
+        expected = trio.alone.complete(prompt, **sampling)
+        answer = ask(trio.producer, trio.consumer, prompt, **sampling)
         compare(expected, answer, FLOAT32)
     trio.assert_at_rest()
 
@@ -77,11 +76,23 @@ def test_only_the_suffix_moves_when_the_consumer_has_the_prefix(trio: Trio, mode
     trio.assert_at_rest()
 
 
+def test_kv_moves_while_the_prompt_is_computed(trio: Trio, model: str) -> None:
+    before = trio.consumer.metrics()["pd_fetch_stretches_total"]
+    hand_off_at_once(trio.producer, trio.consumer, random_prompt(1500, 400), 2)
+    assert trio.consumer.metrics()["pd_fetch_stretches_total"] >= before + 3
+    trio.assert_at_rest()
+
+
 def test_sixteen_at_once_answer_as_one_alone(trio: Trio, model: str) -> None:
     prompts = [random_prompt(40 + 37 * i, 200 + i) for i in range(16)]
     expected = [trio.alone.complete(prompt, 8) for prompt in prompts]
+
+    def ask(index: int) -> Completion:
+        how = (hand_off, hand_off_at_once)[index % 2]
+        return how(trio.producer, trio.consumer, prompts[index], 8)
+
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda p: hand_off(trio.producer, trio.consumer, p, 8), prompts))
+        answers = list(pool.map(ask, range(16)))
     for one, other in zip(expected, answers, strict=True):
         compare(one, other, FLOAT32)
     trio.assert_at_rest()

@@ -35,6 +35,7 @@ def test_every_option_is_taken_over() -> None:
         "peer_timeout_s": 0.1,
         "fetch_timeout_s": 86_400,
         "queue_timeout_s": 600.0,
+        "stretch_bytes": 1,
     }
     assert list(options) == OPTIONS
     config = PdConfig.parse(options, KEYED)
@@ -74,6 +75,18 @@ def test_a_time_that_cannot_work_is_refused(name: str, value: object) -> None:
     message = refusal({name: value})
     assert f"{name}={value!r}" in message
     assert "0.1 to 86400 seconds" in message
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**50 + 1, 1.0, "2MiB", True, None, [1]])
+def test_a_stretch_that_is_no_size_is_refused(value: object) -> None:
+    message = refusal({"stretch_bytes": value})
+    assert f"stretch_bytes={value!r}" in message
+    assert "1 to 2**50 bytes" in message
+
+
+@pytest.mark.parametrize("value", [1, 2**50])
+def test_the_ends_of_the_range_of_sizes_are_allowed(value: int) -> None:
+    assert PdConfig.parse({"stretch_bytes": value}, {}).stretch_bytes == value
 
 
 @pytest.mark.parametrize("name", ["host", "advertise_host"])

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.fakes import make_layout
+from tests.fakes.engines import make_layout
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.layout import EngineLayout, Group, Region, check_compatible
 
@@ -55,6 +55,28 @@ def test_a_sliding_window_reaches_back_from_the_recomputed_last_token(
     first_token: int, num_tokens: int, expected: range
 ) -> None:
     assert SLIDING.needed_blocks(first_token, num_tokens) == expected
+
+
+def layout_of(*groups: tuple[str, ...]) -> EngineLayout:
+    return EngineLayout("m", 1, tuple(Group("full", 16, None, g, (1,), "int8") for g in groups))
+
+
+def test_layers_come_in_the_order_of_their_regions() -> None:
+    layout = layout_of(("layers.1", "layers.3"), ("layers.0", "layers.2"))
+    assert layout.layers == ["layers.1", "layers.3", "layers.0", "layers.2"]
+
+
+def test_a_forward_pass_fills_the_regions_by_the_layers_place_in_the_model() -> None:
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(12)]
+    layout = layout_of(tuple(names[1::2]), tuple(names[0::2]))
+    order = layout.forward_order()
+    assert [layout.layers[region] for region in order] == names
+
+
+def test_layers_of_the_same_place_or_of_none_keep_their_order() -> None:
+    layout = layout_of(("layers.1.b", "layers.1.a"), ("head", "layers.0.attn"))
+    order = [layout.layers[region] for region in layout.forward_order()]
+    assert order == ["head", "layers.0.attn", "layers.1.b", "layers.1.a"]
 
 
 def test_equal_layouts_fit() -> None:

@@ -9,6 +9,7 @@ from vllm_pd_plugin.handoffs import Source
 from vllm_pd_plugin.ids import HandoffId, Incarnation
 from vllm_pd_plugin.params import (
     describe_handoff,
+    parse_handoff_id,
     parse_source,
     wants_to_produce,
 )
@@ -138,17 +139,54 @@ def test_the_ends_of_the_port_range_are_allowed(port: int) -> None:
     assert source.address == ("127.0.0.1", port)
 
 
-@pytest.mark.parametrize(
-    "key", ["remote_host", "remote_port", "remote_handoff_id", "remote_incarnation"]
-)
+@pytest.mark.parametrize("key", ["remote_host", "remote_port", "remote_handoff_id"])
 def test_an_absent_field_is_named(key: str) -> None:
     assert key in refusal({k: v for k, v in FETCH.items() if k != key})
 
 
 @pytest.mark.parametrize(
-    "value",
-    [HANDOFF[:-1], HANDOFF + "0", HANDOFF.upper(), "g" + HANDOFF[1:], HANDOFF + "\n", "٣" * 32],
+    "params",
+    [
+        {k: v for k, v in FETCH.items() if k != "remote_incarnation"},
+        FETCH | {"remote_incarnation": None},
+    ],
+    ids=["absent", "null"],
 )
+def test_a_dispatcher_need_not_know_the_producer_s_incarnation(params: dict[str, Any]) -> None:
+    assert parse_source(params, trusted_network=False) == Source(HANDOFF, SOURCE.address, None)
+
+
+@pytest.mark.parametrize("params", [None, {}, NIXL_REQUEST, NIXL_REQUEST | {"handoff_id": None}])
+def test_a_producer_chooses_the_id_unless_the_dispatcher_has(params: Any) -> None:
+    assert parse_handoff_id(params) is None
+
+
+def test_a_dispatcher_may_choose_the_id_of_a_handoff() -> None:
+    params = {"do_remote_decode": True, "handoff_id": HANDOFF}
+    assert wants_to_produce(params)
+    assert parse_handoff_id(params) == HANDOFF
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_handoff_id_is_refused(name: str) -> None:
+    with pytest.raises(ParamsError, match="handoff_id=") as caught:
+        parse_handoff_id({"do_remote_decode": True, "handoff_id": HOSTILE[name]})
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
+
+
+MALFORMED_IDS = [
+    HANDOFF[:-1], HANDOFF + "0", HANDOFF.upper(), "g" + HANDOFF[1:], HANDOFF + "\n", "٣" * 32,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", MALFORMED_IDS)
+def test_a_chosen_handoff_id_is_32_lower_case_hexadecimal_digits(value: str) -> None:
+    with pytest.raises(ParamsError, match="handoff_id="):
+        parse_handoff_id({"handoff_id": value})
+
+
+@pytest.mark.parametrize("value", MALFORMED_IDS)
 @pytest.mark.parametrize("key", ["remote_handoff_id", "remote_incarnation"])
 def test_an_id_is_32_lower_case_hexadecimal_digits(key: str, value: str) -> None:
     assert key in refusal(FETCH | {key: value})

@@ -5,7 +5,9 @@ import logging
 import msgspec
 import pytest
 
-from tests.fakes import FakeClock, FakeNetwork, make_layout
+from tests.fakes.clock import FakeClock
+from tests.fakes.engines import make_layout
+from tests.fakes.network import FakeNetwork
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, Incarnation, new_handoff_id, new_incarnation
@@ -51,7 +53,7 @@ class Remote:
 
 
 class Local:
-    """A peer table, and what it has called back with."""
+    """A peer table, and what it has told its listener."""
 
     def __init__(self, network: FakeNetwork, clock: FakeClock) -> None:
         self.identity = Identity("local", new_incarnation())
@@ -64,10 +66,8 @@ class Local:
             make_layout(),
             TIMEOUT_S,
             network.connect,
-            self._on_ready,
-            self._on_lost,
-            lambda _, message: self.replies.append(message),
             clock,
+            self,
         )
 
     def reasons(self) -> list[Reason]:
@@ -78,15 +78,19 @@ class Local:
         assert peer is not None
         return peer
 
-    def _on_ready(self, address: Address, peer: Peer) -> None:
+    def peer_ready(self, address: Address, peer: Peer) -> None:
         assert address == peer.address == ADDRESS
         self.ready.append(peer)
         self.order.append("ready")
 
-    def _on_lost(self, address: Address, error: PeerError) -> None:
+    def peer_lost(self, address: Address, error: PeerError) -> None:
         assert address == ADDRESS
         self.lost.append(error)
         self.order.append("lost")
+
+    def peer_replied(self, peer: Peer, message: wire.Message) -> None:
+        assert peer is self.ready[-1]
+        self.replies.append(message)
 
 
 @pytest.fixture

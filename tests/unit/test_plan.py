@@ -37,6 +37,11 @@ def rows(plan: ReadPlan) -> list[tuple[int, int, int]]:
     return list(zip(*columns, strict=True))
 
 
+def whole(groups: Sequence[Group], first_token: int, num_tokens: int) -> list[range]:
+    """All that a consumer with KV for ``first_token`` tokens lacks, for each layer."""
+    return [g.needed_blocks(first_token, num_tokens) for g in groups for _ in g.layers]
+
+
 def plan_one(
     local: Sequence[int],
     remote: Sequence[int],
@@ -47,7 +52,9 @@ def plan_one(
 ) -> list[tuple[int, int, int]]:
     """Plan one group of one layer: local memory at 0, remote at 1000."""
     ours, theirs = [here or region(0)], [there or region(1000)]
-    plan = plan_reads([full()], ([local], ours), ([remote], theirs), first_token, num_tokens)
+    plan = plan_reads(
+        [full()], ([local], ours), ([remote], theirs), whole([full()], first_token, num_tokens)
+    )
     return rows(plan)
 
 
@@ -114,18 +121,20 @@ def test_blocks_beyond_the_tokens_stay_where_they_are() -> None:
 
 
 def test_nothing_is_read_when_nothing_is_missing() -> None:
-    plan = plan_reads([full()], ([[1]], [region(0)]), ([[1]], [region(0)]), 4, 4)
+    plan = plan_reads([full()], ([[1]], [region(0)]), ([[1]], [region(0)]), whole([full()], 4, 4))
     assert (plan.num_descriptors, plan.total_bytes) == (0, 0)
 
 
 def test_no_groups_make_an_empty_plan() -> None:
-    plan = plan_reads([], ([], []), ([], []), 0, 8)
+    plan = plan_reads([], ([], []), ([], []), whole([], 0, 8))
     assert (plan.num_descriptors, plan.total_bytes) == (0, 0)
 
 
 def test_a_plan_counts_its_descriptors_and_bytes() -> None:
     group, regions = full(2), [region(0), region(0)]
-    plan = plan_reads([group], ([[1, 2, 9]], regions), ([[1, 2, 9]], regions), 0, 12)
+    plan = plan_reads(
+        [group], ([[1, 2, 9]], regions), ([[1, 2, 9]], regions), whole([group], 0, 12)
+    )
     assert (plan.num_descriptors, plan.total_bytes) == (4, 2 * 3 * BYTES)
 
 
@@ -133,7 +142,9 @@ def test_a_window_needs_only_blocks_that_the_last_token_looks_back_on() -> None:
     group = sliding(window=8)
     here, there = [region(0)], [region(1000)]
     # Token 15 is computed again; it looks back on 8 to 15, which is blocks 2 and 3.
-    plan = plan_reads([group], ([[0, 0, 3, 4]], here), ([[0, 0, 7, 8]], there), 0, 16)
+    plan = plan_reads(
+        [group], ([[0, 0, 3, 4]], here), ([[0, 0, 7, 8]], there), whole([group], 0, 16)
+    )
     assert rows(plan) == [(24, 1056, 16)]
 
 
@@ -141,15 +152,19 @@ def test_a_window_that_begins_on_the_last_token_of_a_block_needs_that_block() ->
     group = sliding(window=8)
     here, there = [region(0)], [region(1000)]
     # Token 14 looks back on 7, the last of block 1.
-    plan = plan_reads([group], ([[0, 2, 3, 4]], here), ([[0, 6, 7, 8]], there), 0, 15)
+    plan = plan_reads(
+        [group], ([[0, 2, 3, 4]], here), ([[0, 6, 7, 8]], there), whole([group], 0, 15)
+    )
     assert rows(plan) == [(16, 1048, 24)]
     with pytest.raises(HandoffError, match="remote KV cache group 0 no longer holds"):
-        plan_reads([group], ([[0, 2, 3, 4]], here), ([[0, 0, 7, 8]], there), 0, 15)
+        plan_reads([group], ([[0, 2, 3, 4]], here), ([[0, 0, 7, 8]], there), whole([group], 0, 15))
 
 
 def test_a_window_never_reaches_back_before_the_missing_suffix() -> None:
     group, regions = sliding(window=8), [region(0)]
-    plan = plan_reads([group], ([[1, 2, 3, 4]], regions), ([[1, 2, 3, 4]], regions), 12, 16)
+    plan = plan_reads(
+        [group], ([[1, 2, 3, 4]], regions), ([[1, 2, 3, 4]], regions), whole([group], 12, 16)
+    )
     assert rows(plan) == [(32, 32, 8)]
 
 
@@ -168,7 +183,7 @@ def test_the_bounds_of_every_layer_are_checked() -> None:
     small = [region(0), region(0, num_blocks=5)]
     large = [region(0), region(0)]
     with pytest.raises(HandoffError, match="a region of 5 blocks"):
-        plan_reads([full(2)], ([[1]], large), ([[5]], small), 0, 4)
+        plan_reads([full(2)], ([[1]], large), ([[5]], small), whole([full(2)], 0, 4))
 
 
 @pytest.mark.parametrize("block", [2**40, 2**63, 2**64 - 1])
@@ -191,9 +206,9 @@ def test_a_table_that_is_too_short_is_refused_on_either_side() -> None:
 def test_a_wrong_number_of_tables_or_regions_is_refused() -> None:
     group, table = full(), [[1]]
     with pytest.raises(HandoffError, match="2 block tables and 1 regions; 1 and 1 are needed"):
-        plan_reads([group], (table, [region(0)]), (table * 2, [region(0)]), 0, 4)
+        plan_reads([group], (table, [region(0)]), (table * 2, [region(0)]), whole([group], 0, 4))
     with pytest.raises(HandoffError, match="1 block tables and 2 regions; 1 and 1 are needed"):
-        plan_reads([group], (table, [region(0)]), (table, [region(0)] * 2), 0, 4)
+        plan_reads([group], (table, [region(0)]), (table, [region(0)] * 2), whole([group], 0, 4))
 
 
 # Two dense regions whose blocks differ in size would be merged into a run of the wrong bytes.
@@ -205,7 +220,7 @@ def test_each_group_has_its_own_table_and_each_layer_its_own_region() -> None:
     groups = [full(2), sliding(window=4)]
     local = ([[1, 2], [3, 4]], [region(0), region(1000), region(2000)])
     remote = ([[5, 6], [0, 8]], [region(10_000), region(11_000), region(12_000)])
-    assert rows(plan_reads(groups, local, remote, 0, 8)) == [
+    assert rows(plan_reads(groups, local, remote, whole(groups, 0, 8))) == [
         (8, 10_040, 16),
         (1008, 11_040, 16),
         (2032, 12_064, 8),
@@ -293,8 +308,7 @@ def test_a_plan_moves_exactly_what_a_copy_block_by_block_would(data: st.DataObje
         groups,
         (local.tables, local.regions),
         (remote.tables, remote.regions),
-        first_token,
-        num_tokens,
+        whole(groups, first_token, num_tokens),
     )
     execute(plan)
 

@@ -7,28 +7,35 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.fakes import make_layout
+from tests.fakes.engines import make_layout
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id, new_incarnation
+from vllm_pd_plugin.ids import Incarnation, new_handoff_id, new_incarnation
 from vllm_pd_plugin.layout import RankMemory, Region
 
 A, B = new_incarnation(), new_incarnation()
 H = new_handoff_id()
 RANK = RankMemory((Region(2**63, 10, 32, 48),), b"\x00meta\xff")
+TABLES = (
+    wire.TableSlice(2, (1, 2, 3)),
+    wire.TableSlice(0, ()),
+    wire.TableSlice(0, (0, 9)),
+)
 EVERY_KIND: list[wire.Message] = [
     wire.Hello("engine"),
     wire.Welcome("engine", make_layout(), (RANK, RANK), 30.0),
     wire.Want(H),
     wire.Offer(H, 1000, b"\x00\xff"),
     wire.Subscribe(H, 1, 2),
-    wire.Seal(H, 1000, ((1, 2, 3), (), (0, 9))),
-    wire.Commit(H, 1, 2),
-    wire.Committed(H),
+    wire.Progress(H, 1, 400, 700, 2, TABLES),
+    wire.Seal(H, 1, 1000, TABLES),
+    wire.Commit(H, 1, 0, 2, True),
+    wire.Committed(H, 1, False),
     wire.Refuse(H, Reason.LEASE_EXPIRED),
     wire.Heartbeat((H, H)),
     wire.Alive({H: Reason.CANCELLED}),
     wire.Cancel(H),
+    wire.Announce(7, 1, 2),
 ]
 
 
@@ -40,6 +47,18 @@ def body_of(kind: str, *fields: bytes) -> bytes:
     """A MessagePack map with a tag and raw key-value pairs."""
     tag = msgspec.msgpack.encode("type") + msgspec.msgpack.encode(kind)
     return bytes([0x81 + len(fields)]) + tag + b"".join(fields)
+
+
+def seal_body(**changes: object) -> bytes:
+    """The body of a seal with some fields changed; None leaves one out."""
+    fields = {"type": "seal", "handoff_id": H, "epoch": 0, "num_tokens": 1, "tables": [[0, [1]]]}
+    fields |= changes
+    return msgspec.msgpack.encode({k: v for k, v in fields.items() if v is not None})
+
+
+def test_the_body_that_is_spoilt_below_is_well_formed() -> None:
+    _, message = wire.decode([header(kind="seal"), seal_body()])
+    assert message == wire.Seal(H, 0, 1, (wire.TableSlice(0, (1,)),))
 
 
 def refusal(frames: list[bytes]) -> str:
@@ -69,7 +88,7 @@ def test_every_reason_can_be_sent(reason: Reason) -> None:
     assert back.reason is reason
 
 
-@pytest.mark.parametrize("version", [0, 2, 2**63])
+@pytest.mark.parametrize("version", [0, 1, wire.PROTOCOL_VERSION + 1, 2**63])
 def test_another_version_is_told_apart_from_rubbish(version: int) -> None:
     with pytest.raises(wire.VersionError) as caught:
         wire.decode([header(version, "kind-of-the-future"), b"\xc1 not MessagePack"])
@@ -111,16 +130,43 @@ def test_a_body_of_another_kind_than_its_header_says_is_refused() -> None:
         b"",
         b"\x80",
         b"\xc0",
-        msgspec.msgpack.encode({"type": "seal", "handoff_id": H, "num_tokens": 1}),
-        msgspec.msgpack.encode({"type": "seal", "handoff_id": H, "num_tokens": "1", "blocks": []}),
-        msgspec.msgpack.encode(
-            {"type": "seal", "handoff_id": H, "num_tokens": 1, "blocks": [[1.5]]}
-        ),
-        wire.encode(wire.Seal(HandoffId(""), 1, ()), A, B)[1] + b"\x00",
+        seal_body(handoff_id=None),
+        seal_body(epoch=-1),
+        seal_body(epoch=1.5),
+        seal_body(num_tokens="1"),
+        seal_body(num_tokens=-1),
+        seal_body(tables=None),
+        seal_body(tables=[[1.5]]),
+        seal_body(tables=[[0, [1.5]]]),
+        seal_body(tables=[[-1, [1]]]),
+        seal_body(tables=[[1]]),
+        seal_body()[:-1],
+        seal_body() + b"\x00",
     ],
 )
 def test_a_malformed_body_is_refused(body: bytes) -> None:
     assert "malformed seal" in refusal([header(kind="seal"), body])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.Progress(H, -1, 0, 0, 0, ()),
+        wire.Progress(H, 0, -1, 0, 0, ()),
+        wire.Progress(H, 0, 0, -1, 0, ()),
+        wire.Progress(H, 0, 0, 0, -1, ()),
+        wire.Progress(H, 0, 0, 0, 0, (wire.TableSlice(-1, ()),)),
+        wire.Subscribe(H, -1, 1),
+        wire.Commit(H, -1, 0, 1, True),
+        wire.Commit(H, 0, -1, 1, True),
+        wire.Committed(H, -1, True),
+        wire.Announce(-1, 0, 0),
+        wire.Announce(0, 0, -1),
+    ],
+    ids=str,
+)
+def test_a_negative_count_is_refused(message: wire.Message) -> None:
+    assert "malformed" in refusal(wire.encode(message, A, B))
 
 
 def test_an_unknown_reason_is_refused() -> None:

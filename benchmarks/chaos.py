@@ -1,0 +1,186 @@
+"""Chaos: two engines under load while they are killed, stopped and cut off from each other.
+
+Distinct prompts arrive as a Poisson process. Meanwhile engines are killed (SIGKILL) and started
+again at the same address, stopped for some seconds (SIGSTOP, SIGCONT), the link between them drops
+every packet for some seconds, and one client in ten leaves within a second. Every answer is
+compared with that of one plain engine: tokens and log-probabilities, in float32.
+
+Arms, one after another, under the same plan: `pdplugin`, and `nixl` (vLLM's own NixlConnector, as
+shipped). The client is the router: it asks the producer, then the consumer; with `pdplugin` it asks
+both at once for half of the requests. With root and iproute2 each engine has a network namespace;
+without, the link is not dropped.
+
+What the columns mean:
+
+  answered       HTTP 200, and equal to the reference
+  wrong          HTTP 200, and anything else
+  failed         with a reason: the engine was killed, stopped or starting; the error names it; the
+                 engine counted a failure for it; the client left
+  unexplained    failed without any of these
+  hung           neither answer nor error in --hang-after seconds
+  leaked_blocks  KV blocks in use on both engines after the load has ended and leases ran out
+  engine_deaths  engines that ended by themselves
+
+Each request is in exactly one of answered, wrong, failed, unexplained and hung. Where vLLM says
+only "Internal server error", a life of an engine explains as many as it counted failures: by
+`pd_handoff_failures_total`, or `vllm:nixl_num_failed_transfers_total`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos_account import is_clean, table
+from benchmarks.chaos_engines import ARMS, COMMON, ChaosError
+from benchmarks.chaos_plan import Arrival, plan_arrivals, plan_events
+from benchmarks.chaos_run import MAX_TOKENS, Plan, report, run_arm
+from tests import models
+from tests.engine import Completion, Engine, EngineError, running, say, start
+
+EXAMPLES = """examples:
+  python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
+  python -m benchmarks.chaos --arms pdplugin --minutes 2 --policy recompute --logs chaos-logs
+
+The status is 1 if the arm `pdplugin` had anything but answers and failures with a reason.
+"""
+
+REFERENCES_AT_ONCE = 4
+
+
+def main() -> int:
+    args = parse_arguments()
+    duration_s = 60.0 * args.minutes
+    plan = Plan(
+        plan_arrivals(args.seed, duration_s, args.rate),
+        plan_events(args.seed, duration_s),
+        duration_s,
+        args.hang_after,
+        args.policy,
+    )
+    # Engines in namespaces have addresses that a proxy does not know.
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
+    # Ended like Ctrl-C, so that no engine and no namespace stays behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rows: list[dict[str, Any]] = []
+    try:
+        with ExitStack() as stack:
+            folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            references = reference_answers(plan.arrivals, folder)
+            for arm in args.arms:
+                rows.append(asyncio.run(run_arm(arm, plan, references, folder)))
+                print(table(rows[-1:]) + "\n", flush=True)
+                if args.json:
+                    write(args.json, args, rows)
+    except KeyboardInterrupt:
+        say("interrupted; engines and namespaces are gone")
+        return 130
+    except (ChaosError, EngineError) as error:
+        say(f"given up: {error}")
+        return 2
+    if len(rows) > 1:
+        print(table(rows))
+    return 0 if all(is_clean(row) for row in rows if row["arm"] == "pdplugin") else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of prompts, arrivals and disturbances")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of load, for each arm")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
+    parser.add_argument(
+        "--hang-after", type=float, default=90.0, help="seconds without any answer that are a hang"
+    )
+    parser.add_argument(
+        "--policy", choices=("fail", "recompute"), default="fail",
+        help="vLLM's kv_load_failure_policy, of both arms",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arms", type=parse_arms, default=list(ARMS), help=f"some of {','.join(ARMS)}"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file, a table beside it")
+    parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
+    args = parser.parse_args()
+    if min(args.minutes, args.rate, args.hang_after) <= 0:
+        parser.error("--minutes, --rate and --hang-after must be above 0")
+    return args
+
+
+def parse_arms(text: str) -> list[str]:
+    arms = text.split(",")
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}"
+        )
+    return arms
+
+
+def reference_answers(arrivals: Sequence[Arrival], folder: Path) -> dict[int, Completion]:
+    """Return what one plain engine answers to every prompt of the run, by index."""
+    engine = start("reference", models.tiny_llama(), COMMON, cores="0", folder=folder)
+    say(f"reference: starting one plain engine, for {len(arrivals)} prompts")
+    with running([engine]):
+        return asyncio.run(ask_references(engine, arrivals))
+
+
+async def ask_references(engine: Engine, arrivals: Sequence[Arrival]) -> dict[int, Completion]:
+    answers: dict[int, Completion] = {}
+    gate = asyncio.Semaphore(REFERENCES_AT_ONCE)
+
+    async def ask(arrival: Arrival) -> None:
+        async with gate:
+            answers[arrival.index] = await asyncio.to_thread(
+                engine.complete, arrival.prompt(), MAX_TOKENS
+            )
+
+    progress = asyncio.create_task(
+        report(lambda: f"reference: {len(answers)} of {len(arrivals)} prompts answered")
+    )
+    try:
+        await asyncio.gather(*(ask(arrival) for arrival in arrivals))
+    finally:
+        progress.cancel()
+    return answers
+
+
+def write(path: Path, args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows as JSON, and a table of the same name in Markdown."""
+    settings = {
+        name: getattr(args, name) for name in ("seed", "minutes", "rate", "hang_after", "policy")
+    }
+    document = {"machine": machine(), "settings": settings, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    described = ", ".join(f"{name} {value}" for name, value in settings.items())
+    path.with_suffix(".md").write_text(f"`benchmarks.chaos`: {described}\n\n{table(rows)}\n")
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "vllm": metadata.version("vllm"),
+        "nixl": metadata.version("nixl"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

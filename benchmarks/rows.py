@@ -1,0 +1,207 @@
+"""What `benchmarks.handoff` measured, as rows, and the ratios between rows. Pure.
+
+Only this module and `report` know the rows' keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """What a row is about."""
+
+    arm: str
+    dispatch: str
+    codec: str
+    prompt_tokens: int
+    link_mbit: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured request."""
+
+    ttft_ms: float
+    ttst_ms: float
+    itl_ms: tuple[float, ...]
+    wire_bytes: int
+    descriptors: float | None
+    cpu_s: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        sent: float,
+        arrivals: Sequence[float],
+        wire_bytes: int,
+        descriptors: float | None,
+        cpu_s: Mapping[str, float],
+    ) -> Sample:
+        """Build it from when the request was sent and when its tokens came (at least two)."""
+        gaps = [1e3 * (b - a) for a, b in zip(arrivals, arrivals[1:], strict=False)]
+        return cls(
+            1e3 * (arrivals[0] - sent), gaps[0], tuple(gaps[1:]), wire_bytes, descriptors, cpu_s
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Disturbance:
+    """One repetition of the undisturbed mode: gaps of the running decodes, in milliseconds."""
+
+    quiet_ms: tuple[float, ...]
+    during_ms: tuple[float, ...]
+    handoff_ttft_ms: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio of medians, and the quartiles of the single repetitions' ratios."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [25, 75])
+    return float(low), float(high)
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    return round(float(np.percentile(values, share)), 3) if values else None
+
+
+def latency_row(key: Key, samples: Sequence[Sample | None]) -> Row:
+    """Return the row of one arm at one prompt and link.
+
+    samples: by repetition, None where the request failed; at least one did not.
+    """
+    good = [sample for sample in samples if sample is not None]
+    ttft = [sample.ttft_ms for sample in good]
+    low, high = quartiles(ttft)
+    gaps = [gap for sample in good for gap in sample.itl_ms]
+    counts = [sample.descriptors for sample in good if sample.descriptors is not None]
+    labels = sorted({label for sample in good for label in sample.cpu_s})
+    return dataclasses.asdict(key) | {
+        "n": len(good),
+        "failed": len(samples) - len(good),
+        "ttft_ms": round(median(ttft), 2),
+        "ttft_iqr_ms": round(high - low, 2),
+        "ttst_ms": round(median([sample.ttst_ms for sample in good]), 2),
+        "itl_p50_ms": percentile(gaps, 50),
+        "itl_p99_ms": percentile(gaps, 99),
+        "wire_bytes": int(median([sample.wire_bytes for sample in good])),
+        "descriptors": median(counts) if counts else None,
+        "cpu_s": {
+            label: round(median([sample.cpu_s.get(label, 0.0) for sample in good]), 3)
+            for label in labels
+        },
+        "hidden_share": None,
+        "hidden_reference": None,
+        "ttft_samples_ms": [round(s.ttft_ms, 2) if s else None for s in samples],
+        "ttst_samples_ms": [round(s.ttst_ms, 2) if s else None for s in samples],
+    }
+
+
+def undisturbed_row(key: Key, handoffs: int, runs: Sequence[Disturbance | None]) -> Row:
+    """Return the row of one arm; ``runs`` by repetition, None where it failed."""
+    good = [run for run in runs if run is not None]
+
+    def over_runs(share: float, gaps: Callable[[Disturbance], Sequence[float]]) -> list[float]:
+        return [float(np.percentile(gaps(run), share)) for run in good]
+
+    p99 = over_runs(99, lambda run: run.during_ms)
+    low, high = quartiles(p99)
+    by_repetition = iter(p99)
+    return dataclasses.asdict(key) | {
+        "n": len(good),
+        "failed": len(runs) - len(good),
+        "handoffs": handoffs,
+        "gaps": sum(len(run.during_ms) for run in good),
+        "itl_p50_ms": round(median(over_runs(50, lambda run: run.during_ms)), 3),
+        "itl_p99_ms": round(median(p99), 3),
+        "itl_p99_iqr_ms": round(high - low, 3),
+        "quiet_itl_p50_ms": round(median(over_runs(50, lambda run: run.quiet_ms)), 3),
+        "quiet_itl_p99_ms": round(median(over_runs(99, lambda run: run.quiet_ms)), 3),
+        "handoff_ttft_ms": round(median([t for run in good for t in run.handoff_ttft_ms]), 2),
+        "itl_p99_samples_ms": [round(next(by_repetition), 3) if run else None for run in runs],
+    }
+
+
+def with_hidden_shares(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with ``hidden_share`` where there is a limited link and a reference.
+
+    ``hidden_reference`` is "unlimited" for the same arm over the unlimited link, or "alone":
+    then the share is a lower bound.
+    """
+    return [row | _hidden(row, rows) for row in rows]
+
+
+def _hidden(row: Row, rows: Sequence[Row]) -> Row:
+    if row["arm"] == "alone" or not row["link_mbit"] or not row["wire_bytes"]:
+        return {}
+    unlimited = find(rows, row, link_mbit=0)
+    reference = unlimited or find(rows, row, arm="alone", dispatch="serial")
+    if reference is None:
+        return {}
+    transfer_ms = row["wire_bytes"] * 8 / (row["link_mbit"] * 1e6) * 1e3
+    visible_ms = max(0.0, row["ttft_ms"] - reference["ttft_ms"])
+    return {
+        "hidden_share": round(1 - min(1.0, visible_ms / transfer_ms), 3),
+        "hidden_reference": "unlimited" if unlimited else "alone",
+    }
+
+
+def find(rows: Sequence[Row], like: Row, **different: Any) -> Row | None:
+    """Return the row with the same key but for what is given."""
+    wanted = {field.name: like[field.name] for field in dataclasses.fields(Key)} | different
+    if wanted["arm"] == "alone":
+        wanted["codec"] = "raw"
+    return next(
+        (row for row in rows if all(row[name] == value for name, value in wanted.items())), None
+    )
+
+
+def ratio(over: Row, under: Row, samples: str, base: Row | None = None) -> Ratio | None:
+    """Return ``over / under`` of a list of samples, each less those of ``base`` if given.
+
+    None where the denominator is not positive, or no repetition has both.
+    """
+
+    def value(row: Row) -> float:
+        less = 0.0 if base is None else _median_of(base[samples])
+        return _median_of(row[samples]) - less
+
+    if value(under) <= 0:
+        return None
+    none_less = [0.0] * len(over[samples])
+    single = [
+        (a - c) / (b - c)
+        for a, b, c in zip(
+            over[samples], under[samples], base[samples] if base else none_less, strict=True
+        )
+        if a is not None and b is not None and c is not None and b > c
+    ]
+    if not single:
+        return None
+    return Ratio(value(over) / value(under), *quartiles(single))
+
+
+def _median_of(samples: Sequence[float | None]) -> float:
+    return median([sample for sample in samples if sample is not None])

@@ -1,0 +1,96 @@
+"""Consumers that are short of blocks, or that guess tokens ahead."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests import models
+from tests.engine import (
+    Completion,
+    Engine,
+    at_once,
+    connector_arguments,
+    free_port,
+    hand_off,
+    hand_off_at_once,
+    running,
+    start,
+)
+from tests.engines.conftest import ARGUMENTS, CHUNKED, STRETCH_BYTES, random_prompt
+from tests.parity import FLOAT32, compare
+
+pytestmark = pytest.mark.engine
+
+# Block 0 is never given out; two prompts of eight blocks fit.
+TINY_POOL = ("--max-model-len", "1152", "--num-gpu-blocks-override", "20")
+GUESSING = ("--speculative-config", json.dumps({
+    "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
+}))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engines(logs: Path) -> Iterator[dict[str, Engine]]:
+    path, common = models.tiny_llama(), ARGUMENTS["tiny-llama"]
+    port = free_port()
+    produce = connector_arguments("prefill", port=port, stretch_bytes=STRETCH_BYTES)
+    consume = connector_arguments("decode")
+    started = [
+        start(
+            "producer",
+            path,
+            (*common, *CHUNKED, *produce),
+            cores="0",
+            folder=logs,
+            control_port=port,
+        ),
+        start("small", path, (*common, *consume, *TINY_POOL), cores="1", folder=logs),
+        start("guessing", path, (*common, *consume, *GUESSING), cores="1", folder=logs),
+    ]
+    with running(started):
+        yield {engine.name: engine for engine in started}
+
+
+def test_twenty_requests_share_a_pool_that_holds_two(engines: dict[str, Engine]) -> None:
+    producer, small = engines["producer"], engines["small"]
+    prompts = [random_prompt(900 + i, 60 + i) for i in range(20)]
+    expected = [producer.complete(prompt, 8) for prompt in prompts]
+
+    def ask(index: int) -> Completion:
+        how = (hand_off, hand_off_at_once)[index % 2]
+        return how(producer, small, prompts[index], 8)
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, range(20)))
+    for one, other in zip(expected, answers, strict=True):
+        compare(one, other, FLOAT32)
+    for engine in (producer, small):
+        engine.wait_until_at_rest()
+
+
+def test_a_prompt_larger_than_the_pool_is_refused_at_once(engines: dict[str, Engine]) -> None:
+    started = time.monotonic()
+    _, consume = at_once(engines["producer"])
+    with pytest.raises(httpx.HTTPStatusError) as error:
+        engines["small"].complete(random_prompt(2600, 90), 4, kv_transfer_params=consume)
+    assert error.value.response.status_code == 400
+    assert time.monotonic() - started < 5
+    engines["small"].wait_until_at_rest()
+
+
+def test_guessing_ahead_changes_no_token(engines: dict[str, Engine]) -> None:
+    """N-gram speculation on the consumer; the prompt repeats itself, so that guesses are made."""
+    producer, guessing = engines["producer"], engines["guessing"]
+    for seed, how in enumerate((hand_off, hand_off_at_once)):
+        prompt = random_prompt(70, 91 + seed) * 4
+        expected = producer.complete(prompt, 40)
+        compare(expected, how(producer, guessing, prompt, 40), FLOAT32)
+    assert guessing.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 0
+    for engine in (producer, guessing):
+        engine.wait_until_at_rest()

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes.network import FakeNetwork
+from vllm_pd_plugin import wire
+from vllm_pd_plugin.announcer import (
+    POLL_INTERVAL_S,
+    Announcement,
+    Announcer,
+    Mark,
+    layers_worth_a_message,
+)
+from vllm_pd_plugin.ids import Address, new_incarnation
+
+CONTROL: Address = ("127.0.0.1", 7001)
+ENGINE, WORKER = new_incarnation(), new_incarnation()
+RANK = 3
+
+
+@dataclasses.dataclass
+class Stream:
+    """Where a GPU's stream has got to."""
+
+    reached: bool = False
+
+    def __call__(self) -> bool:
+        return self.reached
+
+
+class Control:
+    """An engine's control plane, and what its worker has told it."""
+
+    def __init__(self, network: FakeNetwork) -> None:
+        self.heard: list[wire.Message] = []
+        network.listen(CONTROL, self._receive)
+
+    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+        header, message = wire.decode(frames)
+        assert (header.sender, header.target) == (WORKER, ENGINE)
+        self.heard.append(message)
+
+
+@pytest.fixture
+def network() -> FakeNetwork:
+    return FakeNetwork()
+
+
+@pytest.fixture
+def control(network: FakeNetwork) -> Control:
+    return Control(network)
+
+
+@pytest.fixture
+def announcer(network: FakeNetwork) -> Announcer:
+    return Announcer(WORKER, RANK, network.connect)
+
+
+def mark(step: int, num_layers: int, stream: Stream) -> Mark:
+    return Mark(Announcement(step, CONTROL, ENGINE, (2, 4)), num_layers, stream)
+
+
+def test_a_mark_is_announced_once_it_is_reached_and_not_before(
+    announcer: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    stream = Stream()
+    announcer.add(mark(7, 2, stream))
+    assert announcer.turn() == POLL_INTERVAL_S
+    assert network.deliver() == 0
+    stream.reached = True
+    assert announcer.turn() is None
+    network.deliver()
+    assert control.heard == [wire.Announce(7, RANK, 2)]
+    assert announcer.turn() is None
+    assert network.deliver() == 0
+
+
+def test_marks_are_announced_in_order(
+    announcer: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    streams = [Stream() for _ in range(4)]
+    places = [(7, 2), (7, 4), (8, 2), (8, 4)]
+    for (step, layers), stream in zip(places, streams, strict=True):
+        announcer.add(mark(step, layers, stream))
+    streams[1].reached = streams[2].reached = True  # behind one that is not
+    assert announcer.turn() == POLL_INTERVAL_S
+    assert network.deliver() == 0
+    streams[0].reached = True
+    assert announcer.turn() == POLL_INTERVAL_S
+    network.deliver()
+    assert control.heard == [wire.Announce(*m) for m in [(7, RANK, 2), (7, RANK, 4), (8, RANK, 2)]]
+    streams[3].reached = True
+    assert announcer.turn() is None
+    network.deliver()
+    assert control.heard[-1] == wire.Announce(8, RANK, 4)
+    assert len(control.heard) == 4
+
+
+def test_an_announcer_without_marks_lets_the_thread_sleep(announcer: Announcer) -> None:
+    assert announcer.turn() is None
+
+
+def test_all_announcements_share_one_link(
+    announcer: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    for step in range(5):
+        announcer.add(mark(step, 4, Stream(reached=True)))
+        announcer.turn()
+    assert network.open_links(CONTROL) == 1
+    announcer.close()
+    assert network.open_links(CONTROL) == 0
+
+
+def test_an_announcer_that_never_spoke_has_nothing_to_close(
+    announcer: Announcer, network: FakeNetwork
+) -> None:
+    announcer.close()
+    assert network.links == {}
+
+
+# --- how often -------------------------------------------------------------------------------
+
+LAYERS = st.integers(1, 200)
+BYTES = st.integers(1, 2**40)
+
+
+@given(LAYERS, st.integers(0, 2**40), BYTES)
+def test_the_last_announcement_is_that_of_all_layers(
+    num_layers: int, layer_bytes: int, stretch_bytes: int
+) -> None:
+    after = layers_worth_a_message(num_layers, layer_bytes, stretch_bytes)
+    assert after[-1] == num_layers
+
+
+@given(LAYERS, st.integers(0, 2**40), BYTES)
+def test_announcements_ascend_and_none_is_of_no_layer(
+    num_layers: int, layer_bytes: int, stretch_bytes: int
+) -> None:
+    after = (0, *layers_worth_a_message(num_layers, layer_bytes, stretch_bytes))
+    assert all(a < b for a, b in zip(after, after[1:], strict=False))
+
+
+@given(LAYERS, BYTES, BYTES)
+def test_each_stretch_is_of_the_wanted_size_at_least_when_the_whole_is(
+    num_layers: int, layer_bytes: int, stretch_bytes: int
+) -> None:
+    after = (0, *layers_worth_a_message(num_layers, layer_bytes, stretch_bytes))
+    sizes = [(b - a) * layer_bytes for a, b in zip(after, after[1:], strict=False)]
+    assert len(sizes) == 1 or min(sizes) >= stretch_bytes
+
+
+@given(LAYERS, BYTES, BYTES)
+def test_no_stretch_is_more_than_twice_what_it_need_be(
+    num_layers: int, layer_bytes: int, stretch_bytes: int
+) -> None:
+    after = (0, *layers_worth_a_message(num_layers, layer_bytes, stretch_bytes))
+    enough = -(-stretch_bytes // layer_bytes)
+    assert max(b - a for a, b in zip(after, after[1:], strict=False)) < 2 * enough
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layer_bytes", "stretch_bytes", "expected"),
+    [
+        (4, 10, 1, (1, 2, 3, 4)),
+        (4, 10, 10, (1, 2, 3, 4)),
+        (4, 10, 20, (2, 4)),
+        (5, 10, 20, (2, 5)),
+        (4, 10, 40, (4,)),
+        (4, 10, 41, (4,)),
+        (4, 0, 1, (4,)),
+    ],
+)
+def test_what_remains_at_the_end_is_no_stretch_of_its_own(
+    num_layers: int, layer_bytes: int, stretch_bytes: int, expected: tuple[int, ...]
+) -> None:
+    assert layers_worth_a_message(num_layers, layer_bytes, stretch_bytes) == expected

@@ -1,0 +1,87 @@
+"""Per process: a worker rank tells its own engine's control plane how far the forward pass is.
+
+An ``Announcer`` is owned by the rank's transfer thread. The hooks in the forward pass only hand it
+``Mark``s; on a GPU a mark counts once its stream has come to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+
+from vllm_pd_plugin import wire
+from vllm_pd_plugin.ids import Address, Incarnation
+from vllm_pd_plugin.peers import Connect, Link
+
+POLL_INTERVAL_S = 0.0005
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Announcement:
+    """What the scheduler wants to hear of one step.
+
+    control: the engine's own control channel, and its incarnation.
+    after_layers: numbers of layers, in the order of the forward pass, after which to announce;
+        the last is that of all layers.
+    """
+
+    step: int
+    control: Address
+    incarnation: Incarnation
+    after_layers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mark:
+    """The first ``num_layers`` layers of a step are written, once ``is_reached`` says so."""
+
+    announcement: Announcement
+    num_layers: int
+    is_reached: Callable[[], bool]
+
+
+class Announcer:
+    """Sends ``wire.Announce`` for each mark, in order."""
+
+    def __init__(self, incarnation: Incarnation, rank: int, connect: Connect) -> None:
+        self._incarnation = incarnation
+        self._rank = rank
+        self._connect = connect
+        self._link: Link | None = None
+        self._marks: deque[Mark] = deque()
+
+    def add(self, mark: Mark) -> None:
+        self._marks.append(mark)
+
+    def turn(self) -> float | None:
+        """Announce what has been reached; return for how many seconds nothing needs to be done."""
+        while self._marks and self._marks[0].is_reached():
+            self._send(self._marks.popleft())
+        return POLL_INTERVAL_S if self._marks else None
+
+    def _send(self, mark: Mark) -> None:
+        announcement = mark.announcement
+        if self._link is None:
+            # Nothing comes back: an announcement is not answered.
+            self._link = self._connect(announcement.control, lambda frames: None)
+        announce = wire.Announce(announcement.step, self._rank, mark.num_layers)
+        frames = wire.encode(announce, self._incarnation, announcement.incarnation)
+        self._link.send(frames)
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+
+
+def layers_worth_a_message(
+    num_layers: int, layer_bytes: int, stretch_bytes: int
+) -> tuple[int, ...]:
+    """Return after which numbers of layers to announce, so that each stretch is of
+    ``stretch_bytes`` or somewhat more, when every layer adds ``layer_bytes``.
+
+    The last is ``num_layers``; what remains at the end is spread, rather than a stretch of its own.
+    """
+    enough = -(-stretch_bytes // layer_bytes) if layer_bytes else num_layers
+    stretches = max(1, num_layers // max(1, enough))
+    return tuple(num_layers * (i + 1) // stretches for i in range(stretches))
