@@ -28,6 +28,7 @@ class PdStats(KVConnectorStats):
     fetches: [bytes, descriptors, stretches, seconds] of each committed fetch, one row a rank.
     failures: consumer handoffs that failed, by reason.
     ended: producer handoffs that ended, by final state.
+    withdrawals: times that a producer was preempted while it computed what it had announced.
     kept_tokens: prompt tokens that a failed fetch brought all the same, and are not recomputed.
     dropped_messages: control messages that were malformed or came from nobody known.
     open: handoffs open now, by side.
@@ -35,8 +36,8 @@ class PdStats(KVConnectorStats):
 
     data: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
-            "fetches": [], "failures": {}, "ended": {}, "kept_tokens": 0, "dropped_messages": 0,
-            "open": {},
+            "fetches": [], "failures": {}, "ended": {}, "withdrawals": 0, "kept_tokens": 0,
+            "dropped_messages": 0, "open": {},
         }
     )  # fmt: skip
 
@@ -50,6 +51,9 @@ class PdStats(KVConnectorStats):
 
     def record_ended(self, state: ProducerState) -> None:
         _add(self.data["ended"], {state.value: 1})
+
+    def record_withdrawal(self) -> None:
+        self.data["withdrawals"] += 1
 
     def record_kept(self, num_tokens: int) -> None:
         self.data["kept_tokens"] += num_tokens
@@ -71,6 +75,7 @@ class PdStats(KVConnectorStats):
         mine["fetches"] += theirs["fetches"]
         _add(mine["failures"], theirs["failures"])
         _add(mine["ended"], theirs["ended"])
+        mine["withdrawals"] += theirs["withdrawals"]
         mine["kept_tokens"] += theirs["kept_tokens"]
         mine["dropped_messages"] += theirs["dropped_messages"]
         mine["open"] = theirs["open"] or mine["open"]
@@ -113,6 +118,9 @@ class PdPromMetrics(KVConnectorPromMetrics):
         self._stretches = self._counter(
             "pd_fetch_stretches", "Reads of those fetches, one for each stretch."
         )
+        self._withdrawals = self._counter(
+            "pd_withdrawals", "Times that a producer was preempted in the middle of a handoff."
+        )
         self._kept = self._counter(
             "pd_kept_tokens", "Prompt tokens not recomputed, although their fetch failed."
         )
@@ -151,6 +159,7 @@ class PdPromMetrics(KVConnectorPromMetrics):
             self._bytes.labels(*values).inc(num_bytes)
             self._descriptors.labels(*values).inc(descriptors)
             self._stretches.labels(*values).inc(stretches)
+        self._withdrawals.labels(*values).inc(transfer_stats_data["withdrawals"])
         self._kept.labels(*values).inc(transfer_stats_data["kept_tokens"])
         for reason, count in transfer_stats_data["failures"].items():
             self._failures.labels(*values, reason).inc(count)

@@ -280,6 +280,7 @@ class SchedulerSide:
             if request.num_preemptions != producing.epoch:
                 producing.epoch = epoch = request.num_preemptions
                 self._loop.call(partial(self._control.withdraw, handoff_id, epoch))
+                self._stats.record_withdrawal()
             scheduled = num_scheduled_tokens.get(request_id, 0)
             start, end = request.num_computed_tokens, request.num_prompt_tokens
             if scheduled and (start < end or self._has_windows):

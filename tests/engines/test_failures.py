@@ -329,9 +329,10 @@ def test_a_preempted_producer_computes_afresh_and_nothing_stale_is_used(cluster:
     """Between two requests of a storm all running ones are preempted, again and again."""
     prompts = [random_prompt(1500 + 100 * i, 33 + i) for i in range(8)]
     expected = [cluster.producer.complete(prompt, 4) for prompt in prompts]
-    name = "vllm:num_preemptions_total"
+    name = "pd_withdrawals_total"
     before = cluster.producer.metrics()[name]
     reset = f"{cluster.producer.url}/reset_prefix_cache?reset_running_requests=true"
+    httpx.post(reset, timeout=30).raise_for_status()  # it knows the prompts by now
     with ThreadPoolExecutor(8) as pool:
         answers = [
             pool.submit(hand_off_at_once, cluster.producer, cluster.failing, prompt, 4)

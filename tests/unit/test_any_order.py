@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -421,6 +422,22 @@ class AnyOrder(RuleBasedStateMachine):
 
 # Without shrinking, which takes minutes and cannot shorten what comes from a seed.
 AnyOrder.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=30, deadline=None, phases=[Phase.generate]
+    max_examples=250, stateful_step_count=30, deadline=None, phases=[Phase.generate]
 )
 TestWhateverHappensWhatIsUsedIsRightAndEverythingEnds = AnyOrder.TestCase
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_while_nothing_goes_wrong_every_fetch_succeeds(seed: int) -> None:
+    """The machine above would be content with an implementation that fails every fetch."""
+    world, chance = AnyOrder(), random.Random(seed)
+    for index in range(12):
+        world.send_prompt(index)
+    for _ in range(400):
+        world.go_on(chance, 10, "nothing")
+        if len(world.usable) == 12 and not world.held:
+            break
+    assert [result.reason for result in world.consumer.results] == [None] * 12
+    world.usable_kv_is_that_of_its_prompt()
+    assert world.computing == {}
+    assert world.held == {}

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tests.fakes.clock import FakeClock
-from tests.fakes.engines import full_group, make_layout
+from tests.fakes.engines import full_group, make_layout, sliding_group
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.handoffs import (
@@ -19,6 +19,7 @@ from vllm_pd_plugin.handoffs import (
     Source,
 )
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id, new_incarnation
+from vllm_pd_plugin.layout import EngineLayout
 from vllm_pd_plugin.lease import Lease
 from vllm_pd_plugin.plan import BlockTables
 
@@ -37,12 +38,12 @@ RANK_1: ReturnAddress = (b"rank-1", Incarnation("consumer-1"))
 class Producer:
     """A producer's table, and what it has released and abandoned."""
 
-    def __init__(self, num_ranks: int = 1) -> None:
+    def __init__(self, num_ranks: int = 1, layout: EngineLayout = LAYOUT) -> None:
         self.clock = FakeClock()
         self.released: list[tuple[str, ProducerState]] = []
         self.abandoned: list[tuple[str, ProducerState]] = []
         self.table = ProducerTable(
-            msgspec.structs.replace(LAYOUT, tensor_parallel_size=num_ranks),
+            msgspec.structs.replace(layout, tensor_parallel_size=num_ranks),
             LEASE_S,
             lambda *r: self.released.append(r),
             lambda *a: self.abandoned.append(a),
@@ -583,6 +584,45 @@ def test_a_block_that_the_request_has_let_go_of_since_is_never_vouched_for(
     producer.compute(handoff, TOKENS, ([1, 2, 3], [4]))
     producer.table.seal(handoff, TOKENS, ([0, 0, 3, 5], [4]))
     assert not isinstance(producer.commit(handoff), wire.Committed)
+
+
+def windowed() -> Producer:
+    """A producer of full attention and a window, which needs blocks 23 and 24 of 25 at the end."""
+    groups = [full_group("layer.0", "layer.2"), sliding_group(6, "layer.1")]
+    return Producer(layout=make_layout(groups=groups))
+
+
+def test_a_window_that_moves_on_while_answers_are_computed_ends_the_handoff() -> None:
+    producer = windowed()
+    handoff = producer.wanted()
+    prompt, window = list(range(1, 26)), [*[0] * 23, 31, 32]
+    producer.compute(handoff, TOKENS, (prompt, window))
+    moved = [*[0] * 24, 32, 33]
+    producer.advance(handoff, TOKENS, ([*prompt, 26], moved))
+    assert producer.commit(handoff) == wire.Refuse(handoff, Reason.CANCELLED)
+    assert producer.commit(handoff, is_last=False) == wire.Refuse(handoff, Reason.CANCELLED)
+    assert producer.abandoned == []  # its answer is wanted all the same
+    producer.table.seal(handoff, TOKENS, ([*prompt, 26], moved))
+    assert producer.released == [("r", ProducerState.CANCELLED)]
+
+
+def test_a_window_that_moves_on_inside_the_prompt_does_no_harm() -> None:
+    producer = windowed()
+    handoff = producer.wanted()
+    prompt = list(range(1, 26))
+    producer.compute(handoff, 80, (prompt[:20], [*[0] * 18, 41, 42]))
+    producer.compute(handoff, TOKENS, (prompt, [*[0] * 23, 31, 32]))
+    assert producer.commit(handoff) == granted(handoff)
+
+
+def test_a_window_that_moves_on_after_the_commit_does_no_harm() -> None:
+    producer = windowed()
+    handoff = producer.wanted()
+    prompt, window = list(range(1, 26)), [*[0] * 23, 31, 32]
+    producer.compute(handoff, TOKENS, (prompt, window))
+    assert producer.commit(handoff) == granted(handoff)
+    producer.table.seal(handoff, TOKENS, (prompt, [*[0] * 24, 32]))
+    assert producer.released == [("r", ProducerState.COMMITTED)]
 
 
 # --- leases and cancelling -------------------------------------------------------------------
