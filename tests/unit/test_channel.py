@@ -269,8 +269,7 @@ def test_messages_and_turns_run_on_the_loop_s_thread(make_engine: MakeEngine) ->
 # must not be granted because both found the loop busy with other messages.
 def test_a_call_runs_before_every_message_that_was_sent_after_it() -> None:
     order: list[bytes] = []
-    context = zmq.Context.instance()
-    client = context.socket(zmq.DEALER)
+    client: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     done = threading.Event()
 
     def receive(who: bytes, frames: list[bytes]) -> None:
