@@ -21,14 +21,11 @@ POLL_INTERVAL_S = 0.0005
 class Announcement:
     """What the scheduler wants to hear of one step.
 
-    control: the engine's own control channel, and its incarnation.
     after_layers: numbers of layers, in the order of the forward pass, after which to announce;
         the last is that of all layers.
     """
 
     step: int
-    control: Address
-    incarnation: Incarnation
     after_layers: tuple[int, ...]
 
 
@@ -42,14 +39,25 @@ class Mark:
 
 
 class Announcer:
-    """Sends ``wire.Announce`` for each mark, in order."""
+    """Sends ``wire.Announce`` for each mark, in order; and ``wire.Nudge``."""
 
     def __init__(self, incarnation: Incarnation, rank: int, connect: Connect) -> None:
         self._incarnation = incarnation
         self._rank = rank
         self._connect = connect
         self._link: Link | None = None
+        self._control = Incarnation("")
         self._marks: deque[Mark] = deque()
+
+    def connect(self, control: Address, incarnation: Incarnation) -> None:
+        """Take the engine's own control channel and its incarnation; before anything else."""
+        # Nothing comes back: a worker's messages are not answered.
+        self._link = self._connect(control, lambda frames: None)
+        self._control = incarnation
+
+    def nudge(self) -> None:
+        """Wake an engine that only waits."""
+        self._send(wire.Nudge())
 
     def add(self, mark: Mark) -> None:
         self._marks.append(mark)
@@ -57,17 +65,14 @@ class Announcer:
     def turn(self) -> float | None:
         """Announce what has been reached; return for how many seconds nothing needs to be done."""
         while self._marks and self._marks[0].is_reached():
-            self._send(self._marks.popleft())
+            mark = self._marks.popleft()
+            step = mark.announcement.step
+            self._send(wire.Announce(step, self._rank, mark.num_layers))
         return POLL_INTERVAL_S if self._marks else None
 
-    def _send(self, mark: Mark) -> None:
-        announcement = mark.announcement
-        if self._link is None:
-            # Nothing comes back: an announcement is not answered.
-            self._link = self._connect(announcement.control, lambda frames: None)
-        announce = wire.Announce(announcement.step, self._rank, mark.num_layers)
-        frames = wire.encode(announce, self._incarnation, announcement.incarnation)
-        self._link.send(frames)
+    def _send(self, message: wire.Announce | wire.Nudge) -> None:
+        assert self._link is not None
+        self._link.send(wire.encode(message, self._incarnation, self._control))
 
     def close(self) -> None:
         if self._link is not None:

@@ -112,14 +112,13 @@ class Loop:
         timeout_s: float | None = 0.0
         while not self._stopping:
             ready = self._wait(timeout_s)
-            # Calls first: what another thread announced before it let a message out is then known.
-            self._guard(self._run_calls)
+            self._clear_wake()
+            self._run_calls()
             for socket, _ in ready:
                 if reader := self._readers.get(socket):
                     self._guard(reader)
             timeout_s = self._guard(self._on_turn)
-        while self._calls:  # what was called before the end still runs
-            self._guard(self._calls.popleft())
+        self._run_calls()  # what was called before the end still runs
 
     def _wait(self, timeout_s: float | None) -> list[tuple[Any, int]]:
         if timeout_s is None:
@@ -129,11 +128,11 @@ class Loop:
             return self._poller.poll(0)
         return self._poller.poll(math.ceil(timeout_s * 1000))
 
-    def _run_calls(self) -> None:
-        try:
+    def _clear_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            return
+
+    def _run_calls(self) -> None:
         while self._calls:
             self._guard(self._calls.popleft())
 
@@ -153,6 +152,8 @@ class Loop:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            # What another thread told this one before it let the message out must be known by now.
+            self._run_calls()
             on_message(frames)
 
 

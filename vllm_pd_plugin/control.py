@@ -68,7 +68,12 @@ class Abandoned:
     state: ProducerState
 
 
-Event = Offered | Lost | Released | Abandoned
+@dataclasses.dataclass(frozen=True, slots=True)
+class Nudged:
+    """A worker of this engine has a result."""
+
+
+Event = Offered | Lost | Released | Abandoned | Nudged
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -195,6 +200,9 @@ class ControlPlane:
                 return None
             case wire.Announce(step, rank, num_layers) if header.sender in self._workers:
                 self._tell(self._producing.announce(step, rank, num_layers))
+                return None
+            case wire.Nudge() if header.sender in self._workers:
+                self._emit(Nudged())
                 return None
             case _:
                 self._dropped_requests += 1
@@ -327,6 +335,8 @@ class ControlPlane:
             case wire.Alive(lost):
                 for handoff_id, reason in lost.items():
                     if wanted := self._consuming.get(handoff_id):
+                        # It may have begun to compute for us all the same.
+                        self._cancel(peer, wanted.source)
                         text = "the producer no longer holds the handoff"
                         self._lose(wanted.request_id, reason, text)
 

@@ -276,8 +276,9 @@ class ProducerTable:
         A handoff that the producer has not heard of yet is not renewed: its request must come
         within one lease."""
         lost: dict[HandoffId, Reason] = {}
+        self.tick()
         for handoff_id in handoff_ids:
-            handoff = self._live(handoff_id)
+            handoff = self._find(handoff_id)
             if isinstance(handoff, Produced):
                 if handoff.wanted_by is None:  # its want came so early that it was forgotten
                     lost[handoff_id] = Reason.UNKNOWN_HANDOFF
@@ -335,6 +336,9 @@ class ProducerTable:
 
     def _live(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         self.tick()  # an answer must never be based on a lease that has already run out
+        return self._find(handoff_id)
+
+    def _find(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         handoff = self._open.get(handoff_id)
         if handoff is not None and handoff.ending is None:
             return handoff

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm_pd_plugin.announcer import Announcement
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.handoffs import FetchSpec
-from vllm_pd_plugin.ids import Incarnation, RequestId
+from vllm_pd_plugin.ids import Address, Incarnation, RequestId
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 
 
@@ -26,6 +26,7 @@ class StepMetadata(KVConnectorMetadata):
     released: producer requests whose blocks may be freed; to be reported as sent.
     serving: whether peers may be reading from this engine.
     announcement: set when this step computes KV that is to be handed off.
+    control: the engine's own control channel, and its incarnation.
     """
 
     fetches: tuple[FetchSpec, ...]
@@ -34,6 +35,7 @@ class StepMetadata(KVConnectorMetadata):
     released: tuple[RequestId, ...]
     serving: bool
     announcement: Announcement | None
+    control: tuple[Address, Incarnation]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -149,7 +149,9 @@ class PdPromMetrics(KVConnectorPromMetrics):
             multiprocess_mode="mostrecent",
         )
         for index, values in self.per_engine_labelvalues.items():
-            self._expired.labels(*values)
+            for series in (self._bytes, self._descriptors, self._stretches, self._expired):
+                series.labels(*values)
+            self._seconds.labels(*values)
             self.observe(PdStats().data, index)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

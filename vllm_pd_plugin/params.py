@@ -7,7 +7,8 @@ from the producer itself, so no client can name another request's blocks.
 
 A dispatcher that need not wait chooses a handoff id itself and asks both at the same moment: the
 producer with ``do_remote_decode`` and ``handoff_id``, the consumer with ``do_remote_prefill``,
-``remote_host``, ``remote_port`` (the producer's control channel) and ``remote_handoff_id``.
+``remote_host``, ``remote_port`` (the producer's control channel) and ``remote_handoff_id``. An id
+is used once: a request with one that has ended before is ended with an error.
 """
 
 from __future__ import annotations

@@ -24,11 +24,12 @@ from vllm_pd_plugin.control import (
     ControlPlane,
     Event,
     LocalEngine,
+    Nudged,
     Offered,
     Released,
 )
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
-from vllm_pd_plugin.handoffs import Advance, FetchSpec, Source
+from vllm_pd_plugin.handoffs import Advance, FetchSpec, ProducerState, Source
 from vllm_pd_plugin.ids import (
     EngineId,
     HandoffId,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_EMPTY_STEP_S = 0.002
+_MIN_REST_S, _MAX_REST_S = 0.001, 0.008
 
 _HANDED_OFF = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
@@ -97,12 +98,14 @@ class _Producing:
     """One request whose KV is to be handed off.
 
     epoch: its preemptions that the control thread knows of.
+    ending: how the handoff ends when the request does, if it is not sealed.
     """
 
     request: Request
     handoff_id: HandoffId
     is_open: bool = False
     epoch: int = 0
+    ending: ProducerState = ProducerState.CANCELLED
 
 
 class SchedulerSide:
@@ -122,6 +125,7 @@ class SchedulerSide:
         )
         self._events: deque[Event] = deque()
         self._has_events = threading.Event()
+        self._rest_s = _MIN_REST_S
         self._consuming: dict[RequestId, _Consuming] = {}
         self._leaders: dict[HandoffId, RequestId] = {}
         self._producing: dict[RequestId, _Producing] = {}
@@ -256,10 +260,7 @@ class SchedulerSide:
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Hand over what has gathered since the last step, and say what this one computes."""
-        if output.total_num_scheduled_tokens == 0 and (self._consuming or self._sealed):
-            # vLLM steps an engine that only waits as often as it can: let the others have the core.
-            self._has_events.wait(_EMPTY_STEP_S)
-        self._has_events.clear()
+        self._rest(output.total_num_scheduled_tokens == 0)
         self._take_events()
         metadata = StepMetadata(
             tuple(self._fetches),
@@ -268,9 +269,25 @@ class SchedulerSide:
             tuple(self._released),
             serving=bool(self._sealed or self._producing),
             announcement=self._advance(output.num_scheduled_tokens),
+            control=(
+                (self._config.advertise_host, self._listener.port),
+                self._identity.incarnation,
+            ),
         )
         self._fetches, self._refused, self._cancels, self._released = [], [], {}, []
         return metadata
+
+    def _rest(self, is_empty: bool) -> None:
+        """Sleep a little in a step that computes nothing, unless there is news.
+
+        vLLM steps an engine that only waits as often as it can: others need the core. New requests
+        wake nobody here, so that the rest is short, and longer only when nothing happens."""
+        waits = is_empty and bool(self._consuming or self._sealed)
+        if waits and not self._has_events.wait(self._rest_s):
+            self._rest_s = min(2 * self._rest_s, _MAX_REST_S)
+        else:
+            self._rest_s = _MIN_REST_S
+        self._has_events.clear()
 
     def _advance(self, num_scheduled_tokens: Mapping[RequestId, int]) -> Announcement | None:
         """Tell the control thread what becomes of the handoffs in this step."""
@@ -294,8 +311,6 @@ class SchedulerSide:
         self._loop.call(partial(self._control.advance, self._step, advances))
         return Announcement(
             self._step,
-            (self._config.advertise_host, self._listener.port),
-            self._identity.incarnation,
             layers_worth_a_message(
                 self._num_layers,
                 int(computed * self._layer_bytes_per_token),
@@ -353,6 +368,7 @@ class SchedulerSide:
         self._handoff_ids.discard(handoff_id)
         if request.status not in _HANDED_OFF or not any(blocks):
             self._loop.call(lambda: self._control.drop(handoff_id))
+            self._stats.record_ended(producing.ending)
             return False, None
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         self._sealed.add(request_id)
@@ -445,7 +461,10 @@ class SchedulerSide:
                 continue
             if isinstance(event, Abandoned):
                 self._abandoned.append(event.request_id)
-                self._stats.record_ended(event.state)
+                if producing := self._producing.get(event.request_id):
+                    producing.ending = event.state
+                continue
+            if isinstance(event, Nudged):
                 continue
             consuming = self._consuming.get(event.request_id)
             if consuming is None:

@@ -187,7 +187,14 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     num_layers: Count
 
 
-Request = Hello | Want | Subscribe | Commit | Heartbeat | Cancel | Announce
+class Nudge(msgspec.Struct, frozen=True, tag="nudge"):
+    """Inside one engine, a worker rank to its own control plane; not answered.
+
+    A fetch has ended on that rank: an engine that only waits for it need not wait any longer.
+    """
+
+
+Request = Hello | Want | Subscribe | Commit | Heartbeat | Cancel | Announce | Nudge
 """What a consumer sends, and a worker to its own engine."""
 
 Reply = Welcome | Offer | Progress | Seal | Committed | Refuse | Alive
@@ -200,7 +207,7 @@ _KINDS: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
         Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Commit, Committed,
-        Refuse, Heartbeat, Alive, Cancel, Announce,
+        Refuse, Heartbeat, Alive, Cancel, Announce, Nudge,
     )
 }  # fmt: skip
 # What msgspec raises for bytes from outside; the latter two are no MsgspecError.

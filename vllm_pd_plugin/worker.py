@@ -41,6 +41,7 @@ class WorkerSide:
         self._rank, self._num_ranks = rank, num_ranks
         self._loop = Loop("pd-transfer", self._turn)
         self._announcer = Announcer(self._identity.incarnation, rank, self._connect)
+        self._knows_control = False
         self._plane: TransferPlane
         self._results: deque[FetchResult] = deque()
         self._finished: list[RequestId] = []
@@ -75,7 +76,7 @@ class WorkerSide:
                 self._connect,
                 time.monotonic,
             ),
-            self._results.append,
+            self._take_result,
             time.monotonic,
             # Closing a connection in the middle of a read is the last resort: over TCP, UCX may
             # abort the peer's process for it. A peer that was only stopped ends the read itself.
@@ -86,6 +87,10 @@ class WorkerSide:
 
     def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Link:
         return Link(self._loop, address, self._keys, on_message)
+
+    def _take_result(self, result: FetchResult) -> None:
+        self._results.append(result)
+        self._announcer.nudge()
 
     def _turn(self) -> float | None:
         waits = [self._announcer.turn(), self._plane.turn()]
@@ -118,6 +123,9 @@ class WorkerSide:
 
     def step(self, metadata: StepMetadata) -> None:
         """Start and cancel what the scheduler says, at once: no step is waited for."""
+        if not self._knows_control:
+            self._knows_control = True
+            self._loop.call(lambda: self._announcer.connect(*metadata.control))
         self._announcement, self._layers_written = metadata.announcement, 0
         for request_id in metadata.refused:
             self._results.append(FetchResult(request_id, Reason.INTERNAL, 0, 0, 0, 0.0, 0))
@@ -166,8 +174,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Stop the transfer thread, then disconnect."""
-        self._loop.call(self._announcer.close)
         self._loop.call(lambda: self._plane.close())
+        self._loop.call(self._announcer.close)
         self._loop.close()
 
 

@@ -129,6 +129,7 @@ class FakeEngine:
             timeouts or Timeouts(queue_s=600.0, read_s=60.0, drain_s=5.0),
         )
         self.announcer = Announcer(self.worker.incarnation, 0, network.connect)
+        self._knows_control = False
         self.control = ControlPlane(
             LocalEngine(
                 self.identity,
@@ -235,9 +236,10 @@ class FakeEngine:
     def announce(self, step: int, num_layers: int | None = None) -> None:
         """The worker says that so many layers of a step are written; all, unless told."""
         layers = self.num_layers if num_layers is None else num_layers
-        announcement = Announcement(
-            step, self.address, self.identity.incarnation, (self.num_layers,)
-        )
+        if not self._knows_control:
+            self._knows_control = True
+            self.announcer.connect(self.address, self.identity.incarnation)
+        announcement = Announcement(step, (self.num_layers,))
         self.announcer.add(Mark(announcement, layers, lambda: True))
         self.announcer.turn()
 

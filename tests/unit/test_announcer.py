@@ -57,11 +57,13 @@ def control(network: FakeNetwork) -> Control:
 
 @pytest.fixture
 def announcer(network: FakeNetwork) -> Announcer:
-    return Announcer(WORKER, RANK, network.connect)
+    announcer = Announcer(WORKER, RANK, network.connect)
+    announcer.connect(CONTROL, ENGINE)
+    return announcer
 
 
 def mark(step: int, num_layers: int, stream: Stream) -> Mark:
-    return Mark(Announcement(step, CONTROL, ENGINE, (2, 4)), num_layers, stream)
+    return Mark(Announcement(step, (2, 4)), num_layers, stream)
 
 
 def test_a_mark_is_announced_once_it_is_reached_and_not_before(
@@ -115,10 +117,8 @@ def test_all_announcements_share_one_link(
     assert network.open_links(CONTROL) == 0
 
 
-def test_an_announcer_that_never_spoke_has_nothing_to_close(
-    announcer: Announcer, network: FakeNetwork
-) -> None:
-    announcer.close()
+def test_an_announcer_that_never_spoke_has_nothing_to_close(network: FakeNetwork) -> None:
+    Announcer(WORKER, RANK, network.connect).close()
     assert network.links == {}
 
 

@@ -37,6 +37,7 @@ EVERY_KIND: list[wire.Message] = [
     wire.Alive({H: Reason.CANCELLED}),
     wire.Cancel(H),
     wire.Announce(7, 1, 2),
+    wire.Nudge(),
 ]
 
 
