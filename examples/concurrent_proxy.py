@@ -142,7 +142,7 @@ class Proxy:
             try:
                 await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
                 if prefill.done():
-                    prefill.result()  # raises if the leg has failed
+                    raise_if_refused(prefill)
                 answer, start = await decode
             except LegFailed as error:
                 log.warning("handoff %s failed: %s", handoff_id, error)
@@ -227,6 +227,19 @@ def decode_body(body: dict[str, Any], handoff_id: str, pair: Pair) -> dict[str, 
             "remote_handoff_id": handoff_id,
         }
     }
+
+
+def raise_if_refused(prefill: asyncio.Task[None]) -> None:
+    """Raise LegFailed if the prefill engine refused the request as such.
+
+    Any other failure is the decode engine's to deal with: it may have ended the prefill itself,
+    because it had the KV already, or compute the prompt after the prefill engine has died.
+    """
+    error = prefill.exception()
+    if isinstance(error, LegFailed):
+        log.warning("prefill leg failed: %s", error)
+        if error.status < 500:
+            raise error
 
 
 @contextlib.asynccontextmanager

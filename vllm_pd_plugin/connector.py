@@ -64,9 +64,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = SchedulerSide(config, engine_id, engine_role)
             end_abandoned_requests()
         else:
-            num_ranks = vllm_config.parallel_config.tensor_parallel_size
             rank = get_tensor_model_parallel_rank()
-            self._worker = WorkerSide(config, engine_id, rank, num_ranks)
+            self._worker = WorkerSide(config, engine_id, rank)
             self._handshake: RankHandshake | None = None
 
     def shutdown(self) -> None:

@@ -192,7 +192,8 @@ class ControlPlane:
             case wire.Subscribe(handoff_id, rank):
                 return self._producing.subscribe(handoff_id, rank, who)
             case wire.Heartbeat(handoff_ids):
-                return self._producing.heartbeat(handoff_ids)
+                self._tell(self._producing.heartbeat(handoff_ids, who))
+                return None
             case wire.Commit():
                 return self._producing.commit(message)
             case wire.Cancel(handoff_id):
@@ -272,9 +273,10 @@ class ControlPlane:
             self._peers.send(peer, want, expects_answer=False)
 
     def _give_up(self) -> float | None:
-        """End what has waited too long for blocks; return when to look again."""
+        """End what has waited too long for its KV or for blocks; return when to look again."""
         for wanted in self._consuming.overdue(self._clock()):
-            text = f"no free blocks here within {self._queue_timeout_s:g} s"
+            missing = "free blocks here" if wanted.offered else "offer from the producer"
+            text = f"no {missing} within {self._queue_timeout_s:g} s"
             self.close(wanted.request_id, cancel=True)
             self._emit(Lost(wanted.request_id, Reason.QUEUE_TIMEOUT, text))
         return self._consuming.next_deadline()

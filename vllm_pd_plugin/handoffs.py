@@ -266,28 +266,36 @@ class ProducerTable:
         handoff = self._live(handoff_id)
         if isinstance(handoff, wire.Refuse):
             return handoff
+        if rank >= self._num_ranks:
+            return wire.Refuse(handoff_id, Reason.MISSING_BLOCKS)
         handoff.lease = handoff.lease.renewed(self._clock())
         subscriber = handoff.subscribers[rank] = _Subscriber(who, [])
         return self._state(handoff, rank, subscriber)
 
-    def heartbeat(self, handoff_ids: Iterable[HandoffId]) -> wire.Alive:
+    def heartbeat(self, handoff_ids: Iterable[HandoffId], who: ReturnAddress) -> list[Answer]:
         """Renew leases; name those that cannot be renewed any more (a committed one needs none).
 
         A handoff that the producer has not heard of yet is not renewed: its request must come
-        within one lease."""
+        within one lease. A consumer that has reconnected is offered anew what it may have missed.
+        """
         lost: dict[HandoffId, Reason] = {}
+        answers: list[Answer] = []
         self.tick()
         for handoff_id in handoff_ids:
             handoff = self._find(handoff_id)
             if isinstance(handoff, Produced):
                 if handoff.wanted_by is None:  # its want came so early that it was forgotten
                     lost[handoff_id] = Reason.UNKNOWN_HANDOFF
+                elif handoff.wanted_by != who:
+                    handoff.wanted_by = who
+                    if handoff.state is not ProducerState.QUEUED:
+                        answers.append((who, _offer(handoff)))
                 handoff.lease = handoff.lease.renewed(self._clock())
-            elif handoff_id in self._early:
-                continue
+            elif early := self._early.get(handoff_id):
+                self._early[handoff_id] = (who, early[1])
             elif self._ending_of(handoff_id) is not ProducerState.COMMITTED:
                 lost[handoff_id] = handoff.reason
-        return wire.Alive(lost)
+        return [*answers, (who, wire.Alive(lost))]
 
     def commit(
         self, commit: wire.Commit
@@ -305,10 +313,10 @@ class ProducerTable:
             subscriber.told = []
             return self._state(handoff, commit.rank, subscriber)
         if commit.is_last:
-            if not handoff.is_final(commit.rank):
+            if commit.rank >= self._num_ranks or not handoff.is_final(commit.rank):
                 return wire.Refuse(commit.handoff_id, Reason.MISSING_BLOCKS)
             handoff.committed_ranks.add(commit.rank)
-            if len(handoff.committed_ranks) >= commit.num_ranks:
+            if len(handoff.committed_ranks) >= self._num_ranks:
                 self._conclude(handoff, ProducerState.COMMITTED)
         return wire.Committed(commit.handoff_id, commit.epoch, commit.is_last)
 

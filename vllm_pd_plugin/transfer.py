@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 from vllm_pd_plugin import wire
@@ -29,16 +30,19 @@ _MAX_READS = 2
 """Reads of one fetch that are under way together: the next is there when one ends, and what is
 announced meanwhile gathers into one."""
 
+_ASK_AGAIN_S = 2.0
+"""How long a fetch that reads nothing waits for news before it asks: they may have been lost with
+a connection, which ZeroMQ renews by itself."""
+
 _VOUCH_INTERVAL_S = 0.1
 """How often a fetch asks whether what has arrived is valid, so that a later failure keeps it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LocalRank:
-    """This rank's own place: which of how many, and its memory."""
+    """Which tensor parallel rank this is, and its memory."""
 
     rank: int
-    num_ranks: int
     layout: EngineLayout
     regions: Sequence[Region]
 
@@ -80,6 +84,7 @@ class _Fetch:
     vouched_tokens: int = 0
     asked_tokens: int = 0
     next_vouch_at: float = 0.0
+    ask_again_at: float = math.inf
     reason: Reason | None = None
     num_bytes: int = 0
     num_descriptors: int = 0
@@ -160,6 +165,8 @@ class TransferPlane:
             waits.append(fetch.deadline - now)
             if fetch.state is FetchState.FETCHING and fetch.wants_vouch:
                 waits.append(fetch.next_vouch_at - now)
+            if fetch.state is FetchState.FETCHING and not fetch.reads:
+                waits.append(fetch.ask_again_at - now)
             if fetch.reads:
                 elapsed = now - fetch.reads[0].posted_at
                 waits.append(min(max(_POLL_SHARE * elapsed, _MIN_POLL_S), _MAX_POLL_S))
@@ -230,12 +237,13 @@ class TransferPlane:
 
     def _send_subscribe(self, fetch: _Fetch, peer: Peer) -> None:
         handoff_id = fetch.spec.source.handoff_id
-        subscribe = wire.Subscribe(handoff_id, self._local.rank, self._local.num_ranks)
-        self._peers.send(peer, subscribe)
+        fetch.ask_again_at = self._clock() + _ASK_AGAIN_S
+        self._peers.send(peer, wire.Subscribe(handoff_id, self._local.rank))
 
     def _learn(self, fetch: _Fetch, peer: Peer, message: wire.Progress | wire.Seal) -> None:
         assert fetch.stretches is not None
         epoch = fetch.stretches.epoch
+        fetch.ask_again_at = self._clock() + _ASK_AGAIN_S
         try:
             is_complete = fetch.stretches.learn(message)
         except HandoffError as error:
@@ -288,7 +296,6 @@ class TransferPlane:
             fetch.spec.source.handoff_id,
             fetch.stretches.epoch,
             self._local.rank,
-            self._local.num_ranks,
             is_last,
         )
         self._peers.send(fetch.peer, commit)
@@ -331,6 +338,9 @@ class TransferPlane:
             self._read(fetch)
         if fetch.state is FetchState.FETCHING:
             self._vouch(fetch)
+            if not fetch.reads and self._clock() >= fetch.ask_again_at:
+                assert fetch.peer is not None
+                self._send_subscribe(fetch, fetch.peer)
         if fetch.state is not FetchState.ENDED and self._clock() >= fetch.deadline:
             self._overdue(fetch)
 

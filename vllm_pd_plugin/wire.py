@@ -90,7 +90,6 @@ class Subscribe(msgspec.Struct, frozen=True, tag="subscribe"):
 
     handoff_id: HandoffId
     rank: Count
-    num_ranks: Count
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -139,7 +138,6 @@ class Commit(msgspec.Struct, frozen=True, tag="commit"):
     handoff_id: HandoffId
     epoch: Count
     rank: Count
-    num_ranks: Count
     is_last: bool
 
 

@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 class WorkerSide:
     """Owns the transfer thread; every other method runs on the worker's own thread."""
 
-    def __init__(self, config: PdConfig, engine_id: EngineId, rank: int, num_ranks: int) -> None:
+    def __init__(self, config: PdConfig, engine_id: EngineId, rank: int) -> None:
         self._config = config
         self._identity = Identity(engine_id, new_incarnation())
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
-        self._rank, self._num_ranks = rank, num_ranks
+        self._rank = rank
         self._loop = Loop("pd-transfer", self._turn)
         self._announcer = Announcer(self._identity.incarnation, rank, self._connect)
         self._knows_control = False
@@ -66,7 +66,7 @@ class WorkerSide:
             self._mark_stream = _mark_cuda_stream
         config = self._config
         self._plane = TransferPlane(
-            LocalRank(self._rank, self._num_ranks, layout, rank_memory.regions),
+            LocalRank(self._rank, layout, rank_memory.regions),
             transport,
             partial(
                 PeerTable,

@@ -54,7 +54,7 @@ def corrupt_handoff(params: Mapping[str, Any], producer_pid: int) -> int:
     with ControlClient(params) as client:
         welcome = client.ask(wire.Hello("test"))
         assert isinstance(welcome, wire.Welcome)
-        seal = client.ask(wire.Subscribe(client.handoff_id, 0, 1))
+        seal = client.ask(wire.Subscribe(client.handoff_id, 0))
         assert isinstance(seal, wire.Seal)
     written = 0
     regions = iter(welcome.ranks[0].regions)

@@ -121,7 +121,7 @@ class FakeEngine:
         metadata = self.transport.register([(c.ctypes.data, c.nbytes) for c in self.caches])
         self.worker = Identity(name, new_incarnation())
         self.plane = TransferPlane(
-            LocalRank(0, 1, self.layout, self.regions),
+            LocalRank(0, self.layout, self.regions),
             self.transport,
             self._peers_of(self.worker, peer_timeout_s),
             self._report,

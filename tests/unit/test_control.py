@@ -474,7 +474,7 @@ def test_closing_an_unknown_request_does_nothing(cluster: FakeCluster) -> None:
 
 def test_a_request_that_ends_without_kv_tells_who_has_been_waiting(cluster: FakeCluster) -> None:
     source = cluster.producer.begin("p", 8)
-    subscribe = wire.Subscribe(source.handoff_id, 0, 1)
+    subscribe = wire.Subscribe(source.handoff_id, 0)
     (progress,) = ask(cluster, subscribe, cluster.producer.identity.incarnation)
     assert progress == wire.Progress(source.handoff_id, 0, 0, 0, 0, (wire.TableSlice(0, ()),))
     cluster.producer.control.drop(source.handoff_id)
@@ -485,7 +485,7 @@ def test_a_request_that_ends_without_kv_tells_who_has_been_waiting(cluster: Fake
 def test_the_seal_tells_who_has_been_waiting(cluster: FakeCluster) -> None:
     source = cluster.producer.begin("p", 8)
     target = cluster.producer.identity.incarnation
-    ask(cluster, wire.Subscribe(source.handoff_id, 0, 1), target)
+    ask(cluster, wire.Subscribe(source.handoff_id, 0), target)
     cluster.producer.control.seal(source.handoff_id, 8, ([3, 4],))
     (packet,) = cluster.network.in_flight
     expected = wire.Seal(source.handoff_id, 0, 8, (wire.TableSlice(0, (3, 4)),))
@@ -502,7 +502,7 @@ def subscribed(cluster: FakeCluster) -> tuple[Source, list[wire.Message]]:
     link = cluster.network.connect(
         cluster.producer_address, lambda frames: told.append(wire.decode(frames)[1])
     )
-    subscribe = wire.Subscribe(source.handoff_id, 0, 1)
+    subscribe = wire.Subscribe(source.handoff_id, 0)
     target = cluster.producer.identity.incarnation
     link.send(wire.encode(subscribe, new_incarnation(), target))
     cluster.network.deliver()
@@ -572,14 +572,14 @@ def test_a_preemption_is_told_to_who_subscribed(cluster: FakeCluster) -> None:
 
 def test_a_commit_to_the_incarnation_before_commits_nothing(cluster: FakeCluster) -> None:
     source = cluster.producer.produce("p", [1], 4)
-    answers = ask(cluster, wire.Commit(source.handoff_id, 0, 0, 1, True), new_incarnation())
+    answers = ask(cluster, wire.Commit(source.handoff_id, 0, 0, True), new_incarnation())
     assert answers == [wire.Alive({})]
     assert cluster.producer.events == []
 
 
 def test_a_commit_is_granted_and_the_blocks_released(cluster: FakeCluster) -> None:
     source = cluster.producer.produce("p", [1], 4)
-    commit = wire.Commit(source.handoff_id, 0, 0, 1, True)
+    commit = wire.Commit(source.handoff_id, 0, 0, True)
     answers = ask(cluster, commit, cluster.producer.identity.incarnation)
     assert answers == [wire.Committed(source.handoff_id, 0, True)]
     assert cluster.producer.events == [Released("p", ProducerState.COMMITTED)]

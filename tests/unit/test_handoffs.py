@@ -96,11 +96,16 @@ class Producer:
         self,
         handoff: HandoffId,
         rank: int = 0,
-        num_ranks: int = 1,
         epoch: int = 0,
         is_last: bool = True,
     ) -> wire.Message:
-        return self.table.commit(wire.Commit(handoff, epoch, rank, num_ranks, is_last))
+        return self.table.commit(wire.Commit(handoff, epoch, rank, is_last))
+
+    def heartbeat(self, handoffs: Sequence[HandoffId]) -> wire.Message:
+        """The answer to a heartbeat of the scheduler that asked; nothing else is said."""
+        ((who, alive),) = self.table.heartbeat(handoffs, SCHEDULER)
+        assert who == SCHEDULER
+        return alive
 
     def expire(self) -> None:
         self.clock.advance(LEASE_S)
@@ -169,11 +174,11 @@ def test_a_want_is_remembered_for_one_lease_and_then_lost(producer: Producer) ->
     producer.table.want(handoff, SCHEDULER)
     assert producer.table.tick() == producer.clock() + LEASE_S
     producer.clock.advance(LEASE_S - 0.001)
-    assert producer.table.heartbeat([handoff]) == wire.Alive({})
+    assert producer.heartbeat([handoff]) == wire.Alive({})
     producer.clock.advance(0.001)
     assert producer.table.tick() is None
     lost = {handoff: Reason.UNKNOWN_HANDOFF}
-    assert producer.table.heartbeat([handoff]) == wire.Alive(lost)
+    assert producer.heartbeat([handoff]) == wire.Alive(lost)
 
 
 def test_heartbeats_do_not_make_the_table_wait_longer_for_a_request(producer: Producer) -> None:
@@ -181,7 +186,7 @@ def test_heartbeats_do_not_make_the_table_wait_longer_for_a_request(producer: Pr
     producer.table.want(handoff, SCHEDULER)
     for _ in range(6):
         producer.clock.advance(LEASE_S / 6)
-        alive = producer.table.heartbeat([handoff])
+        alive = producer.heartbeat([handoff])
     assert alive == wire.Alive({handoff: Reason.UNKNOWN_HANDOFF})
 
 
@@ -193,7 +198,7 @@ def test_a_request_that_comes_after_its_want_was_forgotten_is_offered_or_lost(
     producer.table.want(handoff, SCHEDULER)
     producer.expire()
     producer.queued(handoff=handoff)
-    alive = producer.table.heartbeat([handoff])
+    alive = producer.heartbeat([handoff])
     offers = producer.table.open(handoff)
     assert offers or alive.lost
 
@@ -217,7 +222,7 @@ def test_a_handoff_that_nobody_has_heard_of_is_refused_to_all_that_do_not_merely
     assert producer.table.subscribe(handoff, 0, RANK_0) == refusal
     assert producer.commit(handoff) == refusal
     assert producer.commit(handoff, is_last=False) == refusal
-    assert producer.table.heartbeat([handoff]) == wire.Alive({handoff: Reason.UNKNOWN_HANDOFF})
+    assert producer.heartbeat([handoff]) == wire.Alive({handoff: Reason.UNKNOWN_HANDOFF})
     assert producer.table.drop(handoff) == []
     assert producer.table.withdraw(handoff, 1) == []
     assert producer.table.open(handoff) == []
@@ -259,7 +264,8 @@ def test_who_subscribes_after_the_seal_is_told_everything(producer: Producer) ->
     assert producer.table.subscribe(handoff, 0, RANK_0) == seal
 
 
-def test_who_subscribes_early_is_told_at_the_seal(producer: Producer) -> None:
+def test_who_subscribes_early_is_told_at_the_seal() -> None:
+    producer = Producer(num_ranks=2)
     handoff = producer.open()
     producer.table.subscribe(handoff, 0, RANK_0)
     producer.table.subscribe(handoff, 1, RANK_1)
@@ -380,9 +386,8 @@ def test_announcements_after_the_seal_say_nothing_new(producer: Producer) -> Non
 # --- preemption ------------------------------------------------------------------------------
 
 
-def test_a_withdrawal_tells_every_subscriber_that_all_before_it_is_void(
-    producer: Producer,
-) -> None:
+def test_a_withdrawal_tells_every_subscriber_that_all_before_it_is_void() -> None:
+    producer = Producer(num_ranks=2)
     handoff = producer.open()
     producer.table.subscribe(handoff, 0, RANK_0)
     producer.table.subscribe(handoff, 1, RANK_1)
@@ -455,18 +460,50 @@ def test_a_commit_releases_the_blocks(producer: Producer) -> None:
     assert len(producer.table) == 0
 
 
-def test_a_commit_needs_all_ranks(producer: Producer) -> None:
+def test_a_commit_needs_all_ranks() -> None:
+    producer = Producer(num_ranks=2)
     handoff = producer.sealed()
-    assert producer.commit(handoff, 1, 2) == granted(handoff)
+    assert producer.commit(handoff, 1) == granted(handoff)
     assert producer.released == []
-    assert producer.commit(handoff, 0, 2) == granted(handoff)
+    assert producer.commit(handoff, 0) == granted(handoff)
     assert producer.released == [("r", ProducerState.COMMITTED)]
 
 
-def test_one_rank_that_commits_twice_counts_once(producer: Producer) -> None:
+def test_a_rank_that_does_not_exist_is_refused(producer: Producer) -> None:
     handoff = producer.sealed()
-    producer.commit(handoff, 1, 2)
-    assert producer.commit(handoff, 1, 2) == granted(handoff)
+    refusal = wire.Refuse(handoff, Reason.MISSING_BLOCKS)
+    assert producer.table.subscribe(handoff, 1, RANK_1) == refusal
+    assert producer.commit(handoff, 1) == refusal
+    assert producer.released == []
+
+
+def test_a_consumer_that_has_reconnected_is_offered_anew_what_it_may_have_missed(
+    producer: Producer,
+) -> None:
+    handoff = producer.wanted()
+    offer = wire.Offer(handoff, TOKENS, b"digest")
+    alive = wire.Alive({})
+    again = (b"scheduler after the reconnect", SCHEDULER[1])
+    assert producer.table.heartbeat([handoff], again) == [(again, offer), (again, alive)]
+    assert producer.table.heartbeat([handoff], again) == [(again, alive)]
+
+
+def test_a_consumer_that_reconnects_before_its_request_has_come_is_offered_it_all_the_same(
+    producer: Producer,
+) -> None:
+    handoff = new_handoff_id()
+    producer.table.want(handoff, SCHEDULER)
+    again = (b"scheduler after the reconnect", SCHEDULER[1])
+    producer.table.heartbeat([handoff], again)
+    producer.queued(handoff=handoff)
+    assert producer.table.open(handoff) == [(again, wire.Offer(handoff, TOKENS, b"digest"))]
+
+
+def test_one_rank_that_commits_twice_counts_once() -> None:
+    producer = Producer(num_ranks=2)
+    handoff = producer.sealed()
+    producer.commit(handoff, 1)
+    assert producer.commit(handoff, 1) == granted(handoff)
     assert producer.released == []
 
 
@@ -503,10 +540,10 @@ def test_a_commit_before_the_seal_is_granted_only_to_ranks_whose_kv_is_complete(
     step = producer.advance(handoff, TOKENS)
     producer.table.announce(step, 1, LAYERS)
     refusal = wire.Refuse(handoff, Reason.MISSING_BLOCKS)
-    assert producer.commit(handoff, 0, 2) == refusal
-    assert producer.commit(handoff, 1, 2) == granted(handoff)
+    assert producer.commit(handoff, 0) == refusal
+    assert producer.commit(handoff, 1) == granted(handoff)
     producer.table.announce(step, 0, LAYERS)
-    assert producer.commit(handoff, 0, 2) == granted(handoff)
+    assert producer.commit(handoff, 0) == granted(handoff)
 
 
 def test_what_was_complete_before_a_withdrawal_is_not_complete_after_it(
@@ -655,12 +692,13 @@ def test_a_commit_that_comes_after_the_lease_is_refused_though_nobody_ticked(
     assert producer.released == [("r", ProducerState.EXPIRED)]
 
 
-def test_a_commit_of_the_second_rank_after_the_lease_is_refused(producer: Producer) -> None:
+def test_a_commit_of_the_second_rank_after_the_lease_is_refused() -> None:
+    producer = Producer(num_ranks=2)
     handoff = producer.sealed()
-    producer.commit(handoff, 0, 2)
+    producer.commit(handoff, 0)
     producer.clock.advance(LEASE_S)
     refusal = wire.Refuse(handoff, Reason.LEASE_EXPIRED)
-    assert producer.commit(handoff, 1, 2) == refusal
+    assert producer.commit(handoff, 1) == refusal
 
 
 def end(producer: Producer, handoff: HandoffId, state: ProducerState) -> None:
@@ -726,7 +764,7 @@ def test_heartbeat_renews_a_lease(producer: Producer) -> None:
     producer.table.want(handoff, SCHEDULER)
     for _ in range(10):
         producer.clock.advance(LEASE_S - 1)
-        assert producer.table.heartbeat([handoff]) == wire.Alive({})
+        assert producer.heartbeat([handoff]) == wire.Alive({})
     producer.table.tick()
     assert producer.released == []
     assert producer.commit(handoff) == granted(handoff)
@@ -747,7 +785,7 @@ def test_every_question_renews_a_lease(producer: Producer, stage: str, ask: str)
     elif ask == "subscribe":
         producer.table.subscribe(handoff, 0, RANK_0)
     else:
-        producer.table.heartbeat([handoff])
+        producer.heartbeat([handoff])
     producer.clock.advance(LEASE_S - 1)
     producer.table.tick()
     assert producer.released == []
@@ -760,9 +798,9 @@ def test_heartbeat_names_what_it_cannot_renew(producer: Producer) -> None:
     producer.commit(committed)
     producer.clock.advance(LEASE_S - 1)
     producer.table.want(held, SCHEDULER)
-    producer.table.heartbeat([held])
+    producer.heartbeat([held])
     producer.clock.advance(1)
-    alive = producer.table.heartbeat([held, cancelled, committed, expired])
+    alive = producer.heartbeat([held, cancelled, committed, expired])
     lost = {cancelled: Reason.CANCELLED, expired: Reason.LEASE_EXPIRED}
     assert alive == wire.Alive(lost)
     assert ("3", ProducerState.EXPIRED) in producer.released
@@ -774,14 +812,14 @@ def test_heartbeat_names_what_was_given_up_before_the_seal(producer: Producer) -
     producer.table.cancel(cancelled)
     producer.commit(committed)
     producer.table.drop(dropped)
-    alive = producer.table.heartbeat([cancelled, committed, dropped])
+    alive = producer.heartbeat([cancelled, committed, dropped])
     assert alive == wire.Alive({cancelled: Reason.CANCELLED, dropped: Reason.CANCELLED})
 
 
 def test_heartbeat_of_one_handoff_does_not_renew_another(producer: Producer) -> None:
     held, other = producer.sealed("held"), producer.sealed("other")
     producer.clock.advance(LEASE_S - 1)
-    producer.table.heartbeat([held])
+    producer.heartbeat([held])
     producer.clock.advance(1)
     producer.table.tick()
     assert producer.released == [("other", ProducerState.EXPIRED)]
@@ -846,7 +884,7 @@ def test_a_tick_says_when_the_next_lease_runs_out(producer: Producer) -> None:
 def test_a_clock_that_steps_back_ends_no_lease_early(producer: Producer) -> None:
     handoff = producer.sealed()
     producer.clock.advance(-1000)
-    producer.table.heartbeat([handoff])
+    producer.heartbeat([handoff])
     producer.clock.advance(1000 + LEASE_S - 1)
     producer.table.tick()
     assert producer.released == []

@@ -591,7 +591,7 @@ def test_but_for_the_commit_stale_bytes_would_be_used(cluster: FakeCluster, how:
     read_stale(cluster)
     cluster.consumer.turn()
     (commit,) = cluster.network.in_flight
-    assert commit.message == wire.Commit(source.handoff_id, 0, 0, 1, True)
+    assert commit.message == wire.Commit(source.handoff_id, 0, 0, True)
     commit.deliver()
     cluster.network.in_flight.remove(commit)
     (refusal,) = cluster.network.in_flight

@@ -501,7 +501,26 @@ def test_a_read_is_polled_soon_at_first_and_less_often_later(cluster: FakeCluste
 def test_a_fetch_that_waits_for_the_seal_lets_the_thread_sleep(cluster: FakeCluster) -> None:
     start(cluster, source=cluster.producer.begin("p", TOKENS))
     cluster.settle()
-    assert cluster.consumer.plane.turn() == pytest.approx(QUEUE_S)
+    assert cluster.consumer.plane.turn() == pytest.approx(2.0)  # then it asks again
+
+
+def test_a_fetch_whose_news_were_lost_asks_for_them(cluster: FakeCluster) -> None:
+    source = cluster.producer.begin("p", TOKENS)
+    start(cluster, source=source)
+    cluster.settle()
+    cluster.producer.control.seal(source.handoff_id, TOKENS, (THERE,))
+    assert cluster.network.lose("seal") == 1
+    cluster.pass_time(2.0)
+    assert cluster.consumer.outcome("c") is None
+    assert cluster.consumer.holds(HERE, KV)
+
+
+def test_a_fetch_that_waits_long_ends_with_the_queue_timeout(cluster: FakeCluster) -> None:
+    start(cluster, source=cluster.producer.begin("p", TOKENS))
+    cluster.pass_time(QUEUE_S - 1)
+    assert cluster.consumer.results == []
+    cluster.pass_time(2)
+    assert cluster.consumer.outcome("c") is Reason.FETCH_TIMEOUT
 
 
 def test_closing_reports_every_fetch_and_leaves_nothing_that_writes(cluster: FakeCluster) -> None:
