@@ -25,7 +25,7 @@ from vllm_pd_plugin.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdPromMetrics, PdStats
 from vllm_pd_plugin.nixl_transport import NixlTransport
 from vllm_pd_plugin.scheduler import EngineRole, SchedulerSide
-from vllm_pd_plugin.vllm_hooks import end_abandoned_requests
+from vllm_pd_plugin.vllm_hooks import call_on_arrival, end_abandoned_requests
 from vllm_pd_plugin.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             engine_role = EngineRole(transfer.is_kv_producer, transfer.is_kv_consumer, recomputes)
             self._scheduler = SchedulerSide(config, engine_id, engine_role)
             end_abandoned_requests()
+            call_on_arrival(self._scheduler.wake)
         else:
             rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(config, engine_id, rank)

@@ -129,6 +129,11 @@ class ControlPlane:
         self._dropped_requests = 0
 
     @property
+    def control_bytes(self) -> int:
+        """Of all messages to and from producers."""
+        return self._peers.num_bytes
+
+    @property
     def dropped_messages(self) -> int:
         return self._dropped_requests + self._peers.dropped_messages
 

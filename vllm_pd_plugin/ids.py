@@ -18,7 +18,7 @@ HandoffId = NewType("HandoffId", str)
 """Names one handoff for ever: 128 random bits, so that nobody can guess another request's."""
 
 Incarnation = NewType("Incarnation", str)
-"""An engine's boot id: 128 random bits, new at every start of the process."""
+"""An engine's boot id: 64 random bits, new at every start of the process; in every message."""
 
 EngineId = str
 """vLLM's ``kv_transfer_config.engine_id``; for logs; an engine is told apart by its incarnation."""
@@ -33,5 +33,5 @@ def new_handoff_id() -> HandoffId:
 
 
 def new_incarnation() -> Incarnation:
-    """Return a fresh boot id (32 hexadecimal digits)."""
-    return Incarnation(secrets.token_hex(16))
+    """Return a fresh boot id (16 hexadecimal digits)."""
+    return Incarnation(secrets.token_hex(8))

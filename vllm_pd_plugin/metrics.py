@@ -30,6 +30,7 @@ class PdStats(KVConnectorStats):
     ended: producer handoffs that ended, by final state.
     withdrawals: times that a producer was preempted while it computed what it had announced.
     kept_tokens: prompt tokens that a failed fetch brought all the same, and are not recomputed.
+    control_bytes: of control messages to and from producers.
     dropped_messages: control messages that were malformed or came from nobody known.
     open: handoffs open now, by side.
     """
@@ -37,7 +38,7 @@ class PdStats(KVConnectorStats):
     data: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
             "fetches": [], "failures": {}, "ended": {}, "withdrawals": 0, "kept_tokens": 0,
-            "dropped_messages": 0, "open": {},
+            "control_bytes": 0, "dropped_messages": 0, "open": {},
         }
     )  # fmt: skip
 
@@ -58,6 +59,9 @@ class PdStats(KVConnectorStats):
     def record_kept(self, num_tokens: int) -> None:
         self.data["kept_tokens"] += num_tokens
 
+    def record_control(self, num_bytes: int) -> None:
+        self.data["control_bytes"] += num_bytes
+
     def record_dropped(self, count: int) -> None:
         self.data["dropped_messages"] += count
 
@@ -77,6 +81,7 @@ class PdStats(KVConnectorStats):
         _add(mine["ended"], theirs["ended"])
         mine["withdrawals"] += theirs["withdrawals"]
         mine["kept_tokens"] += theirs["kept_tokens"]
+        mine["control_bytes"] += theirs["control_bytes"]
         mine["dropped_messages"] += theirs["dropped_messages"]
         mine["open"] = theirs["open"] or mine["open"]
         return self
@@ -139,6 +144,9 @@ class PdPromMetrics(KVConnectorPromMetrics):
         self._expired = self._counter(
             "pd_leases_expired", "Producer handoffs whose consumer fell silent."
         )
+        self._control = self._counter(
+            "pd_control_bytes", "Bytes of control messages to and from producers."
+        )
         self._dropped = self._counter(
             "pd_dropped_messages", "Control messages dropped as malformed or misdirected."
         )
@@ -169,6 +177,7 @@ class PdPromMetrics(KVConnectorPromMetrics):
             self._ended.labels(*values, state).inc(count)
             if state == ProducerState.EXPIRED.value:
                 self._expired.labels(*values).inc(count)
+        self._control.labels(*values).inc(transfer_stats_data["control_bytes"])
         self._dropped.labels(*values).inc(transfer_stats_data["dropped_messages"])
         for side in ("producer", "consumer"):
             if (count := transfer_stats_data["open"].get(side)) is not None:

@@ -22,7 +22,8 @@ from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.handoffs import Source
 from vllm_pd_plugin.ids import Address, EngineId, HandoffId, Incarnation, RequestId
 
-_HEX_ID = re.compile(r"[0-9a-f]{32}")
+_HANDOFF_ID = re.compile(r"[0-9a-f]{32}")
+_INCARNATION = re.compile(r"[0-9a-f]{16}")
 _HOST = re.compile(r"[0-9A-Za-z.:_-]{1,253}")
 
 
@@ -36,7 +37,7 @@ def parse_handoff_id(params: Mapping[str, Any] | None) -> HandoffId | None:
     the consumer at the same time; None when the producer is to choose. Raises ParamsError."""
     if params is None or params.get("handoff_id") is None:
         return None
-    return HandoffId(_matching(params, "handoff_id", _HEX_ID))
+    return HandoffId(_matching(params, "handoff_id", _HANDOFF_ID))
 
 
 def parse_source(params: Mapping[str, Any] | None, trusted_network: bool) -> Source | None:
@@ -59,8 +60,8 @@ def parse_source(params: Mapping[str, Any] | None, trusted_network: bool) -> Sou
         raise ParamsError(f"remote_port={_short(port)} is not a port")
     incarnation = None
     if params.get("remote_incarnation") is not None:
-        incarnation = Incarnation(_matching(params, "remote_incarnation", _HEX_ID))
-    handoff_id = HandoffId(_matching(params, "remote_handoff_id", _HEX_ID))
+        incarnation = Incarnation(_matching(params, "remote_incarnation", _INCARNATION))
+    handoff_id = HandoffId(_matching(params, "remote_handoff_id", _HANDOFF_ID))
     return Source(handoff_id, (host, port), incarnation)
 
 

@@ -92,6 +92,8 @@ class PeerTable:
         self._listener = listener
         self._connections: dict[Address, _Connection] = {}
         self.dropped_messages = 0
+        self.num_bytes = 0
+        """Of all messages sent and received."""
 
     def get(self, address: Address) -> Peer | None:
         """Return the peer if it is ready; else make sure that an introduction is under way."""
@@ -113,7 +115,7 @@ class PeerTable:
             return
         if expects_answer:
             self._expect(connection)
-        connection.link.send(wire.encode(message, self._identity.incarnation, peer.incarnation))
+        self._send(connection, message, peer.incarnation)
 
     def tick(self) -> float | None:
         """Give up on silent peers; return when to call again (absolute), or None."""
@@ -142,8 +144,12 @@ class PeerTable:
 
     def _introduce(self, connection: _Connection) -> None:
         self._expect(connection)
-        hello = wire.Hello(self._identity.engine_id)
-        connection.link.send(wire.encode(hello, self._identity.incarnation, Incarnation("")))
+        self._send(connection, wire.Hello(self._identity.engine_id), Incarnation(""))
+
+    def _send(self, connection: _Connection, message: wire.Request, target: Incarnation) -> None:
+        frames = wire.encode(message, self._identity.incarnation, target)
+        self.num_bytes += sum(map(len, frames))
+        connection.link.send(frames)
 
     def _expect(self, connection: _Connection) -> None:
         if connection.deadline is None:
@@ -158,6 +164,7 @@ class PeerTable:
         connection = self._connections.get(address)
         if connection is None:
             return
+        self.num_bytes += sum(map(len, frames))
         try:
             header, message = wire.decode(frames)
         except wire.VersionError as error:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MIN_REST_S, _MAX_REST_S = 0.001, 0.008
+_MIN_REST_S, _MAX_REST_S = 0.001, 0.032
 
 _HANDED_OFF = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
@@ -124,7 +124,7 @@ class SchedulerSide:
             lambda who, frames: self._control.receive(who, frames),
         )
         self._events: deque[Event] = deque()
-        self._has_events = threading.Event()
+        self._has_news = threading.Event()
         self._rest_s = _MIN_REST_S
         self._consuming: dict[RequestId, _Consuming] = {}
         self._leaders: dict[HandoffId, RequestId] = {}
@@ -140,7 +140,7 @@ class SchedulerSide:
         self._released: list[RequestId] = []
         self._stats = PdStats()
         self._reported_open = {"producer": 0, "consumer": 0}
-        self._reported_drops = 0
+        self._reported_drops = self._reported_control = 0
         self._control: ControlPlane
         self._kv_cache_manager: KVCacheManager
 
@@ -190,7 +190,11 @@ class SchedulerSide:
 
     def _emit(self, event: Event) -> None:
         self._events.append(event)
-        self._has_events.set()
+        self.wake()
+
+    def wake(self) -> None:
+        """End a rest of the engine thread; safe from any thread."""
+        self._has_news.set()
 
     # --- requests ----------------------------------------------------------------------------
 
@@ -280,14 +284,14 @@ class SchedulerSide:
     def _rest(self, is_empty: bool) -> None:
         """Sleep a little in a step that computes nothing, unless there is news.
 
-        vLLM steps an engine that only waits as often as it can: others need the core. New requests
-        wake nobody here, so that the rest is short, and longer only when nothing happens."""
+        vLLM steps an engine that only waits as often as it can: others need the core. Events and
+        new requests end a rest; an abort waits for its end."""
         waits = is_empty and bool(self._consuming or self._sealed)
-        if waits and not self._has_events.wait(self._rest_s):
+        if waits and not self._has_news.wait(self._rest_s):
             self._rest_s = min(2 * self._rest_s, _MAX_REST_S)
         else:
             self._rest_s = _MIN_REST_S
-        self._has_events.clear()
+        self._has_news.clear()
 
     def _advance(self, num_scheduled_tokens: Mapping[RequestId, int]) -> Announcement | None:
         """Tell the control thread what becomes of the handoffs in this step."""
@@ -392,6 +396,8 @@ class SchedulerSide:
             self._reported_open = handoffs
         self._stats.record_dropped(self._control.dropped_messages - self._reported_drops)
         self._reported_drops = self._control.dropped_messages
+        self._stats.record_control(self._control.control_bytes - self._reported_control)
+        self._reported_control = self._control.control_bytes
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, PdStats()

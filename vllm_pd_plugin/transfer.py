@@ -123,6 +123,11 @@ class TransferPlane:
         self._serving = False
 
     @property
+    def control_bytes(self) -> int:
+        """Of all messages to and from producers."""
+        return self._peers.num_bytes
+
+    @property
     def dropped_messages(self) -> int:
         return self._peers.dropped_messages
 

@@ -1,5 +1,5 @@
-"""The three places where vLLM offers no hook: its command line, the check of a finished config, and
-ending a request that nobody wants.
+"""The places where vLLM offers no hook: its command line, the check of a finished config, ending a
+request that nobody wants, and the arrival of a request.
 
 Each wraps a method of vLLM's once. ``--kv-connector`` and ``--kv-role`` are merged into
 ``--kv-transfer-config`` while the arguments are parsed, because API server processes build their
@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_pd_plugin import CONNECTOR
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 
 _MARK = "_vllm_pd_plugin"
+_WAKERS: list[Callable[[], None]] = []
 
 
 def install() -> None:
@@ -74,6 +76,27 @@ def end_abandoned_requests() -> None:
 
     Scheduler.update_from_output = with_abandoned
     setattr(Scheduler, _MARK, True)
+
+
+def call_on_arrival(wake: Callable[[], None]) -> None:
+    """Call ``wake`` whenever a request has arrived at an engine of this process, from the thread
+    that receives it: the engine's own thread may be resting in a step that computes nothing."""
+    from vllm.v1.engine.core import EngineCore
+
+    _WAKERS.append(wake)
+    if getattr(EngineCore, _MARK, False):
+        return
+    preprocess = EngineCore.preprocess_add_request
+
+    @functools.wraps(preprocess)
+    def and_wake(self: EngineCore, *args: Any, **kwargs: Any) -> Any:
+        result = preprocess(self, *args, **kwargs)
+        for waker in _WAKERS:
+            waker()
+        return result
+
+    EngineCore.preprocess_add_request = and_wake
+    setattr(EngineCore, _MARK, True)
 
 
 def log_like_vllm() -> None:

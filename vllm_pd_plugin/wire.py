@@ -48,13 +48,13 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
     target: Incarnation
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """A consumer introduces itself; answered by Welcome."""
 
     engine_id: str
 
 
-class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     """A producer's memory and rules: one ``RankMemory`` for each tensor parallel rank."""
 
     engine_id: str
@@ -63,7 +63,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     lease_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)]
 
 
-class Want(msgspec.Struct, frozen=True, tag="want"):
+class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
     """A consumer's scheduler asks for a handoff; answered by Offer or Refuse.
 
     It may come before the producer has heard of the handoff, and the offer follows when the
@@ -73,7 +73,7 @@ class Want(msgspec.Struct, frozen=True, tag="want"):
     handoff_id: HandoffId
 
 
-class Offer(msgspec.Struct, frozen=True, tag="offer"):
+class Offer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
     """The handoff has started: its size, and which prompt it is for (see ``prompt_digest``)."""
 
     handoff_id: HandoffId
@@ -81,7 +81,7 @@ class Offer(msgspec.Struct, frozen=True, tag="offer"):
     digest: bytes
 
 
-class Subscribe(msgspec.Struct, frozen=True, tag="subscribe"):
+class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
     """One consumer rank has allocated and wants to know where the KV is.
 
     Answered at once by Progress or Seal with whole block tables, and then by further ones, each
@@ -102,7 +102,7 @@ class TableSlice(msgspec.Struct, frozen=True, array_like=True):
     blocks: tuple[BlockId, ...]
 
 
-class Progress(msgspec.Struct, frozen=True, tag="progress"):
+class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
     """KV is final on the receiver's rank: tokens [0, base_tokens) of every layer, and tokens
     [0, num_tokens) of the first ``num_layers`` layers in the order of the forward pass.
 
@@ -119,7 +119,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     tables: tuple[TableSlice, ...]
 
 
-class Seal(msgspec.Struct, frozen=True, tag="seal"):
+class Seal(msgspec.Struct, frozen=True, array_like=True, tag="seal"):
     """All KV of the handoff is final: tokens [0, num_tokens) of every layer."""
 
     handoff_id: HandoffId
@@ -128,7 +128,7 @@ class Seal(msgspec.Struct, frozen=True, tag="seal"):
     tables: tuple[TableSlice, ...]
 
 
-class Commit(msgspec.Struct, frozen=True, tag="commit"):
+class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):
     """One consumer rank has read something: did the producer still hold those blocks?
 
     is_last: everything has been read, and the rank will not read again. Without it only what
@@ -141,7 +141,7 @@ class Commit(msgspec.Struct, frozen=True, tag="commit"):
     is_last: bool
 
 
-class Committed(msgspec.Struct, frozen=True, tag="committed"):
+class Committed(msgspec.Struct, frozen=True, array_like=True, tag="committed"):
     """Yes: what that rank had read in that epoch when it asked is valid."""
 
     handoff_id: HandoffId
@@ -149,32 +149,32 @@ class Committed(msgspec.Struct, frozen=True, tag="committed"):
     is_last: bool
 
 
-class Refuse(msgspec.Struct, frozen=True, tag="refuse"):
+class Refuse(msgspec.Struct, frozen=True, array_like=True, tag="refuse"):
     """No: the handoff is over for this consumer; what it has read must be discarded."""
 
     handoff_id: HandoffId
     reason: Reason
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
     """The consumer still wants these handoffs; renews their leases. Answered by Alive."""
 
     handoff_ids: tuple[HandoffId, ...]
 
 
-class Alive(msgspec.Struct, frozen=True, tag="alive"):
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
     """The producer lives; ``lost`` are handoffs that it no longer holds for the consumer."""
 
     lost: dict[HandoffId, Reason]
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     """The consumer no longer wants the handoff; not answered."""
 
     handoff_id: HandoffId
 
 
-class Announce(msgspec.Struct, frozen=True, tag="announce"):
+class Announce(msgspec.Struct, frozen=True, array_like=True, tag="announce"):
     """Inside one engine, a worker rank to its own control plane; not answered.
 
     In the forward pass of step ``step``, the KV of the first ``num_layers`` layers is written.
@@ -185,7 +185,7 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     num_layers: Count
 
 
-class Nudge(msgspec.Struct, frozen=True, tag="nudge"):
+class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
     """Inside one engine, a worker rank to its own control plane; not answered.
 
     A fetch has ended on that rank: an engine that only waits for it need not wait any longer.

@@ -53,7 +53,7 @@ class WorkerSide:
         self._announcement: Announcement | None = None
         self._layers_written = 0
         self._stats = PdStats()
-        self._reported_drops = 0
+        self._reported_drops = self._reported_control = 0
 
     def register(
         self, transport: Transport, layout: EngineLayout, caches: Mapping[str, torch.Tensor]
@@ -167,6 +167,8 @@ class WorkerSide:
         """Return the counts since the last call; None when nothing has happened."""
         self._stats.record_dropped(self._plane.dropped_messages - self._reported_drops)
         self._reported_drops = self._plane.dropped_messages
+        self._stats.record_control(self._plane.control_bytes - self._reported_control)
+        self._reported_control = self._plane.control_bytes
         if self._stats.is_empty():
             return None
         stats, self._stats = self._stats, PdStats()

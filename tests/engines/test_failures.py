@@ -156,7 +156,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "huge host": {"remote_host": "a" * 100_000},
     "handoff of nobody": {"remote_handoff_id": "0" * 32},
     "handoff as number": {"remote_handoff_id": 7},
-    "incarnation of nobody": {"remote_incarnation": "0" * 32},
+    "incarnation of nobody": {"remote_incarnation": "0" * 16},
     "nobody listens": {"remote_port": 1},
 }
 

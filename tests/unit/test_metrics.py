@@ -28,6 +28,7 @@ def one_of_each() -> PdStats:
     stats.record_ended(ProducerState.EXPIRED)
     stats.record_withdrawal()
     stats.record_kept(64)
+    stats.record_control(700)
     stats.record_dropped(2)
     stats.record_open({"producer": 1, "consumer": 5})
     return stats
@@ -54,6 +55,7 @@ def test_counts_of_ranks_and_steps_add_up() -> None:
         "ended": {"expired": 2},
         "withdrawals": 2,
         "kept_tokens": 128,
+        "control_bytes": 1400,
         "dropped_messages": 4,
         "open": {"producer": 1, "consumer": 5},
     }
@@ -105,6 +107,7 @@ class Prometheus:
     [
         "pd_withdrawals_total",
         "pd_kept_tokens_total",
+        "pd_control_bytes_total",
         "pd_leases_expired_total",
         "pd_dropped_messages_total",
     ],
@@ -124,6 +127,7 @@ def test_every_count_reaches_its_series() -> None:
         "pd_fetch_seconds_count": 2,
         "pd_withdrawals_total": 2,
         "pd_kept_tokens_total": 128,
+        "pd_control_bytes_total": 1400,
         "pd_leases_expired_total": 2,
         "pd_dropped_messages_total": 4,
     }

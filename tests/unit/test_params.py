@@ -15,7 +15,7 @@ from vllm_pd_plugin.params import (
 )
 
 HANDOFF = HandoffId("0123456789abcdef" * 2)
-INCARNATION = Incarnation("fedcba9876543210" * 2)
+INCARNATION = Incarnation("fedcba9876543210")
 SOURCE = Source(HANDOFF, ("127.0.0.1", 7000), INCARNATION)
 FETCH = describe_handoff(SOURCE, "engine", "request", 100, 1)
 NIXL_REQUEST = {
@@ -187,9 +187,15 @@ def test_a_chosen_handoff_id_is_32_lower_case_hexadecimal_digits(value: str) -> 
 
 
 @pytest.mark.parametrize("value", MALFORMED_IDS)
-@pytest.mark.parametrize("key", ["remote_handoff_id", "remote_incarnation"])
-def test_an_id_is_32_lower_case_hexadecimal_digits(key: str, value: str) -> None:
-    assert key in refusal(FETCH | {key: value})
+def test_a_handoff_id_is_32_lower_case_hexadecimal_digits(value: str) -> None:
+    assert "remote_handoff_id" in refusal(FETCH | {"remote_handoff_id": value})
+
+
+@pytest.mark.parametrize(
+    "value", [INCARNATION[:-1], HANDOFF, INCARNATION.upper(), "g" + INCARNATION[1:], "٣" * 16]
+)
+def test_an_incarnation_is_16_lower_case_hexadecimal_digits(value: str) -> None:
+    assert "remote_incarnation" in refusal(FETCH | {"remote_incarnation": value})
 
 
 @pytest.mark.parametrize(

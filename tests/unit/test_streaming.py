@@ -690,3 +690,31 @@ def test_nothing_is_left_open_after_a_stream(cluster: FakeCluster) -> None:
     for engine in (cluster.producer, cluster.consumer):
         assert set(engine.open_handoffs().values()) == {0}
         assert engine.plane.turn() is None
+
+
+# --- what it costs ---------------------------------------------------------------------------
+
+
+def test_the_control_traffic_of_a_handoff_is_two_kib_and_128_bytes_a_stretch(
+    cluster: FakeCluster,
+) -> None:
+    consumer = cluster.consumer
+    source = cluster.producer.begin("before", 1)
+    consumer.control.want("known", source)
+    consumer.fetch("known", source, HERE[:1], 1)
+    cluster.settle()  # each has introduced itself
+
+    def traffic() -> int:
+        return consumer.control.control_bytes + consumer.plane.control_bytes
+
+    before = traffic()
+    start(cluster)
+    for end in range(1, TOKENS + 1):
+        compute(cluster, range(end - 1, end))
+        cluster.settle()
+    cluster.producer.seal("p", THERE)
+    cluster.settle()
+    result = consumer.result("c")
+    assert result.reason is None
+    assert result.num_stretches >= 3
+    assert 0 < traffic() - before <= 2048 + 128 * TOKENS
