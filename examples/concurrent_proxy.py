@@ -205,8 +205,12 @@ class Proxy:
 
 
 def prefill_body(body: dict[str, Any], handoff_id: str) -> dict[str, Any]:
-    """Return the producer's half: one token, one choice, not streamed."""
-    unwanted = ("stream_options", "min_tokens", "n", "best_of")
+    """Return the producer's half: one token, one choice, not streamed.
+
+    The token is not used, so it needs no seed: vLLM's CPU backend dies of a seeded prompt that it
+    computes in several steps ("CPU Generator does not use offset").
+    """
+    unwanted = ("stream_options", "min_tokens", "n", "best_of", "seed")
     kept = {key: value for key, value in body.items() if key not in unwanted}
     if "max_completion_tokens" in kept:
         kept["max_completion_tokens"] = 1
