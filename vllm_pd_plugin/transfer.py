@@ -183,6 +183,7 @@ class TransferPlane:
             self._peers.drop(address, PeerError(Reason.CANCELLED, "this engine is shutting down"))
         for fetch in list(self._fetches.values()):
             self._finish(fetch, Reason.CANCELLED)
+        self._serving = False
         self._peers.close()
         self._transport.close()
 

@@ -523,6 +523,15 @@ def test_a_fetch_that_waits_long_ends_with_the_queue_timeout(cluster: FakeCluste
     assert cluster.consumer.outcome("c") is Reason.FETCH_TIMEOUT
 
 
+def test_a_closed_plane_serves_nobody(cluster: FakeCluster) -> None:
+    plane, transport = cluster.producer.plane, cluster.producer.transport
+    plane.set_serving(True)
+    plane.close()
+    before = transport.num_progress
+    assert plane.turn() is None
+    assert transport.num_progress == before
+
+
 def test_closing_reports_every_fetch_and_leaves_nothing_that_writes(cluster: FakeCluster) -> None:
     reading(cluster, "reading")
     start(cluster, "subscribed", cluster.producer.begin("p", TOKENS))
