@@ -40,8 +40,10 @@ def lengths(model: str) -> list[int]:
 
 
 def test_adjacent_blocks_become_one_descriptor_a_layer(trio: Trio, model: str) -> None:
-    """First of all: an engine that has just started gives out its blocks in ascending order."""
-    hand_off(trio.producer, trio.consumer, random_prompt(8 * BLOCK_TOKENS[model], 300), 2)
+    """First of all: an engine that has just started gives out its blocks in ascending order.
+
+    The prompt is computed in one step: between two, a sliding window gives blocks back."""
+    hand_off(trio.producer, trio.consumer, random_prompt(5 * BLOCK_TOKENS[model], 300), 2)
     layers = {"smollm2": 30, "tiny-llama": 4, "tiny-mla": 4, "tiny-gemma3": 6}[model]
     assert trio.consumer.metrics()["pd_fetch_descriptors_total"] == layers
 
