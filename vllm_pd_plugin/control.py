@@ -354,3 +354,7 @@ class ControlPlane:
     def _reply(self, who: ReturnAddress, message: wire.Reply) -> None:
         identity, incarnation = who
         self._answer(identity, wire.encode(message, self._incarnation, incarnation))
+
+
+CallControl = Callable[[Callable[[ControlPlane], None]], None]
+"""Runs a function on the control thread, soon; for other threads of the process."""

@@ -1,0 +1,225 @@
+"""Requests of this engine whose KV comes from elsewhere, as vLLM's scheduler sees them.
+
+Owned by the engine's own thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+from typing import TYPE_CHECKING
+
+from vllm_pd_plugin.control import CallControl, Lost, Offered
+from vllm_pd_plugin.digest import prompt_digest
+from vllm_pd_plugin.errors import HandoffError, Reason
+from vllm_pd_plugin.handoffs import FetchSpec, Source
+from vllm_pd_plugin.ids import HandoffId, RequestId
+from vllm_pd_plugin.metadata import FetchFailures
+from vllm_pd_plugin.metrics import PdStats
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class _Stage(enum.Enum):
+    FOLLOWING = enum.auto()
+    """Another request fetches the same handoff (``n`` > 1): its blocks will be in the cache."""
+    WANTED = enum.auto()
+    OFFERED = enum.auto()
+    FETCHING = enum.auto()
+    FINISHED = enum.auto()
+    """The request has ended; its fetch is still to be reported."""
+    FAILED = enum.auto()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Consuming:
+    request: Request
+    source: Source | None
+    stage: _Stage = _Stage.WANTED
+    num_tokens: int = 0
+    missing: int = 0
+    """How many of them this engine lacked when it was last asked."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchOrders:
+    """What the workers are to do; see ``metadata.StepMetadata``."""
+
+    fetches: tuple[FetchSpec, ...]
+    refused: tuple[RequestId, ...]
+    cancels: dict[RequestId, Reason]
+
+
+class ConsumingRequests:
+    """Which requests fetch, and how far each is."""
+
+    def __init__(self, recomputes: bool, call: CallControl, stats: PdStats) -> None:
+        self._recomputes = recomputes
+        self._call = call
+        self._stats = stats
+        self._open: dict[RequestId, _Consuming] = {}
+        self._leaders: dict[HandoffId, RequestId] = {}
+        self._fetches: list[FetchSpec] = []
+        self._refused: list[RequestId] = []
+        self._cancels: dict[RequestId, Reason] = {}
+        self._failures = FetchFailures({}, {})
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, request: Request, source: Source) -> None:
+        """Begin to fetch, or to follow the request that already fetches the same handoff."""
+        request_id = request.request_id
+        consuming = self._open[request_id] = _Consuming(request, source)
+        if self._is_led(consuming):
+            consuming.stage = _Stage.FOLLOWING
+        else:
+            self._leaders[source.handoff_id] = request_id
+            self._call(lambda control: control.want(request_id, source))
+
+    def add_failed(self, request: Request, error: HandoffError) -> None:
+        """Take a request that cannot even begin to be handed off."""
+        self._open[request.request_id] = _Consuming(request, None)
+        self._fail(request.request_id, error.reason, str(error))
+
+    def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""
+        consuming = self._open.get(request.request_id)
+        if consuming is None:
+            return 0, False
+        if consuming.stage is _Stage.WANTED:
+            return None, False
+        if consuming.stage is _Stage.FOLLOWING:
+            return (None if self._is_led(consuming) else 0), False
+        if consuming.stage is _Stage.FAILED:
+            # vLLM fails a request only through a failed receive, so one is staged: a single
+            # token, whose load the workers report as failed without starting it.
+            return (0, False) if self._recomputes else (1, True)
+        missing = consuming.missing = consuming.num_tokens - num_computed_tokens
+        # The last token of a prompt is computed again in any case.
+        return (missing, True) if missing > 1 else (0, False)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """The request has blocks, for so many tokens that are to come from elsewhere."""
+        request_id = request.request_id
+        consuming = self._open.get(request_id)
+        if consuming is None:
+            return
+        if num_external_tokens == 0:  # everything is here already, or is computed here
+            if consuming.missing > 1 and consuming.stage is not _Stage.FAILED:
+                # vLLM loads nothing for this request (it wants prompt_logprobs, for one).
+                self._stats.record_failure(Reason.NOT_LOADED)
+            self._forget(request_id, cancel=True)
+        elif consuming.stage is _Stage.FAILED:
+            self._refused.append(request_id)
+        else:
+            assert consuming.source is not None
+            consuming.stage = _Stage.FETCHING
+            self._call(lambda control: control.allocated(request_id))
+            self._fetches.append(
+                FetchSpec(
+                    request_id,
+                    consuming.source,
+                    consuming.num_tokens - num_external_tokens,
+                    consuming.num_tokens,
+                    blocks.get_block_ids(),
+                )
+            )
+
+    def take_orders(self) -> FetchOrders:
+        """Return what has gathered for the workers since the last call."""
+        orders = FetchOrders(tuple(self._fetches), tuple(self._refused), self._cancels)
+        self._fetches, self._refused, self._cancels = [], [], {}
+        return orders
+
+    def offered(self, offer: Offered) -> None:
+        """Take an offer, if it is for this very prompt."""
+        consuming = self._open.get(offer.request_id)
+        if consuming is None:
+            return
+        request = consuming.request
+        fits = offer.num_tokens <= request.num_tokens
+        if fits and prompt_digest(request, offer.num_tokens) == offer.digest:
+            consuming.stage, consuming.num_tokens = _Stage.OFFERED, offer.num_tokens
+            consuming.source = offer.source
+            return
+        text = "the handoff is of another prompt"
+        self._fail(request.request_id, Reason.PROMPT_MISMATCH, text)
+        self._close(request.request_id, cancel=False)
+
+    def lost(self, lost: Lost) -> None:
+        """What a request wants cannot be had."""
+        consuming = self._open.get(lost.request_id)
+        if consuming is None:
+            return
+        if consuming.stage in (_Stage.WANTED, _Stage.OFFERED):
+            self._fail(lost.request_id, lost.reason, lost.message)
+        elif consuming.stage is _Stage.FETCHING:
+            self._cancels[lost.request_id] = lost.reason
+
+    def collect(self, output: KVConnectorOutput) -> None:
+        """Take the workers' results of a step."""
+        failures = output.kv_connector_worker_meta
+        if isinstance(failures, FetchFailures):  # a rank may say so before the last has finished
+            self._failures = self._failures.aggregate(failures)
+        for request_id in output.finished_recving or ():
+            reason = self._failures.reasons.pop(request_id, Reason.INTERNAL)
+            valid_tokens = self._failures.valid_tokens.pop(request_id, 0)
+            self._cancels.pop(request_id, None)
+            consuming = self._open.get(request_id)
+            if consuming is None:
+                continue
+            failed = request_id in output.failed_recving
+            retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
+            if failed and consuming.stage is not _Stage.FAILED:
+                self._fail(request_id, reason, "the fetch failed")
+            if not retries:
+                self._forget(request_id, cancel=failed)
+            elif consuming.source is not None:
+                self._close(request_id, cancel=True)
+                if valid_tokens:
+                    # vLLM has set it to none: what did arrive need not be computed again.
+                    consuming.request.num_computed_tokens = valid_tokens
+                    self._stats.record_kept(valid_tokens)
+
+    def finish(self, request_id: RequestId) -> None:
+        """The request has ended, whatever the reason."""
+        consuming = self._open.get(request_id)
+        if consuming is None:
+            return
+        if consuming.stage is _Stage.FETCHING:
+            # vLLM keeps the blocks until the workers report the receive as finished.
+            consuming.stage = _Stage.FINISHED
+            self._cancels[request_id] = Reason.ABORTED
+        else:
+            self._forget(request_id, cancel=True)
+
+    def _is_led(self, consuming: _Consuming) -> bool:
+        assert consuming.source is not None
+        return self._leaders.get(consuming.source.handoff_id) in self._open
+
+    def _fail(self, request_id: RequestId, reason: Reason, message: str) -> None:
+        self._open[request_id].stage = _Stage.FAILED
+        self._stats.record_failure(reason)
+        logger.warning(
+            "handoff of request %s failed (%s): %s; %s",
+            request_id,
+            reason,
+            message,
+            "computing its prompt here" if self._recomputes else "failing the request",
+        )
+
+    def _forget(self, request_id: RequestId, cancel: bool) -> None:
+        source = self._open.pop(request_id).source
+        if source is not None and self._leaders.get(source.handoff_id) == request_id:
+            del self._leaders[source.handoff_id]
+        self._close(request_id, cancel)
+
+    def _close(self, request_id: RequestId, cancel: bool) -> None:
+        self._call(lambda control: control.close(request_id, cancel))
