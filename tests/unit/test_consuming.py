@@ -1,0 +1,279 @@
+"""Requests whose KV comes from elsewhere, with a recorder in place of the control thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_pd_plugin.control import ControlPlane, Lost, Offered
+from vllm_pd_plugin.digest import prompt_digest
+from vllm_pd_plugin.errors import ParamsError, Reason
+from vllm_pd_plugin.handoffs import Source
+from vllm_pd_plugin.ids import new_handoff_id, new_incarnation
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's, not ours
+    from vllm_pd_plugin.consuming import ConsumingRequests
+    from vllm_pd_plugin.metadata import FetchFailures
+    from vllm_pd_plugin.metrics import PdStats
+
+TOKENS = 40
+BLOCKS = ([7, 8, 9],)
+
+
+@dataclasses.dataclass(eq=False)
+class FakeRequest:
+    """What is read of ``vllm.v1.request.Request``."""
+
+    request_id: str
+    all_token_ids: list[int]
+    num_computed_tokens: int = 0
+    lora_request: None = None
+    mm_features: None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+
+class Recorder:
+    """Notes what the control plane is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: self.calls.append((name, *args))
+
+
+class Consumer:
+    """``ConsumingRequests`` with what is around them."""
+
+    def __init__(self, recomputes: bool = False) -> None:
+        self.control = Recorder()
+        self.stats = PdStats()
+        self.requests = ConsumingRequests(recomputes, self._call, self.stats)
+
+    def _call(self, function: Callable[[ControlPlane], None]) -> None:
+        function(self.control)  # type: ignore[arg-type]
+
+    def add(self, request_id: str = "r", source: Source | None = None) -> FakeRequest:
+        request = FakeRequest(request_id, list(range(TOKENS)))
+        self.requests.add(request, source or new_source())  # type: ignore[arg-type]
+        return request
+
+    def match(self, request: FakeRequest, num_computed_tokens: int = 0) -> tuple[int | None, bool]:
+        return self.requests.match(request, num_computed_tokens)  # type: ignore[arg-type]
+
+    def offer(self, request: FakeRequest, num_tokens: int = TOKENS) -> None:
+        digest = prompt_digest(request, num_tokens)  # type: ignore[arg-type]
+        self.requests.offered(Offered(request.request_id, PINNED, num_tokens, digest))
+
+    def allocate(self, request: FakeRequest, num_external_tokens: int) -> None:
+        blocks = SimpleNamespace(get_block_ids=lambda: BLOCKS)
+        self.requests.allocated(request, blocks, num_external_tokens)  # type: ignore[arg-type]
+
+    def fetching(self, request_id: str = "r") -> FakeRequest:
+        request = self.add(request_id)
+        self.offer(request)
+        self.match(request)
+        self.allocate(request, TOKENS)
+        self.requests.take_orders()
+        return request
+
+    def collect(
+        self, request: FakeRequest, reason: Reason | None = None, valid_tokens: int = 0
+    ) -> None:
+        """The workers report the request's fetch as ended."""
+        ended = {request.request_id}
+        failures = None
+        if reason is not None:
+            name = request.request_id
+            failures = FetchFailures({name: reason}, {name: valid_tokens})
+        output = SimpleNamespace(
+            kv_connector_worker_meta=failures,
+            finished_recving=ended,
+            failed_recving=ended if reason else set(),
+        )
+        self.requests.collect(output)  # type: ignore[arg-type]
+
+
+def new_source() -> Source:
+    return Source(new_handoff_id(), ("127.0.0.1", 7000), None)
+
+
+PINNED = dataclasses.replace(new_source(), incarnation=new_incarnation())
+
+
+@pytest.fixture
+def consumer() -> Consumer:
+    return Consumer()
+
+
+def test_a_request_is_asked_for_when_it_arrives(consumer: Consumer) -> None:
+    source = new_source()
+    consumer.add(source=source)
+    assert consumer.control.calls == [("want", "r", source)]
+
+
+def test_a_request_of_somebody_else_matches_nothing(consumer: Consumer) -> None:
+    assert consumer.match(FakeRequest("other", [1])) == (0, False)
+
+
+def test_no_blocks_are_allocated_before_the_offer(consumer: Consumer) -> None:
+    request = consumer.add()
+    assert consumer.match(request) == (None, False)
+    consumer.offer(request)
+    assert consumer.match(request) == (TOKENS, True)
+
+
+def test_only_what_is_missing_is_fetched_from_who_has_offered(consumer: Consumer) -> None:
+    request = consumer.add()
+    consumer.offer(request)
+    assert consumer.match(request, 16) == (TOKENS - 16, True)
+    consumer.allocate(request, TOKENS - 16)
+    (spec,) = consumer.requests.take_orders().fetches
+    assert (spec.source, spec.first_token, spec.num_tokens) == (PINNED, 16, TOKENS)
+    assert spec.blocks == BLOCKS
+    assert consumer.requests.take_orders().fetches == ()
+
+
+@pytest.mark.parametrize("cached", [TOKENS - 1, TOKENS])
+def test_a_handoff_of_which_nothing_is_missing_is_cancelled(
+    consumer: Consumer, cached: int
+) -> None:
+    request = consumer.add()
+    consumer.offer(request)
+    assert consumer.match(request, cached) == (0, False)
+    consumer.allocate(request, 0)
+    assert consumer.control.calls[-1] == ("close", "r", True)
+    assert len(consumer.requests) == 0
+    assert consumer.stats.is_empty()
+
+
+def test_a_handoff_that_vllm_does_not_load_is_cancelled_and_counted(consumer: Consumer) -> None:
+    request = consumer.add()
+    consumer.offer(request)
+    consumer.match(request)
+    consumer.allocate(request, 0)
+    assert consumer.stats.data["failures"] == {"not_loaded": 1}
+    assert len(consumer.requests) == 0
+
+
+@pytest.mark.parametrize("offered", [TOKENS - 1, TOKENS + 1])
+def test_an_offer_of_another_prompt_is_not_taken(consumer: Consumer, offered: int) -> None:
+    request = consumer.add()
+    consumer.requests.offered(Offered("r", PINNED, offered, b"digest of another prompt"))
+    assert consumer.stats.data["failures"] == {"prompt_mismatch": 1}
+    assert consumer.control.calls[-1] == ("close", "r", False)
+    assert consumer.match(request) == (1, True)  # staged, to be reported as failed
+
+
+def test_a_failed_request_is_refused_through_the_workers(consumer: Consumer) -> None:
+    request = consumer.add()
+    consumer.requests.lost(Lost("r", Reason.PEER_UNREACHABLE, "silence"))
+    assert consumer.match(request) == (1, True)
+    consumer.allocate(request, 1)
+    assert consumer.requests.take_orders().refused == ("r",)
+    consumer.collect(request, Reason.INTERNAL)
+    assert consumer.stats.data["failures"] == {"peer_unreachable": 1}  # once
+    assert len(consumer.requests) == 0
+
+
+def test_a_failed_request_is_computed_here_where_configured() -> None:
+    consumer = Consumer(recomputes=True)
+    request = consumer.add()
+    consumer.requests.lost(Lost("r", Reason.PEER_UNREACHABLE, "silence"))
+    assert consumer.match(request) == (0, False)
+    consumer.allocate(request, 0)
+    assert len(consumer.requests) == 0
+
+
+def test_a_request_with_bad_parameters_fails_without_a_word_to_anybody(consumer: Consumer) -> None:
+    request = FakeRequest("r", [1, 2])
+    consumer.requests.add_failed(request, ParamsError("nonsense"))  # type: ignore[arg-type]
+    assert consumer.match(request) == (1, True)
+    assert consumer.control.calls == []
+    assert consumer.stats.data["failures"] == {"bad_params": 1}
+
+
+def test_a_fetch_that_ends_well_is_closed(consumer: Consumer) -> None:
+    request = consumer.fetching()
+    consumer.collect(request)
+    assert consumer.control.calls[-1] == ("close", "r", False)
+    assert len(consumer.requests) == 0
+
+
+def test_a_lost_producer_cancels_the_fetch_and_the_workers_report_its_end(
+    consumer: Consumer,
+) -> None:
+    request = consumer.fetching()
+    consumer.requests.lost(Lost("r", Reason.PEER_RESTARTED, "another one"))
+    assert consumer.requests.take_orders().cancels == {"r": Reason.PEER_RESTARTED}
+    assert consumer.stats.is_empty()
+    consumer.collect(request, Reason.PEER_RESTARTED)
+    assert consumer.stats.data["failures"] == {"peer_restarted": 1}
+    assert len(consumer.requests) == 0
+
+
+def test_what_arrived_of_a_failed_fetch_is_kept_where_the_rest_is_computed_here() -> None:
+    consumer = Consumer(recomputes=True)
+    request = consumer.fetching()
+    consumer.collect(request, Reason.PEER_UNREACHABLE, valid_tokens=32)
+    assert request.num_computed_tokens == 32
+    assert consumer.stats.data["kept_tokens"] == 32
+    consumer.allocate(request, 0)
+    assert len(consumer.requests) == 0
+
+
+def test_nothing_is_kept_where_the_request_fails(consumer: Consumer) -> None:
+    request = consumer.fetching()
+    consumer.collect(request, Reason.PEER_UNREACHABLE, valid_tokens=32)
+    assert request.num_computed_tokens == 0
+    assert consumer.stats.data["kept_tokens"] == 0
+
+
+def test_an_aborted_request_ends_when_its_fetch_has_been_reported() -> None:
+    consumer = Consumer(recomputes=True)
+    request = consumer.fetching()
+    consumer.requests.finish("r")
+    assert consumer.requests.take_orders().cancels == {"r": Reason.ABORTED}
+    assert len(consumer.requests) == 1
+    consumer.collect(request, Reason.ABORTED)
+    assert consumer.control.calls[-1] == ("close", "r", True)
+    assert len(consumer.requests) == 0
+
+
+def test_a_request_that_is_aborted_before_its_fetch_is_forgotten_at_once(
+    consumer: Consumer,
+) -> None:
+    consumer.add()
+    consumer.requests.finish("r")
+    assert consumer.control.calls[-1] == ("close", "r", True)
+    assert len(consumer.requests) == 0
+
+
+def test_the_second_choice_of_a_request_follows_the_first(consumer: Consumer) -> None:
+    source = new_source()
+    first, second = consumer.add("0_r", source), consumer.add("1_r", source)
+    assert consumer.control.calls == [("want", "0_r", source)]
+    consumer.offer(first)
+    assert consumer.match(second) == (None, False)
+    consumer.match(first)
+    consumer.allocate(first, TOKENS)
+    consumer.collect(first)
+    assert consumer.match(second) == (0, False)  # the blocks are in the prefix cache
+
+
+def test_events_of_requests_that_have_ended_are_ignored(consumer: Consumer) -> None:
+    request = consumer.add()
+    consumer.requests.finish("r")
+    consumer.offer(request)
+    consumer.requests.lost(Lost("r", Reason.CANCELLED, "too late"))
+    assert consumer.stats.is_empty()
+    assert len(consumer.requests) == 0
