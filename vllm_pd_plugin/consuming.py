@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_pd_plugin.control import CallControl, Lost, Offered
 from vllm_pd_plugin.digest import prompt_digest
 from vllm_pd_plugin.errors import HandoffError, Reason
-from vllm_pd_plugin.handoffs import FetchSpec, Source
-from vllm_pd_plugin.ids import HandoffId, RequestId
+from vllm_pd_plugin.fetches import FetchSpec
+from vllm_pd_plugin.ids import HandoffId, RequestId, Source
 from vllm_pd_plugin.metadata import FetchFailures
 from vllm_pd_plugin.metrics import PdStats
 
@@ -32,6 +33,8 @@ class _Stage(enum.Enum):
     WANTED = enum.auto()
     OFFERED = enum.auto()
     FETCHING = enum.auto()
+    WANTED_ELSEWHERE = enum.auto()
+    """It has blocks, a fetch has failed, and another producer is asked."""
     FINISHED = enum.auto()
     """The request has ended; its fetch is still to be reported."""
     FAILED = enum.auto()
@@ -39,12 +42,17 @@ class _Stage(enum.Enum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Consuming:
+    """sources: where the KV may be; the first is the one that is asked or fetched from."""
+
     request: Request
-    source: Source | None
+    sources: list[Source]
     stage: _Stage = _Stage.WANTED
     num_tokens: int = 0
     missing: int = 0
     """How many of them this engine lacked when it was last asked."""
+    spec: FetchSpec | None = None
+    """What the workers were last told to fetch."""
+    attempt: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,24 +76,23 @@ class ConsumingRequests:
         self._fetches: list[FetchSpec] = []
         self._refused: list[RequestId] = []
         self._cancels: dict[RequestId, Reason] = {}
-        self._failures = FetchFailures({}, {})
+        self._failures = FetchFailures({}, {}, {})
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, request: Request, source: Source) -> None:
+    def add(self, request: Request, sources: Sequence[Source]) -> None:
         """Begin to fetch, or to follow the request that already fetches the same handoff."""
-        request_id = request.request_id
-        consuming = self._open[request_id] = _Consuming(request, source)
+        consuming = self._open[request.request_id] = _Consuming(request, list(sources))
         if self._is_led(consuming):
             consuming.stage = _Stage.FOLLOWING
         else:
-            self._leaders[source.handoff_id] = request_id
-            self._call(lambda control: control.want(request_id, source))
+            self._leaders[sources[0].handoff_id] = request.request_id
+            self._want(consuming)
 
     def add_failed(self, request: Request, error: HandoffError) -> None:
         """Take a request that cannot even begin to be handed off."""
-        self._open[request.request_id] = _Consuming(request, None)
+        self._open[request.request_id] = _Consuming(request, [])
         self._fail(request.request_id, error.reason, str(error))
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -119,18 +126,14 @@ class ConsumingRequests:
         elif consuming.stage is _Stage.FAILED:
             self._refused.append(request_id)
         else:
-            assert consuming.source is not None
-            consuming.stage = _Stage.FETCHING
-            self._call(lambda control: control.allocated(request_id))
-            self._fetches.append(
-                FetchSpec(
-                    request_id,
-                    consuming.source,
-                    consuming.num_tokens - num_external_tokens,
-                    consuming.num_tokens,
-                    blocks.get_block_ids(),
-                )
+            consuming.spec = FetchSpec(
+                request_id,
+                consuming.sources[0],
+                consuming.num_tokens - num_external_tokens,
+                consuming.num_tokens,
+                blocks.get_block_ids(),
             )
+            self._fetch(consuming)
 
     def take_orders(self) -> FetchOrders:
         """Return what has gathered for the workers since the last call."""
@@ -145,43 +148,51 @@ class ConsumingRequests:
             return
         request = consuming.request
         fits = offer.num_tokens <= request.num_tokens
-        if fits and prompt_digest(request, offer.num_tokens) == offer.digest:
-            consuming.stage, consuming.num_tokens = _Stage.OFFERED, offer.num_tokens
-            consuming.source = offer.source
+        if not fits or prompt_digest(request, offer.num_tokens) != offer.digest:
+            self._close(request.request_id, cancel=False)
+            text = "the handoff is of another prompt"
+            self._lose(consuming, Reason.PROMPT_MISMATCH, text)
             return
-        text = "the handoff is of another prompt"
-        self._fail(request.request_id, Reason.PROMPT_MISMATCH, text)
-        self._close(request.request_id, cancel=False)
+        consuming.sources[0] = offer.source
+        if consuming.stage is _Stage.WANTED_ELSEWHERE:
+            self._fetch(consuming)
+        else:
+            consuming.stage, consuming.num_tokens = _Stage.OFFERED, offer.num_tokens
 
     def lost(self, lost: Lost) -> None:
         """What a request wants cannot be had."""
         consuming = self._open.get(lost.request_id)
         if consuming is None:
             return
-        if consuming.stage in (_Stage.WANTED, _Stage.OFFERED):
-            self._fail(lost.request_id, lost.reason, lost.message)
-        elif consuming.stage is _Stage.FETCHING:
+        if consuming.stage is _Stage.FETCHING:
             self._cancels[lost.request_id] = lost.reason
+        elif consuming.stage in (_Stage.WANTED, _Stage.OFFERED, _Stage.WANTED_ELSEWHERE):
+            self._lose(consuming, lost.reason, lost.message)
 
     def collect(self, output: KVConnectorOutput) -> None:
         """Take the workers' results of a step."""
         failures = output.kv_connector_worker_meta
         if isinstance(failures, FetchFailures):  # a rank may say so before the last has finished
             self._failures = self._failures.aggregate(failures)
+            for request_id, attempt in failures.attempts.items():
+                self._failed_on_a_rank(request_id, attempt)
         for request_id in output.finished_recving or ():
             reason = self._failures.reasons.pop(request_id, Reason.INTERNAL)
             valid_tokens = self._failures.valid_tokens.pop(request_id, 0)
+            self._failures.attempts.pop(request_id, None)
             self._cancels.pop(request_id, None)
             consuming = self._open.get(request_id)
             if consuming is None:
                 continue
             failed = request_id in output.failed_recving
+            if consuming.stage is _Stage.FINISHED:
+                reason = Reason.ABORTED
             retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
             if failed and consuming.stage is not _Stage.FAILED:
                 self._fail(request_id, reason, "the fetch failed")
             if not retries:
                 self._forget(request_id, cancel=failed)
-            elif consuming.source is not None:
+            elif consuming.sources:
                 self._close(request_id, cancel=True)
                 if valid_tokens:
                     # vLLM has set it to none: what did arrive need not be computed again.
@@ -196,13 +207,70 @@ class ConsumingRequests:
         if consuming.stage is _Stage.FETCHING:
             # vLLM keeps the blocks until the workers report the receive as finished.
             consuming.stage = _Stage.FINISHED
-            self._cancels[request_id] = Reason.ABORTED
+            if len(consuming.sources) == 1:
+                self._cancels[request_id] = Reason.ABORTED
+            else:  # a cancelled fetch that is not the last chance would not be reported
+                self._refused.append(request_id)
+        elif consuming.stage is _Stage.WANTED_ELSEWHERE:
+            consuming.stage = _Stage.FINISHED
+            self._refused.append(request_id)
+            self._close(request_id, cancel=True)
         else:
             self._forget(request_id, cancel=True)
 
     def _is_led(self, consuming: _Consuming) -> bool:
-        assert consuming.source is not None
-        return self._leaders.get(consuming.source.handoff_id) in self._open
+        return self._leaders.get(consuming.sources[0].handoff_id) in self._open
+
+    def _want(self, consuming: _Consuming) -> None:
+        request_id, source = consuming.request.request_id, consuming.sources[0]
+        self._call(lambda control: control.want(request_id, source))
+
+    def _fetch(self, consuming: _Consuming) -> None:
+        """Let the workers fetch from the source that has offered."""
+        assert consuming.spec is not None
+        request_id = consuming.request.request_id
+        consuming.stage = _Stage.FETCHING
+        self._call(lambda control: control.allocated(request_id))
+        consuming.spec = dataclasses.replace(
+            consuming.spec,
+            source=consuming.sources[0],
+            attempt=consuming.attempt,
+            is_last=len(consuming.sources) == 1,
+        )
+        self._fetches.append(consuming.spec)
+
+    def _lose(self, consuming: _Consuming, reason: Reason, message: str) -> None:
+        """The first source is of no use: turn to the next, or fail."""
+        request_id = consuming.request.request_id
+        has_blocks = consuming.stage in (_Stage.FETCHING, _Stage.WANTED_ELSEWHERE)
+        if len(consuming.sources) > 1:
+            consuming.stage = _Stage.WANTED_ELSEWHERE if has_blocks else _Stage.WANTED
+            address = consuming.sources.pop(0).address
+            consuming.attempt += 1
+            self._stats.record_retry(reason)
+            text = "handoff of request %s: no use of %s:%d (%s): %s; asking %s:%d"
+            logger.warning(
+                text, request_id, *address, reason, message, *consuming.sources[0].address
+            )
+            self._want(consuming)
+            return
+        self._fail(request_id, reason, message)
+        if has_blocks:
+            self._refused.append(request_id)
+
+    def _failed_on_a_rank(self, request_id: RequestId, attempt: int) -> None:
+        """A fetch has failed on a rank; if there is another source, all ranks turn to it."""
+        consuming = self._open.get(request_id)
+        if consuming is not None and attempt == consuming.attempt and len(consuming.sources) < 2:
+            return  # the last chance: its end is reported when all ranks have ended
+        reason = self._failures.reasons.pop(request_id)
+        self._failures.valid_tokens.pop(request_id)
+        self._failures.attempts.pop(request_id)
+        if consuming is None or attempt != consuming.attempt:
+            return  # another rank has said so before
+        if consuming.stage is _Stage.FETCHING:
+            self._close(request_id, cancel=True)
+            self._lose(consuming, reason, "the fetch failed")
 
     def _fail(self, request_id: RequestId, reason: Reason, message: str) -> None:
         self._open[request_id].stage = _Stage.FAILED
@@ -216,9 +284,9 @@ class ConsumingRequests:
         )
 
     def _forget(self, request_id: RequestId, cancel: bool) -> None:
-        source = self._open.pop(request_id).source
-        if source is not None and self._leaders.get(source.handoff_id) == request_id:
-            del self._leaders[source.handoff_id]
+        for source in self._open.pop(request_id).sources:
+            if self._leaders.get(source.handoff_id) == request_id:
+                del self._leaders[source.handoff_id]
         self._close(request_id, cancel)
 
     def _close(self, request_id: RequestId, cancel: bool) -> None:

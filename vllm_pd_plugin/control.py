@@ -13,19 +13,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import PeerError, Reason
-from vllm_pd_plugin.handoffs import (
-    Advance,
-    Answer,
-    ConsumerTable,
-    ProducerState,
-    ProducerTable,
-    ReturnAddress,
-    Source,
-)
-from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId
+from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId, Source
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 from vllm_pd_plugin.peers import Identity, MakePeers, Peer
 from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.produced import Advance, Answer, ProducerState, ProducerTable, ReturnAddress
+from vllm_pd_plugin.wanted import ConsumerTable
 
 logger = logging.getLogger(__name__)
 

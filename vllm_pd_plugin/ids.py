@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from typing import NewType
 
@@ -25,6 +26,18 @@ EngineId = str
 
 Address = tuple[str, int]
 """Host and port of an engine's control channel."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where a consumer is to fetch a handoff from.
+
+    incarnation: None when the dispatcher does not know it; whoever answers first is meant.
+    """
+
+    handoff_id: HandoffId
+    address: Address
+    incarnation: Incarnation | None
 
 
 def new_handoff_id() -> HandoffId:

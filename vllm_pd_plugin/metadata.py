@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_pd_plugin.announcer import Announcement
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import FetchSpec
+from vllm_pd_plugin.fetches import FetchSpec
 from vllm_pd_plugin.ids import Address, Incarnation, RequestId
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 
@@ -40,18 +40,21 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchFailures(KVConnectorWorkerMetadata):
-    """Workers to scheduler: why fetches failed, and how many of the prompt's first tokens have
-    usable KV all the same."""
+    """Workers to scheduler: why fetches failed, how many of the prompt's first tokens have usable
+    KV all the same, and which attempt it was."""
 
     reasons: dict[RequestId, Reason]
     valid_tokens: dict[RequestId, int]
+    attempts: dict[RequestId, int]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchFailures:
         assert isinstance(other, FetchFailures)
-        valid = dict(other.valid_tokens)
+        valid, attempts = dict(other.valid_tokens), dict(other.attempts)
         for request_id, tokens in self.valid_tokens.items():
             valid[request_id] = min(tokens, valid.get(request_id, tokens))
-        return FetchFailures({**other.reasons, **self.reasons}, valid)
+        for request_id, attempt in self.attempts.items():
+            attempts[request_id] = max(attempt, attempts.get(request_id, attempt))
+        return FetchFailures({**other.reasons, **self.reasons}, valid, attempts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

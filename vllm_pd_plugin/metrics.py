@@ -13,7 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import FetchResult, ProducerState
+from vllm_pd_plugin.fetches import FetchResult
+from vllm_pd_plugin.produced import ProducerState
 
 _FETCH_SECONDS_BUCKETS = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
@@ -27,6 +28,7 @@ class PdStats(KVConnectorStats):
 
     fetches: [bytes, descriptors, stretches, seconds] of each committed fetch, one row a rank.
     failures: consumer handoffs that failed, by reason.
+    retries: times that a consumer turned to another producer, by the reason that made it.
     ended: producer handoffs that ended, by final state.
     withdrawals: times that a producer was preempted while it computed what it had announced.
     kept_tokens: prompt tokens that a failed fetch brought all the same, and are not recomputed.
@@ -37,8 +39,8 @@ class PdStats(KVConnectorStats):
 
     data: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
-            "fetches": [], "failures": {}, "ended": {}, "withdrawals": 0, "kept_tokens": 0,
-            "control_bytes": 0, "dropped_messages": 0, "open": {},
+            "fetches": [], "failures": {}, "retries": {}, "ended": {}, "withdrawals": 0,
+            "kept_tokens": 0, "control_bytes": 0, "dropped_messages": 0, "open": {},
         }
     )  # fmt: skip
 
@@ -49,6 +51,9 @@ class PdStats(KVConnectorStats):
 
     def record_failure(self, reason: Reason) -> None:
         _add(self.data["failures"], {reason.value: 1})
+
+    def record_retry(self, reason: Reason) -> None:
+        _add(self.data["retries"], {reason.value: 1})
 
     def record_ended(self, state: ProducerState) -> None:
         _add(self.data["ended"], {state.value: 1})
@@ -78,6 +83,7 @@ class PdStats(KVConnectorStats):
         mine, theirs = self.data, other.data
         mine["fetches"] += theirs["fetches"]
         _add(mine["failures"], theirs["failures"])
+        _add(mine["retries"], theirs["retries"])
         _add(mine["ended"], theirs["ended"])
         mine["withdrawals"] += theirs["withdrawals"]
         mine["kept_tokens"] += theirs["kept_tokens"]
@@ -138,6 +144,11 @@ class PdPromMetrics(KVConnectorPromMetrics):
         self._failures = self._counter(
             "pd_handoff_failures", "Handoffs that failed or were not used, by reason.", ["reason"]
         )
+        self._retries = self._counter(
+            "pd_handoff_retries",
+            "Times that a consumer turned to another producer, by reason.",
+            ["reason"],
+        )
         self._ended = self._counter(
             "pd_producer_handoffs", "Producer handoffs that ended, by final state.", ["state"]
         )
@@ -173,6 +184,8 @@ class PdPromMetrics(KVConnectorPromMetrics):
         self._kept.labels(*values).inc(transfer_stats_data["kept_tokens"])
         for reason, count in transfer_stats_data["failures"].items():
             self._failures.labels(*values, reason).inc(count)
+        for reason, count in transfer_stats_data["retries"].items():
+            self._retries.labels(*values, reason).inc(count)
         for state, count in transfer_stats_data["ended"].items():
             self._ended.labels(*values, state).inc(count)
             if state == ProducerState.EXPIRED.value:

@@ -8,7 +8,9 @@ from the producer itself, so no client can name another request's blocks.
 A dispatcher that need not wait chooses a handoff id itself and asks both at the same moment: the
 producer with ``do_remote_decode`` and ``handoff_id``, the consumer with ``do_remote_prefill``,
 ``remote_host``, ``remote_port`` (the producer's control channel) and ``remote_handoff_id``. An id
-is used once: a request with one that has ended before is ended with an error.
+is used once: a request with one that has ended before is ended with an error. With
+``remote_alternatives``, a list of further places, the consumer turns to the next when one fails;
+the dispatcher sends the producer's request there, with the same id.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from typing import Any
 
 from vllm_pd_plugin.config import is_loopback
 from vllm_pd_plugin.errors import ParamsError
-from vllm_pd_plugin.handoffs import Source
-from vllm_pd_plugin.ids import Address, EngineId, HandoffId, Incarnation, RequestId
+from vllm_pd_plugin.ids import Address, EngineId, HandoffId, Incarnation, RequestId, Source
 
+MAX_ALTERNATIVES = 8
 _HANDOFF_ID = re.compile(r"[0-9a-f]{32}")
 _INCARNATION = re.compile(r"[0-9a-f]{16}")
 _HOST = re.compile(r"[0-9A-Za-z.:_-]{1,253}")
@@ -40,8 +42,9 @@ def parse_handoff_id(params: Mapping[str, Any] | None) -> HandoffId | None:
     return HandoffId(_matching(params, "handoff_id", _HANDOFF_ID))
 
 
-def parse_source(params: Mapping[str, Any] | None, trusted_network: bool) -> Source | None:
-    """Return where the request's KV is to be fetched from; None when it is not.
+def parse_sources(params: Mapping[str, Any] | None, trusted_network: bool) -> tuple[Source, ...]:
+    """Return where the request's KV is to be fetched from, the first choice first; empty when it is
+    not.
 
     trusted_network: whether peers are authenticated; without, only loopback is allowed.
 
@@ -49,19 +52,30 @@ def parse_source(params: Mapping[str, Any] | None, trusted_network: bool) -> Sou
         ParamsError: a key is absent, of the wrong type, or not allowed.
     """
     if params is None or not _flag(params, "do_remote_prefill"):
-        return None
+        return ()
     if _flag(params, "do_remote_decode"):
         raise ParamsError("do_remote_prefill and do_remote_decode exclude each other")
-    host = _matching(params, "remote_host", _HOST)
+    handoff_id = HandoffId(_matching(params, "remote_handoff_id", _HANDOFF_ID))
+    others = params.get("remote_alternatives") or []
+    if not isinstance(others, list) or len(others) > MAX_ALTERNATIVES:
+        raise ParamsError(
+            f"remote_alternatives={_short(others)} is not a list of at most {MAX_ALTERNATIVES}"
+        )
+    if not all(isinstance(other, Mapping) for other in others):
+        raise ParamsError(f"remote_alternatives={_short(others)} is not a list of objects")
+    return tuple(_source(each, handoff_id, trusted_network) for each in (params, *others))
+
+
+def _source(place: Mapping[str, Any], handoff_id: HandoffId, trusted_network: bool) -> Source:
+    host = _matching(place, "remote_host", _HOST)
     if not trusted_network and not is_loopback(host):
         raise ParamsError(f"remote_host={host!r} is not loopback, and no cluster key is set")
-    port = params.get("remote_port")
+    port = place.get("remote_port")
     if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
         raise ParamsError(f"remote_port={_short(port)} is not a port")
     incarnation = None
-    if params.get("remote_incarnation") is not None:
-        incarnation = Incarnation(_matching(params, "remote_incarnation", _INCARNATION))
-    handoff_id = HandoffId(_matching(params, "remote_handoff_id", _HANDOFF_ID))
+    if place.get("remote_incarnation") is not None:
+        incarnation = Incarnation(_matching(place, "remote_incarnation", _INCARNATION))
     return Source(handoff_id, (host, port), incarnation)
 
 

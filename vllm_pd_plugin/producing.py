@@ -15,11 +15,11 @@ from vllm_pd_plugin.announcer import Announcement, layers_worth_a_message
 from vllm_pd_plugin.control import Abandoned, CallControl, Released
 from vllm_pd_plugin.digest import prompt_digest
 from vllm_pd_plugin.errors import ParamsError
-from vllm_pd_plugin.handoffs import Advance, ProducerState
 from vllm_pd_plugin.ids import HandoffId, RequestId, new_handoff_id
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 from vllm_pd_plugin.metrics import PdStats
 from vllm_pd_plugin.params import parse_handoff_id
+from vllm_pd_plugin.produced import Advance, ProducerState
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager

@@ -24,11 +24,10 @@ from vllm_pd_plugin.control import (
     Released,
 )
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
-from vllm_pd_plugin.handoffs import Source
-from vllm_pd_plugin.ids import EngineId, RequestId, new_incarnation
+from vllm_pd_plugin.ids import EngineId, RequestId, Source, new_incarnation
 from vllm_pd_plugin.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
-from vllm_pd_plugin.params import describe_handoff, parse_source, wants_to_produce
+from vllm_pd_plugin.params import describe_handoff, parse_sources, wants_to_produce
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.producing import ProducingRequests
 
@@ -125,9 +124,9 @@ class SchedulerSide:
     def add(self, request: Request) -> None:
         """A request has arrived: ask for its KV at once, long before it can be scheduled."""
         try:
-            source = parse_source(request.kv_transfer_params, self._keys is not None)
+            sources = parse_sources(request.kv_transfer_params, self._keys is not None)
             produces = wants_to_produce(request.kv_transfer_params)
-            self._check_role(request, source is not None, produces)
+            self._check_role(request, bool(sources), produces)
             handoff_id = self._producing.choose_id(request) if produces else None
         except HandoffError as error:
             request.kv_transfer_params = None  # vLLM reads it next, and expects a mapping
@@ -135,8 +134,8 @@ class SchedulerSide:
             return
         if handoff_id is not None:
             self._producing.add(request, handoff_id)
-        elif source is not None:
-            self._consuming.add(request, source)
+        elif sources:
+            self._consuming.add(request, sources)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import HandoffError, PeerError, Reason
-from vllm_pd_plugin.handoffs import FetchResult, FetchSpec, FetchState
+from vllm_pd_plugin.fetches import FetchResult, FetchSpec, FetchState
 from vllm_pd_plugin.ids import Address, HandoffId, RequestId
 from vllm_pd_plugin.layout import EngineLayout, Region
 from vllm_pd_plugin.peers import MakePeers, Peer
@@ -26,6 +27,7 @@ SERVE_INTERVAL_S = 0.002
 """How often a side that is being read drives its transport."""
 
 _MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
+_REMEMBERED_SUCCESSES = 4096
 _MAX_READS = 2
 """Reads of one fetch that are under way together: the next is there when one ends, and what is
 announced meanwhile gathers into one."""
@@ -86,6 +88,8 @@ class _Fetch:
     next_vouch_at: float = 0.0
     ask_again_at: float = math.inf
     reason: Reason | None = None
+    successor: FetchSpec | None = None
+    """What takes its place when it has ended."""
     num_bytes: int = 0
     num_descriptors: int = 0
     num_stretches: int = 0
@@ -119,6 +123,7 @@ class TransferPlane:
         self._clock = clock
         self._timeouts = timeouts
         self._fetches: dict[RequestId, _Fetch] = {}
+        self._succeeded: OrderedDict[RequestId, None] = OrderedDict()
         self._names: dict[Address, tuple[Peer, PeerName]] = {}
         self._serving = False
 
@@ -132,7 +137,13 @@ class TransferPlane:
         return self._peers.dropped_messages
 
     def fetch(self, spec: FetchSpec) -> None:
-        """Start a fetch."""
+        """Start a fetch; one that is under way for the same request, from elsewhere, ends first."""
+        if spec.request_id in self._succeeded:
+            return
+        if before := self._fetches.get(spec.request_id):
+            before.successor = spec
+            self._fail(before, Reason.CANCELLED)
+            return
         now = self._clock()
         fetch = _Fetch(
             spec, now, now + self._timeouts.read_s, next_vouch_at=now + _VOUCH_INTERVAL_S
@@ -150,6 +161,19 @@ class TransferPlane:
         """End a fetch early; its result follows once nothing writes to its blocks any more."""
         if fetch := self._fetches.get(request_id):
             self._fail(fetch, reason)
+
+    def refuse(self, request_id: RequestId) -> None:
+        """Report a request as failed, once nothing writes to its blocks any more; unless its fetch
+        has succeeded, as that has been reported."""
+        if request_id in self._succeeded:
+            return
+        fetch = self._fetches.get(request_id)
+        if fetch is None:
+            self._on_result(FetchResult(request_id, Reason.INTERNAL, 0, 0, 0, 0.0, 0))
+            return
+        fetch.successor = None
+        fetch.spec = dataclasses.replace(fetch.spec, is_last=True)
+        self._fail(fetch, Reason.INTERNAL)
 
     def set_serving(self, serving: bool) -> None:
         """Say whether peers may be reading from this rank."""
@@ -373,6 +397,13 @@ class TransferPlane:
     def _finish(self, fetch: _Fetch, reason: Reason | None) -> None:
         fetch.state = FetchState.ENDED
         del self._fetches[fetch.spec.request_id]
+        if fetch.successor is not None:
+            self.fetch(fetch.successor)
+            return
+        if reason is None and not fetch.spec.is_last:  # others may be told to try elsewhere
+            self._succeeded[fetch.spec.request_id] = None
+            while len(self._succeeded) > _REMEMBERED_SUCCESSES:
+                self._succeeded.popitem(last=False)
         self._on_result(
             FetchResult(
                 fetch.spec.request_id,
@@ -382,6 +413,8 @@ class TransferPlane:
                 fetch.num_stretches,
                 self._clock() - fetch.started_at,
                 fetch.spec.num_tokens if reason is None else fetch.vouched_tokens,
+                fetch.spec.attempt,
+                fetch.spec.is_last,
             )
         )
 

@@ -15,8 +15,7 @@ from vllm_pd_plugin import memory
 from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
 from vllm_pd_plugin.channel import CurveKeys, Link, Loop
 from vllm_pd_plugin.config import PdConfig
-from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import FetchResult
+from vllm_pd_plugin.fetches import FetchResult
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
 from vllm_pd_plugin.layout import EngineLayout
 from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
@@ -128,7 +127,7 @@ class WorkerSide:
             self._loop.call(lambda: self._announcer.connect(*metadata.control))
         self._announcement, self._layers_written = metadata.announcement, 0
         for request_id in metadata.refused:
-            self._results.append(FetchResult(request_id, Reason.INTERNAL, 0, 0, 0, 0.0, 0))
+            self._loop.call(partial(self._plane.refuse, request_id))
         self._released += metadata.released
         if metadata.serving != self._serving:
             self._serving = serving = metadata.serving
@@ -142,7 +141,8 @@ class WorkerSide:
         """Report each fetch that ended, and each request that may be freed, exactly once."""
         while self._results:
             result = self._results.popleft()
-            self._finished.append(result.request_id)
+            if result.is_final:
+                self._finished.append(result.request_id)
             if result.reason is None:
                 self._stats.record_fetch(result)
             else:
@@ -161,7 +161,11 @@ class WorkerSide:
         if not failed:
             return None
         reasons = {i: result.reason for i, result in failed.items() if result.reason}
-        return FetchFailures(reasons, {i: r.valid_tokens for i, r in failed.items()})
+        return FetchFailures(
+            reasons,
+            {i: r.valid_tokens for i, r in failed.items()},
+            {i: r.attempt for i, r in failed.items()},
+        )
 
     def take_stats(self) -> PdStats | None:
         """Return the counts since the last call; None when nothing has happened."""

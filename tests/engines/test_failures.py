@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -48,10 +48,8 @@ class Cluster:
         self._logs = logs
         self._control_port = free_port()
         self.producer = self._start_producer()
-        self.failing = self._start("failing", "decode", "1")
-        self.recomputing = self._start(
-            "recomputing", "decode", "1", kv_load_failure_policy="recompute"
-        )
+        self.failing = self._start_failing()
+        self.recomputing = self._start_recomputing()
 
     def _start_producer(self) -> Engine:
         options = {**OPTIONS, "port": self._control_port, "stretch_bytes": STRETCH_BYTES}
@@ -66,9 +64,23 @@ class Cluster:
             environ={"VLLM_SERVER_DEV_MODE": "1"},
         )
 
-    def _start(self, name: str, role: str, cores: str, **options: Any) -> Engine:
-        arguments = (*ARGUMENTS["tiny-llama"], *connector_arguments(role, **OPTIONS, **options))
-        return start(name, models.tiny_llama(), arguments, cores=cores, folder=self._logs)
+    def _start_failing(self) -> Engine:
+        arguments = (*ARGUMENTS["tiny-llama"], *connector_arguments("decode", **OPTIONS))
+        return start("failing", models.tiny_llama(), arguments, cores="1", folder=self._logs)
+
+    def _start_recomputing(self) -> Engine:
+        """Also the producer that a consumer may turn to when the first one fails."""
+        port = free_port()
+        options = {**OPTIONS, "kv_load_failure_policy": "recompute", "port": port}
+        arguments = (*ARGUMENTS["tiny-llama"], *connector_arguments("both", **options))
+        return start(
+            "recomputing",
+            models.tiny_llama(),
+            arguments,
+            cores="1",
+            folder=self._logs,
+            control_port=port,
+        )
 
     def engines(self) -> list[Engine]:
         return [self.producer, self.failing, self.recomputing]
@@ -367,6 +379,50 @@ def test_a_producer_killed_in_the_middle_costs_only_what_is_missing(cluster: Clu
     cluster.assert_healthy(52)
 
 
+@pytest.mark.parametrize("when", ["before", "in the middle"])
+def test_a_consumer_turns_to_another_producer_when_one_is_killed(
+    cluster: Cluster, when: str
+) -> None:
+    """The dispatcher names both, and asks the second when the first one's request has failed."""
+    seed = 60 if when == "before" else 62
+    prompt, other = random_prompt(4000, seed), cluster.recomputing
+    expected = other.complete(prompt, 4)
+    started = time.monotonic()
+    cluster.producer.complete(random_prompt(4000, seed + 1), 1)
+    prefill_s = time.monotonic() - started
+    for engine in (cluster.producer, other):
+        engine.complete(random_prompt(4000, seed + 2), 1)
+    produce, consume = at_once(cluster.producer)
+    there = {"remote_host": "127.0.0.1", "remote_port": other.control_port}
+    failed, retried = failures(cluster.failing), retries(cluster.failing)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)
+        params = {**consume, "remote_alternatives": [there]}
+        answer = pool.submit(cluster.failing.complete, prompt, 4, kv_transfer_params=params)
+        time.sleep(0.0 if when == "before" else 0.6 * prefill_s)
+        cluster.producer.kill()
+        assert first.exception(30) is not None
+        wait_until(lambda: retries(cluster.failing) == retried + 1)
+        other.complete(prompt, 1, kv_transfer_params=produce)
+        compare(expected, answer.result(60), FLOAT32)
+    assert failures(cluster.failing) == failed
+    cluster.restart_producer()
+    cluster.assert_at_rest()
+    cluster.assert_healthy(seed + 3)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def retries(engine: Engine) -> float:
+    """Return how often it turned to another producer because one could not be reached."""
+    return engine.metrics().get('pd_handoff_retries_total{reason="peer_unreachable"}', 0)
+
+
 def test_a_producer_killed_and_restarted_works_without_restarting_the_consumer(
     cluster: Cluster,
 ) -> None:
@@ -392,19 +448,12 @@ def test_a_producer_killed_after_the_handoff_does_not_disturb_the_decode(cluster
     params = produce(cluster, prompt)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(cluster.failing.complete, prompt, 200, kv_transfer_params=params)
-        wait_for_commit(cluster.producer)
+        wait_until(cluster.producer.is_at_rest)
         cluster.producer.kill()
         compare(expected, answer.result(60), FLOAT32)
     cluster.failing.wait_until_at_rest()
     cluster.restart_producer()
     cluster.assert_healthy(22)
-
-
-def wait_for_commit(producer: Engine) -> None:
-    deadline = time.monotonic() + 10
-    while not producer.is_at_rest():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_storm_of_handoffs_aborts_and_stale_requests_leaks_nothing(cluster: Cluster) -> None:

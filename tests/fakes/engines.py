@@ -23,11 +23,12 @@ from vllm_pd_plugin.control import (
     Released,
 )
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import Advance, FetchResult, FetchSpec, Source
-from vllm_pd_plugin.ids import Address, HandoffId, new_handoff_id, new_incarnation
+from vllm_pd_plugin.fetches import FetchResult, FetchSpec
+from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory, Region
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.produced import Advance
 from vllm_pd_plugin.transfer import LocalRank, Timeouts, TransferPlane
 
 BLOCK_TOKENS = 4
@@ -111,7 +112,7 @@ class FakeEngine:
         self.results: list[FetchResult] = []
         self.running: dict[str, _Running] = {}
         self._steps = 0
-        self._specs: dict[str, FetchSpec] = {}
+        self.specs: dict[str, FetchSpec] = {}
         self._network = network
         self.caches = [
             np.zeros((num_blocks, BLOCK_BYTES), np.uint8) for _ in range(self.num_layers)
@@ -289,7 +290,7 @@ class FakeEngine:
         first_token: int = 0,
     ) -> None:
         spec = FetchSpec(request_id, source, first_token, num_tokens, self._tables(blocks))
-        self._specs[request_id] = spec
+        self.specs[request_id] = spec
         self.plane.fetch(spec)
 
     def result(self, request_id: str) -> FetchResult:
@@ -329,7 +330,7 @@ class FakeEngine:
 
     def _report(self, result: FetchResult) -> None:
         assert not self.is_reported(result.request_id), "a fetch was reported twice"
-        blocks = self._specs[result.request_id].blocks
+        blocks = self.specs[result.request_id].blocks
         for layer, region in enumerate(self.regions):
             for block in blocks[self.group_of(layer)]:
                 assert not self.transport.may_write(region.address(block), region.block_bytes), (

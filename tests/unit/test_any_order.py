@@ -21,8 +21,7 @@ from tests.fakes.engines import (
 )
 from vllm_pd_plugin.control import Abandoned, Lost, Offered, Released
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import Source
-from vllm_pd_plugin.ids import new_handoff_id, new_incarnation
+from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.plan import BlockTables
 from vllm_pd_plugin.transfer import Timeouts
 

@@ -13,8 +13,7 @@ import pytest
 from vllm_pd_plugin.control import ControlPlane, Lost, Offered
 from vllm_pd_plugin.digest import prompt_digest
 from vllm_pd_plugin.errors import ParamsError, Reason
-from vllm_pd_plugin.handoffs import Source
-from vllm_pd_plugin.ids import new_handoff_id, new_incarnation
+from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -62,9 +61,9 @@ class Consumer:
     def _call(self, function: Callable[[ControlPlane], None]) -> None:
         function(self.control)  # type: ignore[arg-type]
 
-    def add(self, request_id: str = "r", source: Source | None = None) -> FakeRequest:
+    def add(self, request_id: str = "r", *sources: Source) -> FakeRequest:
         request = FakeRequest(request_id, list(range(TOKENS)))
-        self.requests.add(request, source or new_source())  # type: ignore[arg-type]
+        self.requests.add(request, sources or [new_source()])  # type: ignore[arg-type]
         return request
 
     def match(self, request: FakeRequest, num_computed_tokens: int = 0) -> tuple[int | None, bool]:
@@ -78,8 +77,8 @@ class Consumer:
         blocks = SimpleNamespace(get_block_ids=lambda: BLOCKS)
         self.requests.allocated(request, blocks, num_external_tokens)  # type: ignore[arg-type]
 
-    def fetching(self, request_id: str = "r") -> FakeRequest:
-        request = self.add(request_id)
+    def fetching(self, request_id: str = "r", *sources: Source) -> FakeRequest:
+        request = self.add(request_id, *sources)
         self.offer(request)
         self.match(request)
         self.allocate(request, TOKENS)
@@ -89,16 +88,26 @@ class Consumer:
     def collect(
         self, request: FakeRequest, reason: Reason | None = None, valid_tokens: int = 0
     ) -> None:
-        """The workers report the request's fetch as ended."""
+        """All ranks report the request's fetch as ended, for good."""
         ended = {request.request_id}
         failures = None
         if reason is not None:
             name = request.request_id
-            failures = FetchFailures({name: reason}, {name: valid_tokens})
+            failures = FetchFailures({name: reason}, {name: valid_tokens}, {name: 0})
         output = SimpleNamespace(
             kv_connector_worker_meta=failures,
             finished_recving=ended,
             failed_recving=ended if reason else set(),
+        )
+        self.requests.collect(output)  # type: ignore[arg-type]
+
+    def fail_on_a_rank(self, request: FakeRequest, reason: Reason, attempt: int) -> None:
+        """A rank reports that an attempt has failed."""
+        name = request.request_id
+        output = SimpleNamespace(
+            kv_connector_worker_meta=FetchFailures({name: reason}, {name: 0}, {name: attempt}),
+            finished_recving=None,
+            failed_recving=None,
         )
         self.requests.collect(output)  # type: ignore[arg-type]
 
@@ -117,7 +126,7 @@ def consumer() -> Consumer:
 
 def test_a_request_is_asked_for_when_it_arrives(consumer: Consumer) -> None:
     source = new_source()
-    consumer.add(source=source)
+    consumer.add("r", source)
     assert consumer.control.calls == [("want", "r", source)]
 
 
@@ -276,4 +285,79 @@ def test_events_of_requests_that_have_ended_are_ignored(consumer: Consumer) -> N
     consumer.offer(request)
     consumer.requests.lost(Lost("r", Reason.CANCELLED, "too late"))
     assert consumer.stats.is_empty()
+    assert len(consumer.requests) == 0
+
+
+# --- several producers -----------------------------------------------------------------------
+
+
+def elsewhere() -> tuple[Source, Source]:
+    first = new_source()
+    return first, dataclasses.replace(first, address=("127.0.0.1", 7001))
+
+
+@pytest.mark.parametrize("is_offered", [False, True])
+def test_the_next_producer_is_asked_when_one_is_lost_before_the_fetch(
+    consumer: Consumer, is_offered: bool
+) -> None:
+    first, second = elsewhere()
+    request = consumer.add("r", first, second)
+    if is_offered:
+        consumer.offer(request)
+    consumer.requests.lost(Lost("r", Reason.PEER_UNREACHABLE, "silence"))
+    assert consumer.control.calls == [("want", "r", first), ("want", "r", second)]
+    assert consumer.match(request) == (None, False)
+    assert consumer.stats.data["retries"] == {"peer_unreachable": 1}
+    assert consumer.stats.data["failures"] == {}
+    consumer.requests.lost(Lost("r", Reason.CANCELLED, "no more"))
+    assert consumer.stats.data["failures"] == {"cancelled": 1}
+
+
+def test_a_fetch_that_fails_is_begun_again_from_the_next_producer(consumer: Consumer) -> None:
+    first, second = elsewhere()
+    request = consumer.add("r", first, second)
+    consumer.offer(request)
+    consumer.match(request)
+    consumer.allocate(request, TOKENS)
+    (spec,) = consumer.requests.take_orders().fetches
+    assert (spec.attempt, spec.is_last) == (0, False)
+    consumer.control.calls.clear()
+    consumer.fail_on_a_rank(request, Reason.READ_FAILED, attempt=0)
+    assert consumer.control.calls == [("close", "r", True), ("want", "r", second)]
+    consumer.fail_on_a_rank(request, Reason.READ_FAILED, attempt=0)  # the other rank, later
+    assert len(consumer.control.calls) == 2
+    assert consumer.requests.take_orders().fetches == ()
+    consumer.offer(request)
+    (again,) = consumer.requests.take_orders().fetches
+    assert (again.attempt, again.is_last, again.blocks) == (1, True, spec.blocks)
+    consumer.collect(request)
+    assert consumer.stats.data["retries"] == {"read_failed": 1}
+    assert consumer.stats.data["failures"] == {}
+    assert len(consumer.requests) == 0
+
+
+def test_when_the_last_producer_is_lost_the_request_is_refused_through_the_workers(
+    consumer: Consumer,
+) -> None:
+    request = consumer.fetching("r", *elsewhere())
+    consumer.fail_on_a_rank(request, Reason.READ_FAILED, attempt=0)
+    consumer.requests.lost(Lost("r", Reason.PEER_UNREACHABLE, "silence"))
+    assert consumer.requests.take_orders().refused == ("r",)
+    consumer.collect(request, Reason.INTERNAL)
+    assert consumer.stats.data["failures"] == {"peer_unreachable": 1}
+    assert len(consumer.requests) == 0
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_a_request_that_is_aborted_between_two_producers_is_reported_by_the_workers(
+    consumer: Consumer, is_waiting: bool
+) -> None:
+    request = consumer.fetching("r", *elsewhere())
+    if is_waiting:
+        consumer.fail_on_a_rank(request, Reason.READ_FAILED, attempt=0)
+    consumer.requests.finish("r")
+    orders = consumer.requests.take_orders()
+    assert (orders.refused, orders.cancels) == (("r",), {})
+    consumer.collect(request, Reason.INTERNAL)
+    assert consumer.stats.data["failures"] == {"aborted": 1}
     assert len(consumer.requests) == 0

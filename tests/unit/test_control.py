@@ -9,8 +9,8 @@ from tests.fakes.engines import FakeCluster, FakeEngine
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.control import Abandoned, Lost, Offered, Released
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import ProducerState, Source
-from vllm_pd_plugin.ids import Incarnation, new_handoff_id, new_incarnation
+from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id, new_incarnation
+from vllm_pd_plugin.produced import ProducerState
 
 LEASE_S = 8.0
 TIMEOUT_S = 5.0

@@ -10,7 +10,8 @@ import prometheus_client
 import pytest
 
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import FetchResult, ProducerState
+from vllm_pd_plugin.fetches import FetchResult
+from vllm_pd_plugin.produced import ProducerState
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -25,6 +26,7 @@ def one_of_each() -> PdStats:
     stats = PdStats()
     stats.record_fetch(fetched())
     stats.record_failure(Reason.PRODUCER_ENDED)
+    stats.record_retry(Reason.READ_FAILED)
     stats.record_ended(ProducerState.EXPIRED)
     stats.record_withdrawal()
     stats.record_kept(64)
@@ -52,6 +54,7 @@ def test_counts_of_ranks_and_steps_add_up() -> None:
     assert stats.data == {
         "fetches": [[1000, 7, 3, 0.5]] * 2,
         "failures": {"producer_ended": 2},
+        "retries": {"read_failed": 2},
         "ended": {"expired": 2},
         "withdrawals": 2,
         "kept_tokens": 128,
@@ -135,6 +138,7 @@ def test_every_count_reaches_its_series() -> None:
     assert prometheus.value("pd_fetch_seconds_sum") == 1.0
     assert prometheus.value("pd_handoff_failures_total", reason="producer_ended") == 2
     assert prometheus.value("pd_producer_handoffs_total", state="expired") == 2
+    assert prometheus.value("pd_handoff_retries_total", reason="read_failed") == 2
     assert prometheus.value("pd_handoffs_open", side="producer") == 1
     assert prometheus.value("pd_handoffs_open", side="consumer") == 5
 

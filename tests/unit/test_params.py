@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 
 from vllm_pd_plugin.errors import ParamsError, Reason
-from vllm_pd_plugin.handoffs import Source
-from vllm_pd_plugin.ids import HandoffId, Incarnation
+from vllm_pd_plugin.ids import HandoffId, Incarnation, Source
 from vllm_pd_plugin.params import (
     describe_handoff,
     parse_handoff_id,
-    parse_source,
+    parse_sources,
     wants_to_produce,
 )
 
@@ -56,7 +55,7 @@ HOSTILE: dict[str, object] = {
 
 def refusal(params: Any, trusted_network: bool = False) -> str:
     with pytest.raises(ParamsError) as caught:
-        parse_source(params, trusted_network)
+        parse_sources(params, trusted_network)
     message = str(caught.value)
     assert caught.value.reason is Reason.BAD_PARAMS
     assert len(message) < 400
@@ -65,7 +64,7 @@ def refusal(params: Any, trusted_network: bool = False) -> str:
 
 
 def test_what_a_producer_says_is_what_a_consumer_understands() -> None:
-    assert parse_source(FETCH, trusted_network=False) == SOURCE
+    assert parse_sources(FETCH, trusted_network=False) == (SOURCE,)
     assert not wants_to_produce(FETCH)
 
 
@@ -75,19 +74,19 @@ def test_no_block_ids_travel_by_way_of_the_client() -> None:
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": False}, {"other": 1}])
 def test_a_request_without_the_flags_neither_fetches_nor_produces(params: Any) -> None:
-    assert parse_source(params, trusted_network=False) is None
+    assert parse_sources(params, trusted_network=False) == ()
     assert not wants_to_produce(params)
 
 
 def test_a_nixl_connector_request_is_accepted_as_produce() -> None:
     assert wants_to_produce(NIXL_REQUEST)
-    assert parse_source(NIXL_REQUEST, trusted_network=False) is None
+    assert parse_sources(NIXL_REQUEST, trusted_network=False) == ()
 
 
 def test_null_flags_are_not_set() -> None:
     params = {"do_remote_decode": None, "do_remote_prefill": None}
     assert not wants_to_produce(params)
-    assert parse_source(params, trusted_network=False) is None
+    assert parse_sources(params, trusted_network=False) == ()
 
 
 def test_both_flags_at_once_are_refused() -> None:
@@ -134,7 +133,7 @@ def test_a_port_that_is_none_is_refused(port: object) -> None:
 
 @pytest.mark.parametrize("port", [1, 65535])
 def test_the_ends_of_the_port_range_are_allowed(port: int) -> None:
-    source = parse_source(FETCH | {"remote_port": port}, trusted_network=False)
+    (source,) = parse_sources(FETCH | {"remote_port": port}, trusted_network=False)
     assert source is not None
     assert source.address == ("127.0.0.1", port)
 
@@ -153,7 +152,7 @@ def test_an_absent_field_is_named(key: str) -> None:
     ids=["absent", "null"],
 )
 def test_a_dispatcher_need_not_know_the_producer_s_incarnation(params: dict[str, Any]) -> None:
-    assert parse_source(params, trusted_network=False) == Source(HANDOFF, SOURCE.address, None)
+    assert parse_sources(params, trusted_network=False) == (Source(HANDOFF, SOURCE.address, None),)
 
 
 @pytest.mark.parametrize("params", [None, {}, NIXL_REQUEST, NIXL_REQUEST | {"handoff_id": None}])
@@ -211,25 +210,63 @@ def test_without_a_key_only_loopback_is_fetched_from(host: str) -> None:
     message = refusal(FETCH | {"remote_host": host})
     assert host in message
     assert "no cluster key" in message
-    source = parse_source(FETCH | {"remote_host": host}, trusted_network=True)
+    (source,) = parse_sources(FETCH | {"remote_host": host}, trusted_network=True)
     assert source is not None
     assert source.address == (host, 7000)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_loopback_needs_no_key(host: str) -> None:
-    assert parse_source(FETCH | {"remote_host": host}, trusted_network=False) is not None
+    assert parse_sources(FETCH | {"remote_host": host}, trusted_network=False)
 
 
 def test_keys_that_mean_nothing_here_are_no_hindrance() -> None:
     params = FETCH | {"remote_block_ids": nested(100), "x" * 1000: b"\x00", "tp_size": "many"}
-    assert parse_source(params, trusted_network=False) == SOURCE
+    assert parse_sources(params, trusted_network=False) == (SOURCE,)
 
 
 # A client sends these with `"vllm_xargs": {"kv_transfer_params": 0}`.
 @pytest.mark.parametrize("params", [0, "", [], "x", ["do_remote_decode"], False, 0.5], ids=repr)
 def test_params_that_are_no_mapping_are_refused(params: Any) -> None:
-    for ask in (wants_to_produce, lambda p: parse_source(p, trusted_network=True)):
+    for ask in (wants_to_produce, lambda p: parse_sources(p, trusted_network=True)):
         with pytest.raises(ParamsError, match="is not an object") as caught:
             ask(params)
         assert len(str(caught.value)) < 100
+
+
+# --- several producers -----------------------------------------------------------------------
+
+
+def test_alternatives_follow_the_first_choice_with_the_same_handoff() -> None:
+    others = [
+        {"remote_host": "127.0.0.1", "remote_port": 7001},
+        {"remote_host": "::1", "remote_port": 7002, "remote_incarnation": INCARNATION},
+    ]
+    assert parse_sources(FETCH | {"remote_alternatives": others}, trusted_network=False) == (
+        SOURCE,
+        Source(HANDOFF, ("127.0.0.1", 7001), None),
+        Source(HANDOFF, ("::1", 7002), INCARNATION),
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_alternatives_are_refused(name: str) -> None:
+    if not HOSTILE[name]:
+        assert parse_sources(FETCH | {"remote_alternatives": HOSTILE[name]}, False) == (SOURCE,)
+        return
+    refusal(FETCH | {"remote_alternatives": HOSTILE[name]})
+    refusal(FETCH | {"remote_alternatives": [{"remote_host": HOSTILE[name], "remote_port": 1}]})
+    if name != "a number":
+        other = {"remote_host": "::1", "remote_port": HOSTILE[name]}
+        refusal(FETCH | {"remote_alternatives": [other]})
+
+
+def test_too_many_alternatives_are_refused() -> None:
+    other = {"remote_host": "127.0.0.1", "remote_port": 7001}
+    assert len(parse_sources(FETCH | {"remote_alternatives": [other] * 8}, False)) == 9
+    assert "at most 8" in refusal(FETCH | {"remote_alternatives": [other] * 9})
+
+
+def test_an_alternative_without_a_key_is_loopback_too() -> None:
+    other = {"remote_host": "10.0.0.1", "remote_port": 7001}
+    assert "not loopback" in refusal(FETCH | {"remote_alternatives": [other]})

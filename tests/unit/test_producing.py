@@ -13,9 +13,9 @@ import pytest
 
 from vllm_pd_plugin.control import Abandoned, ControlPlane, Released
 from vllm_pd_plugin.errors import ParamsError
-from vllm_pd_plugin.handoffs import Advance, ProducerState
 from vllm_pd_plugin.ids import HandoffId, new_handoff_id
 from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory, Region
+from vllm_pd_plugin.produced import Advance, ProducerState
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours

@@ -17,7 +17,7 @@ from tests.fakes.engines import (
 )
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import Source
+from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.transfer import Timeouts
 
 TOKENS = 16

@@ -6,8 +6,8 @@ import pytest
 
 from tests.fakes.engines import FakeCluster, FakeEngine
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.handoffs import FetchResult, Source
-from vllm_pd_plugin.ids import new_handoff_id, new_incarnation
+from vllm_pd_plugin.fetches import FetchResult, FetchSpec
+from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.transfer import SERVE_INTERVAL_S, Timeouts
 
 TOKENS = 8
@@ -564,3 +564,65 @@ def test_malformed_messages_are_counted(cluster: FakeCluster) -> None:
     (link,) = cluster.network.links.values()
     link.on_message([b"rubbish"])
     assert cluster.consumer.plane.dropped_messages == 1
+
+
+# --- several producers -----------------------------------------------------------------------
+
+
+def begin(cluster: FakeCluster, source: Source, is_last: bool = True, attempt: int = 0) -> None:
+    """Start a fetch that may not be the last chance."""
+    spec = FetchSpec("c", source, 0, TOKENS, (tuple(HERE),), attempt, is_last)
+    cluster.consumer.specs["c"] = spec
+    cluster.consumer.plane.fetch(spec)
+
+
+def test_a_fetch_from_elsewhere_takes_the_place_of_one_that_is_under_way(
+    cluster: FakeCluster,
+) -> None:
+    transport = cluster.consumer.transport
+    transport.holds_reads = True
+    begin(cluster, sealed(cluster, "first"), is_last=False)
+    cluster.settle()
+    begin(cluster, sealed(cluster, "second"), attempt=1)
+    cluster.settle()
+    assert transport.num_posted == 1  # the first read may still write to the same blocks
+    transport.finish_reads()
+    cluster.settle()
+    assert transport.num_posted == 2
+    transport.finish_reads()
+    cluster.settle()
+    assert cluster.consumer.outcome("c") is None
+    assert cluster.consumer.results[0].attempt == 1
+    assert cluster.consumer.holds(HERE, KV)
+
+
+def test_a_rank_that_has_succeeded_reports_nothing_more(cluster: FakeCluster) -> None:
+    begin(cluster, sealed(cluster), is_last=False)
+    cluster.settle()
+    assert cluster.consumer.outcome("c") is None
+    begin(cluster, sealed(cluster, "second"), attempt=1)
+    cluster.consumer.plane.refuse("c")
+    cluster.settle()
+    assert cluster.consumer.outcome("c") is None  # and only once
+
+
+def test_a_refusal_is_reported_when_the_reads_have_ended(cluster: FakeCluster) -> None:
+    transport = cluster.consumer.transport
+    transport.holds_reads = True
+    begin(cluster, sealed(cluster), is_last=False)
+    cluster.settle()
+    cluster.consumer.plane.refuse("c")
+    cluster.settle()
+    assert not cluster.consumer.is_reported("c")
+    transport.finish_reads()
+    cluster.settle()
+    (result,) = cluster.consumer.results
+    assert result.reason is Reason.INTERNAL
+    assert result.is_final
+
+
+def test_a_refusal_of_what_was_never_begun_is_reported_at_once(cluster: FakeCluster) -> None:
+    cluster.consumer.specs["c"] = FetchSpec("c", forged(cluster), 0, TOKENS, (tuple(HERE),))
+    cluster.consumer.plane.refuse("c")
+    (result,) = cluster.consumer.results
+    assert (result.reason, result.is_final) == (Reason.INTERNAL, True)

@@ -1,0 +1,68 @@
+"""Per request: what a consumer's scheduler tells its worker ranks to fetch, and how it went.
+
+    CONNECTING -> FETCHING -> COMMITTING -> ended, well or with a reason
+
+What has been read is used only after a commit was granted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.ids import RequestId, Source
+from vllm_pd_plugin.plan import BlockTables
+
+
+class FetchState(enum.Enum):
+    CONNECTING = "connecting"
+    FETCHING = "fetching"
+    COMMITTING = "committing"
+    DRAINING = "draining"
+    """Failed, but a read may still write: the blocks must be kept until it has ended."""
+    ENDED = "ended"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchSpec:
+    """What a worker rank is told to fetch.
+
+    The consumer has KV for tokens [0, first_token) and wants [0, num_tokens) in ``blocks``.
+    attempt: how many sources were tried before this one.
+    is_last: whether there is no other source to turn to when this one fails.
+    """
+
+    request_id: RequestId
+    source: Source
+    first_token: int
+    num_tokens: int
+    blocks: BlockTables
+    attempt: int = 0
+    is_last: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchResult:
+    """How a fetch ended on one rank. ``reason`` is None when the KV is committed and usable.
+
+    num_stretches: reads that were posted.
+    seconds: from the worker's first knowledge of the fetch to its end.
+    valid_tokens: length of the prompt's prefix whose KV is usable all the same, when it failed.
+    attempt, is_last: those of the ``FetchSpec``.
+    """
+
+    request_id: RequestId
+    reason: Reason | None
+    num_bytes: int
+    num_descriptors: int
+    num_stretches: int
+    seconds: float
+    valid_tokens: int
+    attempt: int = 0
+    is_last: bool = True
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more comes of this request."""
+        return self.reason is None or self.is_last

@@ -1,0 +1,88 @@
+"""Per request: a handoff as its consumer's scheduler sees it; pure.
+
+WANTED -> OFFERED -> ALLOCATED -> closed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId, Source
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Wanted:
+    """A handoff as its consumer's scheduler sees it: WANTED, then OFFERED, until it is closed."""
+
+    request_id: RequestId
+    source: Source
+    deadline: float | None
+    """When waiting for blocks of its own is given up; None once it has them."""
+    accepts_any: bool
+    """The source was named without an incarnation."""
+    asked: bool = False
+    offered: bool = False
+
+    def ask_again(self) -> bool:
+        """Turn to whoever runs at the address now, if nothing binds it to who ran there before."""
+        if not self.accepts_any or self.offered:
+            return False
+        self.source = dataclasses.replace(self.source, incarnation=None)
+        self.asked = False
+        return True
+
+
+class ConsumerTable:
+    """Every handoff that this engine's scheduler wants and has not finished."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[HandoffId, Wanted] = {}
+        self._by_request: dict[RequestId, HandoffId] = {}
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def want(self, request_id: RequestId, source: Source, deadline: float) -> Wanted | None:
+        """Start: WANTED. Returns None when another request already wants the same handoff."""
+        if source.handoff_id in self._wanted:
+            return None
+        wanted = Wanted(request_id, source, deadline, source.incarnation is None)
+        self._wanted[source.handoff_id] = wanted
+        self._by_request[request_id] = source.handoff_id
+        return wanted
+
+    def offered(self, handoff_id: HandoffId, sender: Incarnation) -> Wanted | None:
+        """The producer has offered: OFFERED. None when nobody waits for that."""
+        wanted = self._wanted.get(handoff_id)
+        if wanted is None or wanted.offered or wanted.source.incarnation != sender:
+            return None
+        wanted.offered = True
+        return wanted
+
+    def allocated(self, request_id: RequestId) -> None:
+        """The request has its blocks: ALLOCATED; from here on the workers keep the deadline."""
+        if handoff_id := self._by_request.get(request_id):
+            self._wanted[handoff_id].deadline = None
+
+    def overdue(self, now: float) -> list[Wanted]:
+        """Return what has waited too long for blocks."""
+        return [w for w in self._wanted.values() if w.deadline is not None and now >= w.deadline]
+
+    def next_deadline(self) -> float | None:
+        deadlines = (w.deadline for w in self._wanted.values())
+        return min((d for d in deadlines if d is not None), default=None)
+
+    def close(self, request_id: RequestId) -> Wanted | None:
+        """The handoff is over for this request, whatever the outcome."""
+        handoff_id = self._by_request.pop(request_id, None)
+        return None if handoff_id is None else self._wanted.pop(handoff_id)
+
+    def get(self, handoff_id: HandoffId) -> Wanted | None:
+        return self._wanted.get(handoff_id)
+
+    def at(self, address: Address) -> list[Wanted]:
+        """Return what is wanted from one peer."""
+        return [w for w in self._wanted.values() if w.source.address == address]
+
+    def addresses(self) -> set[Address]:
+        return {w.source.address for w in self._wanted.values()}
