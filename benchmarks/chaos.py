@@ -23,37 +23,37 @@ What the columns mean:
 
 Each request is in exactly one of answered, wrong, failed, unexplained and hung. Where vLLM says
 only "Internal server error", a life of an engine explains as many as it counted failures: by
-`pd_handoff_failures_total`, or `vllm:nixl_num_failed_transfers_total`.
+`pd_handoff_failures_total`, or `vllm:nixl_num_failed_transfers_total`. With `--policy recompute`
+a failed handoff fails no request, and so explains none.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks import output, program
 from benchmarks.chaos_account import is_clean, table
-from benchmarks.chaos_engines import ARMS, COMMON, ChaosError
 from benchmarks.chaos_plan import Arrival, plan_arrivals, plan_events
-from benchmarks.chaos_run import MAX_TOKENS, Plan, report, run_arm
+from benchmarks.chaos_requests import MAX_TOKENS
+from benchmarks.chaos_run import Plan, report, run_arm
+from benchmarks.chaos_site import ARMS
+from benchmarks.engines import SMALL_FLAGS
 from tests import models
-from tests.engine import Completion, Engine, EngineError, running, say, start
+from tests.engine import Completion, Engine, running, say, start
 
 EXAMPLES = """examples:
   python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
   python -m benchmarks.chaos --arms pdplugin --minutes 2 --policy recompute --logs chaos-logs
 
-The status is 1 if the arm `pdplugin` had anything but answers and failures with a reason.
+The status is 1 if the arm `pdplugin` had anything but answers and failures with a reason, 2 if
+the run could not go on.
 """
 
 REFERENCES_AT_ONCE = 4
@@ -61,6 +61,14 @@ REFERENCES_AT_ONCE = 4
 
 def main() -> int:
     args = parse_arguments()
+    return program.run(lambda stack: run(args, stack))
+
+
+def run(args: argparse.Namespace, stack: ExitStack) -> int:
+    """Ask the reference, run each arm, print and write. ``stack`` gets what ends it all."""
+    facts = output.machine()
+    names = ("seed", "minutes", "rate", "hang_after", "policy")
+    facts.append(", ".join(f"{name} {getattr(args, name)}" for name in names) + ".")
     duration_s = 60.0 * args.minutes
     plan = Plan(
         plan_arrivals(args.seed, duration_s, args.rate),
@@ -69,50 +77,50 @@ def main() -> int:
         args.hang_after,
         args.policy,
     )
-    # Engines in namespaces have addresses that a proxy does not know.
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
-    # Ended like Ctrl-C, so that no engine and no namespace stays behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = stack.enter_context(ExitStack())
+    references = reference_answers(plan.arrivals, folder, opened)
+    opened.close()
     rows: list[dict[str, Any]] = []
-    try:
-        with ExitStack() as stack:
-            folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            folder.mkdir(parents=True, exist_ok=True)
-            references = reference_answers(plan.arrivals, folder)
-            for arm in args.arms:
-                rows.append(asyncio.run(run_arm(arm, plan, references, folder)))
-                print(table(rows[-1:]) + "\n", flush=True)
-                if args.json:
-                    write(args.json, args, rows)
-    except KeyboardInterrupt:
-        say("interrupted; engines and namespaces are gone")
-        return 130
-    except (ChaosError, EngineError) as error:
-        say(f"given up: {error}")
-        return 2
+    for arm in args.arms:
+        rows.append(asyncio.run(run_arm(arm, plan, references, folder, opened)))
+        opened.close()
+        print(table(rows[-1:]) + "\n", flush=True)
+        if args.json:
+            output.write(args.json, rows, [("Chaos", table(rows))], facts)
     if len(rows) > 1:
         print(table(rows))
     return 0 if all(is_clean(row) for row in rows if row["arm"] == "pdplugin") else 1
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=1, help="of prompts, arrivals and disturbances")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of load, for each arm")
-    parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
+    parser = program.parser("chaos", __doc__)
+    parser.epilog = EXAMPLES
     parser.add_argument(
-        "--hang-after", type=float, default=90.0, help="seconds without any answer that are a hang"
+        "--seed", type=int, default=1, help="of prompts, arrivals and disturbances (%(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="of load, for each arm (%(default)s)"
+    )
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second (%(default)s)")
+    parser.add_argument(
+        "--hang-after",
+        type=float,
+        default=90.0,
+        help="seconds without any answer that are a hang (%(default)s)",
     )
     parser.add_argument(
         "--policy", choices=("fail", "recompute"), default="fail",
-        help="vLLM's kv_load_failure_policy, of both arms",
+        help="vLLM's kv_load_failure_policy, of both arms (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--arms", type=parse_arms, default=list(ARMS), help=f"some of {','.join(ARMS)}"
+        "--arms",
+        type=parse_arms,
+        default=ARMS,
+        metavar="ARM,...",
+        help=f"some of {', '.join(ARMS)} (all)",
     )
-    parser.add_argument("--json", type=Path, help="write the rows to this file, a table beside it")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     args = parser.parse_args()
     if min(args.minutes, args.rate, args.hang_after) <= 0:
@@ -130,12 +138,14 @@ def parse_arms(text: str) -> list[str]:
     return arms
 
 
-def reference_answers(arrivals: Sequence[Arrival], folder: Path) -> dict[int, Completion]:
+def reference_answers(
+    arrivals: Sequence[Arrival], folder: Path, stack: ExitStack
+) -> dict[int, Completion]:
     """Return what one plain engine answers to every prompt of the run, by index."""
-    engine = start("reference", models.tiny_llama(), COMMON, cores="0", folder=folder)
     say(f"reference: starting one plain engine, for {len(arrivals)} prompts")
-    with running([engine]):
-        return asyncio.run(ask_references(engine, arrivals))
+    engine = start("reference", models.tiny_llama(), SMALL_FLAGS, cores="0", folder=folder)
+    stack.enter_context(running([engine]))
+    return asyncio.run(ask_references(engine, arrivals))
 
 
 async def ask_references(engine: Engine, arrivals: Sequence[Arrival]) -> dict[int, Completion]:
@@ -156,30 +166,6 @@ async def ask_references(engine: Engine, arrivals: Sequence[Arrival]) -> dict[in
     finally:
         progress.cancel()
     return answers
-
-
-def write(path: Path, args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows as JSON, and a table of the same name in Markdown."""
-    settings = {
-        name: getattr(args, name) for name in ("seed", "minutes", "rate", "hang_after", "policy")
-    }
-    document = {"machine": machine(), "settings": settings, "rows": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    described = ", ".join(f"{name} {value}" for name, value in settings.items())
-    path.with_suffix(".md").write_text(f"`benchmarks.chaos`: {described}\n\n{table(rows)}\n")
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "vllm": metadata.version("vllm"),
-        "nixl": metadata.version("nixl"),
-    }
 
 
 if __name__ == "__main__":

@@ -143,12 +143,16 @@ class Tally:
         self.mysteries[what] += 1
 
 
-def judge(records: Sequence[Record], lives: Mapping[Side, Sequence[Life]]) -> Tally:
+def judge(
+    records: Sequence[Record], lives: Mapping[Side, Sequence[Life]], recomputes: bool = False
+) -> Tally:
     """Give every request its verdict.
 
     vLLM tells the client of a failed handoff nothing but "Internal server error"; the reason is
     in the engine's counts. So of the untelling errors of one life, as many have a reason as that
     life counted failures. The rest is unexplained, unless the engine died by itself.
+
+    recomputes: a failed handoff fails no request, so that no count explains an error.
     """
     tally = Tally(sent=len(records))
     untelling: Counter[tuple[Side, int]] = Counter()
@@ -173,7 +177,9 @@ def judge(records: Sequence[Record], lives: Mapping[Side, Sequence[Life]]) -> Ta
         else:
             tally.fail(f"{leg.side}, HTTP {leg.status}: {leg.message[:200]}")
     for (side, index), count in untelling.items():
-        _judge_untelling(tally, side, lives[side][index], count)
+        life = lives[side][index]
+        counted = 0 if recomputes else min(count, life.counted_failures())
+        _judge_untelling(tally, side, life, counted, count - counted)
     return tally
 
 
@@ -188,11 +194,10 @@ def _judge_answer(tally: Tally, record: Record, leg: Leg) -> None:
         tally.differences.append(f"request {record.index}: {record.difference}")
 
 
-def _judge_untelling(tally: Tally, side: Side, life: Life, count: int) -> None:
-    counted = min(count, life.counted_failures())
+def _judge_untelling(tally: Tally, side: Side, life: Life, counted: int, others: int) -> None:
     for _ in range(counted):
         tally.fail(f"failure counted by the {side}")
-    for _ in range(count - counted):
+    for _ in range(others):
         if life.ending is Ending.DIED:
             tally.fail(f"{side} {Ending.DIED.value}")
         else:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import math
 import secrets
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,26 +16,19 @@ from typing import Any
 import httpx
 
 from benchmarks.chaos_account import Fate, Leg, Life, Record, Side, Tally, judge, row
-from benchmarks.chaos_engines import Link, Seat, launcher, site
 from benchmarks.chaos_plan import AT_PRODUCER, KILLS, Arrival, Disturbance, Event
-from tests.engine import PRODUCE, Completion, parse_completion, say
+from benchmarks.chaos_requests import Dispatcher
+from benchmarks.chaos_seats import Seat
+from benchmarks.chaos_site import launcher, open_site
+from benchmarks.network import Network
+from tests.engine import Completion, say
 from tests.parity import FLOAT32, compare
 
-MAX_TOKENS = 8
 REST_TIMEOUT_S = 120.0
 PROGRESS_S = 10.0
 
 TOLERANCE = dataclasses.replace(FLOAT32, tie=1e-3)
 """Of thousands of tokens some few are a tie to the last digits; ties are counted."""
-
-NIXL_PRODUCE = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,39 +43,42 @@ class Plan:
 
 
 async def run_arm(
-    arm: str, plan: Plan, references: Mapping[int, Completion], folder: Path
+    arm: str, plan: Plan, references: Mapping[int, Completion], folder: Path, stack: ExitStack
 ) -> dict[str, Any]:
     """Start both engines, disturb them under load, wait for rest, and return the arm's row.
 
+    stack: gets what ends the engines and the network between them.
+
     Raises:
-        ChaosError: an engine does not come up any more.
+        EngineError: an engine does not come up any more.
+        NetworkError: the link cannot be cut.
     """
-    with ExitStack() as stack:
-        where = stack.enter_context(site())
-        seats: dict[Side, Seat] = {}
-        cluster_key = secrets.token_hex(16)
-        for side, address in where.addresses.items():
-            launch = launcher(arm, side, address, plan.policy, folder, cluster_key)
-            seats[side] = Seat(address, launch)
-            stack.callback(seats[side].close)
-        say(f"{arm}: starting both engines")
-        # A new connection for each request: none breaks because an engine was killed before.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
-            run = ArmRun(arm, plan, references, where.link, seats, client)
-            tending = [asyncio.create_task(seat.tend()) for seat in seats.values()]
-            load = asyncio.create_task(run.carry_out())
-            try:
-                await asyncio.wait([load, *tending], return_when=asyncio.FIRST_COMPLETED)
-                for watch in tending:
-                    if watch.done():  # only by an error
-                        watch.result()
-                return await load
-            finally:
-                load.cancel()
-                for watch in tending:
-                    watch.cancel()
-                await asyncio.gather(load, *tending, return_exceptions=True)
+    where = open_site(stack)
+    seats: dict[Side, Seat] = {}
+    cluster_key = secrets.token_hex(16)
+    say(f"{arm}: starting both engines, half a minute to two minutes")
+    for side, place in where.places.items():
+        launch = launcher(arm, side, place, plan.policy, folder, cluster_key)
+        seats[side] = Seat(place, launch)
+        stack.callback(seats[side].close)
+    # A new connection for each request: none breaks because an engine was killed before.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
+        dispatcher = Dispatcher(arm, seats, client)
+        run = ArmRun(arm, plan, references, where.network, seats, dispatcher)
+        tending = [asyncio.create_task(seat.tend()) for seat in seats.values()]
+        load = asyncio.create_task(run.carry_out())
+        try:
+            await asyncio.wait([load, *tending], return_when=asyncio.FIRST_COMPLETED)
+            for watch in tending:
+                if watch.done():  # only by an error
+                    watch.result()
+            return await load
+        finally:
+            load.cancel()
+            for watch in tending:
+                watch.cancel()
+            await asyncio.gather(load, *tending, return_exceptions=True)
 
 
 class ArmRun:
@@ -95,16 +89,16 @@ class ArmRun:
         arm: str,
         plan: Plan,
         references: Mapping[int, Completion],
-        link: Link | None,
+        network: Network | None,
         seats: Mapping[Side, Seat],
-        client: httpx.AsyncClient,
+        dispatcher: Dispatcher,
     ) -> None:
         self._arm = arm
         self._plan = plan
         self._references = references
-        self._link = link
+        self._network = network
         self._seats = seats
-        self._client = client
+        self._dispatcher = dispatcher
         self._began_s = 0.0
         self._num_sent = 0
         self._records: list[Record] = []
@@ -149,7 +143,7 @@ class ArmRun:
         fate = Fate.ENDED
         try:
             async with asyncio.timeout(min(leaves_s, hangs_s)):
-                completion = await self._dispatch(arrival, legs)
+                completion = await self._dispatcher.dispatch(arrival, legs)
         except TimeoutError:
             fate = Fate.LEFT if leaves_s < hangs_s else Fate.HUNG
         difference, is_tie = None, False
@@ -160,64 +154,6 @@ class ArmRun:
         if fate is Fate.HUNG:
             self._say(f"HUNG, request {arrival.index}; answered so far: {legs}")
         self._records.append(Record(arrival.index, fate, tuple(legs), difference, is_tie))
-
-    async def _dispatch(self, arrival: Arrival, legs: list[Leg]) -> Completion | None:
-        """Ask both engines as a router does; return the consumer's answer, if it is one.
-
-        legs: gets what each engine answered, the deciding one last.
-        """
-        prompt = arrival.prompt()
-        if arrival.concurrent and self._arm == "pdplugin":
-            return await self._dispatch_concurrently(prompt, legs)
-        produce = PRODUCE if self._arm == "pdplugin" else NIXL_PRODUCE
-        leg, first = await self._ask(Side.PRODUCER, prompt, 1, produce)
-        legs.append(leg)
-        if first is None or first.kv_transfer_params is None:
-            return None
-        leg, answer = await self._ask(Side.CONSUMER, prompt, MAX_TOKENS, first.kv_transfer_params)
-        legs.append(leg)
-        return answer
-
-    async def _dispatch_concurrently(self, prompt: list[int], legs: list[Leg]) -> Completion | None:
-        """Name the handoff here, and ask both engines at once; the consumer waits for it."""
-        handoff_id = uuid.uuid4().hex
-        producer = self._seats[Side.PRODUCER].address
-        produce = {**PRODUCE, "handoff_id": handoff_id}
-        consume = {
-            "do_remote_prefill": True,
-            "remote_host": producer.kv_host,
-            "remote_port": producer.kv_port,
-            "remote_handoff_id": handoff_id,
-        }
-        (first, _), (second, answer) = await asyncio.gather(
-            self._ask(Side.PRODUCER, prompt, 1, produce),
-            self._ask(Side.CONSUMER, prompt, MAX_TOKENS, consume),
-        )
-        legs += [first, second]
-        return answer
-
-    async def _ask(
-        self, side: Side, prompt: list[int], max_tokens: int, params: Mapping[str, Any]
-    ) -> tuple[Leg, Completion | None]:
-        """Ask one engine. The completion is None unless it answered with one."""
-        seat = self._seats[side]
-        engine, life, begun_s = seat.engine, len(seat.lives) - 1, time.monotonic()
-        body = engine.body(prompt, max_tokens, params)
-        status: int | None = None
-        completion: Completion | None = None
-        message = ""
-        try:
-            answer = await self._client.post(f"{engine.url}/v1/completions", json=body)
-            status = answer.status_code
-            if status == 200:
-                completion = parse_completion(answer.json())
-            else:
-                message = error_message(answer.text)
-        except httpx.HTTPError as error:
-            message = f"{type(error).__name__} {error}".strip()
-        except (LookupError, TypeError, ValueError) as error:
-            message = f"malformed answer: {error!r}"
-        return Leg(side, life, begun_s, time.monotonic(), status, message), completion
 
     # Disturbances.
 
@@ -242,15 +178,15 @@ class ArmRun:
         at_producer = event.disturbance in AT_PRODUCER
         seat = self._seats[Side.PRODUCER if at_producer else Side.CONSUMER]
         if event.disturbance is Disturbance.DROP_LINK:
-            if self._link is None:
+            if self._network is None:
                 self._note(event, "left out, no namespaces")
                 return
             self._note(event)
             try:
-                self._link.cut()
+                self._network.cut()
                 await asyncio.sleep(event.hold_s)
             finally:
-                self._link.mend()
+                self._network.limit(0)
         elif not seat.up.is_set():
             self._note(event, "left out, it is down")
         elif event.disturbance in KILLS:
@@ -282,7 +218,7 @@ class ArmRun:
         return all(rests)
 
     def _tally(self) -> Tally:
-        return judge(self._records, self._lives())
+        return judge(self._records, self._lives(), self._plan.policy == "recompute")
 
     def _lives(self) -> dict[Side, Sequence[Life]]:
         return {side: seat.lives for side, seat in self._seats.items()}
@@ -312,14 +248,6 @@ def judge_answer(reference: Completion, answer: Completion | None) -> tuple[str 
         return None, bool(compare(reference, answer, TOLERANCE))
     except AssertionError as error:
         return str(error) or "another length, end or text", False
-
-
-def error_message(text: str) -> str:
-    """Return what the body of an error says; vLLM's JSON or any text."""
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return text.strip()
 
 
 async def report(line: Callable[[], str]) -> None:

@@ -10,62 +10,60 @@ the same, so whatever else runs on the machine touches all alike.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
-
+from benchmarks import output, program
+from benchmarks.engines import SMALL_FLAGS, nixl_arguments
+from benchmarks.processes import family, own_cpu_seconds
 from tests import models
 from tests.engine import Engine, connector_arguments, free_port, running, say, start
 
-COMMON = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
-NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
-
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")
-    parser.add_argument("--repeat", type=int, default=5, help="number of windows")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser = program.parser("idle", __doc__)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a window (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, help="number of windows (%(default)s)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        engines = start_arms(Path(folder))
-        with running(engines):
-            for engine in engines:
-                engine.complete([5, 6, 7, 8], 4)
-            time.sleep(5)
-            rows = measure(engines, args.seconds, args.repeat)
-    print(table(rows))
+    if args.seconds <= 0 or args.repeat < 1:
+        parser.error("--seconds must be above 0, --repeat 1 or more")
+    return program.run(lambda stack: run(args, stack))
+
+
+def run(args: argparse.Namespace, stack: ExitStack) -> int:
+    """Start the engines, measure, print and write. ``stack`` gets what ends it all."""
+    facts = output.machine()
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    engines = stack.enter_context(running(start_arms(Path(folder))))
+    for engine in engines:
+        engine.complete([5, 6, 7, 8], 4)
+    time.sleep(5)
+    rows = measure(engines, args.seconds, args.repeat)
+    tables = [("CPU of idle engines", table(rows))]
+    print(output.as_text(tables, facts))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        output.write(args.json, rows, tables, facts)
     return 0
 
 
 def start_arms(folder: Path) -> list[Engine]:
     path = models.tiny_llama()
-    nixl = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    pdplugin = (*SMALL_FLAGS, *connector_arguments("both"))
+    nixl = (*SMALL_FLAGS, *nixl_arguments())
+    port = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
     return [
-        start("plain", path, COMMON, cores="0", folder=folder),
-        start("pdplugin", path, (*COMMON, *connector_arguments("both")), cores="0", folder=folder),
-        start(
-            "nixl",
-            path,
-            (*COMMON, "--kv-transfer-config", json.dumps(NIXL)),
-            cores="1",
-            folder=folder,
-            environ=nixl,
-        ),
+        start("plain", path, SMALL_FLAGS, cores="0", folder=folder),
+        start("pdplugin", path, pdplugin, cores="0", folder=folder),
+        start("nixl", path, nixl, cores="1", folder=folder, environ=port),
     ]
 
 
-def measure(engines: list[Engine], seconds: float, repeat: int) -> list[dict[str, object]]:
+def measure(engines: Sequence[Engine], seconds: float, repeat: int) -> list[dict[str, object]]:
     """Return one row an arm: CPU share of one core in each window, median and range."""
     shares: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for window in range(repeat):
@@ -90,20 +88,20 @@ def measure(engines: list[Engine], seconds: float, repeat: int) -> list[dict[str
 
 
 def cpu_seconds(engine: Engine) -> float:
-    """CPU seconds that the server and all its children have used so far."""
-    server = psutil.Process(engine.process.pid)
-    times = [p.cpu_times() for p in (server, *server.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+    """Return the CPU seconds that the server and all its children have used so far."""
+    return sum(map(own_cpu_seconds, family(engine.process.pid)))
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    lines = ["| arm | CPU share of one core, idle | range | windows |", "| --- | --- | --- | --- |"]
+    lines = []
     for row in rows:
         median, low, high = (
             100 * float(str(row[f"cpu_share_{part}"])) for part in ("median", "min", "max")
         )
-        lines.append(f"| {row['arm']} | {median:.2f} % | {low:.2f} to {high:.2f} % | {row['n']} |")
-    return "\n".join(lines)
+        lines.append(
+            [str(row["arm"]), f"{median:.2f} %", f"{low:.2f} to {high:.2f} %", str(row["n"])]
+        )
+    return output.markdown(("arm", "CPU share of one core, idle", "range", "windows"), lines)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,14 @@ class Network:
                 rate = ("rate", f"{mbit}mbit", "burst", BURST, "latency", LATENCY)
                 _run("tc", "-n", host.namespace, "qdisc", "add", *device, "tbf", *rate)
 
+    def cut(self) -> None:
+        """Have every packet on the link vanish; the devices stay up. ``limit`` mends it."""
+        # A bucket smaller than any packet: tbf drops what can never fit.
+        bucket = ("tbf", "rate", "8bit", "burst", "10b", "limit", "10b")
+        for host in self.hosts:
+            device = ("dev", KV_DEVICE, "root")
+            _run("tc", "-n", host.namespace, "qdisc", "replace", *device, *bucket)
+
     def wire_bytes(self) -> int:
         """Return the bytes that the link has carried so far, both directions together."""
         namespace = self.hosts[0].namespace

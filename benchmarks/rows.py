@@ -28,13 +28,13 @@ class Key:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One measured request."""
+    """One measured request. ``counts``: what the consumer counted of it, by name."""
 
     ttft_ms: float
     ttst_ms: float
     itl_ms: tuple[float, ...]
     wire_bytes: int
-    descriptors: float | None
+    counts: Mapping[str, float]
     cpu_s: Mapping[str, float]
 
     @classmethod
@@ -43,14 +43,12 @@ class Sample:
         sent: float,
         arrivals: Sequence[float],
         wire_bytes: int,
-        descriptors: float | None,
+        counts: Mapping[str, float],
         cpu_s: Mapping[str, float],
     ) -> Sample:
         """Build it from when the request was sent and when its tokens came (at least two)."""
         gaps = [1e3 * (b - a) for a, b in zip(arrivals, arrivals[1:], strict=False)]
-        return cls(
-            1e3 * (arrivals[0] - sent), gaps[0], tuple(gaps[1:]), wire_bytes, descriptors, cpu_s
-        )
+        return cls(1e3 * (arrivals[0] - sent), gaps[0], tuple(gaps[1:]), wire_bytes, counts, cpu_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +94,6 @@ def latency_row(key: Key, samples: Sequence[Sample | None]) -> Row:
     ttft = [sample.ttft_ms for sample in good]
     low, high = quartiles(ttft)
     gaps = [gap for sample in good for gap in sample.itl_ms]
-    counts = [sample.descriptors for sample in good if sample.descriptors is not None]
     labels = sorted({label for sample in good for label in sample.cpu_s})
     return dataclasses.asdict(key) | {
         "n": len(good),
@@ -107,7 +104,10 @@ def latency_row(key: Key, samples: Sequence[Sample | None]) -> Row:
         "itl_p50_ms": percentile(gaps, 50),
         "itl_p99_ms": percentile(gaps, 99),
         "wire_bytes": int(median([sample.wire_bytes for sample in good])),
-        "descriptors": median(counts) if counts else None,
+        "descriptors": _median_count(good, "descriptors"),
+        "control_bytes": _median_count(good, "control_bytes"),
+        "stretches": _median_count(good, "stretches"),
+        "over_control_budget": sum(map(_is_over_budget, good)),
         "cpu_s": {
             label: round(median([sample.cpu_s.get(label, 0.0) for sample in good]), 3)
             for label in labels
@@ -117,6 +117,23 @@ def latency_row(key: Key, samples: Sequence[Sample | None]) -> Row:
         "ttft_samples_ms": [round(s.ttft_ms, 2) if s else None for s in samples],
         "ttst_samples_ms": [round(s.ttst_ms, 2) if s else None for s in samples],
     }
+
+
+def control_budget_bytes(stretches: float) -> float:
+    """Return how many bytes of control messages a handoff may take at the most."""
+    return 2048 + 128 * stretches
+
+
+def _is_over_budget(sample: Sample) -> bool:
+    counts = sample.counts
+    return "control_bytes" in counts and counts["control_bytes"] > control_budget_bytes(
+        counts["stretches"]
+    )
+
+
+def _median_count(samples: Sequence[Sample], name: str) -> float | None:
+    found = [sample.counts[name] for sample in samples if name in sample.counts]
+    return median(found) if found else None
 
 
 def undisturbed_row(key: Key, handoffs: int, runs: Sequence[Disturbance | None]) -> Row:

@@ -106,6 +106,11 @@ class Engine:
             samples[name + ("{" + ",".join(kept) + "}" if kept else "")] = float(value)
         return samples
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache; for an engine with VLLM_SERVER_DEV_MODE and nothing to do."""
+        self.wait_until_at_rest()
+        httpx.post(f"{self.url}/reset_prefix_cache", timeout=30).raise_for_status()
+
     def is_at_rest(self) -> bool:
         """Say whether no KV block is used, no request is known and no handoff is open."""
         now = self.metrics()
@@ -168,18 +173,23 @@ class Engine:
     def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait for the health check. Raises EngineError when the process ends or time is up."""
         deadline = time.monotonic() + timeout_s
+        problem = "it was not asked"
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise EngineError(
                     f"{self.name} ended with status {self.process.returncode}:\n{self.log_tail()}"
                 )
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                answer = httpx.get(f"{self.url}/health", timeout=5)
+                if answer.status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
+                problem = f"status {answer.status_code}"
+            except httpx.TransportError as error:
+                problem = repr(error)
             time.sleep(0.25)
-        raise EngineError(f"{self.name} was not ready after {timeout_s:.0f} s:\n{self.log_tail()}")
+        raise EngineError(
+            f"{self.name} was not ready after {timeout_s:.0f} s ({problem}):\n{self.log_tail()}"
+        )
 
     def log_tail(self, lines: int = 25) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

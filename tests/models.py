@@ -102,18 +102,8 @@ def smollm2() -> Path:
 
 def tiny_llama() -> Path:
     """Llama with 4 heads on 2 KV heads of 32, one for each of two TP ranks."""
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        tie_word_embeddings=False,
-    )
-    return _make_once(
-        "tiny-llama", lambda folder: _write_random(folder, LlamaForCausalLM, config, {})
-    )
+    config = _llama(hidden=128, mlp=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32)
+    return _make_random("tiny-llama", LlamaForCausalLM, config)
 
 
 def tiny_mla() -> Path:
@@ -138,10 +128,7 @@ def tiny_mla() -> Path:
         tie_word_embeddings=False,
     )
     gains = {"kv_a_proj_with_mqa": 1.5, "kv_b_proj": 1.5}
-    return _make_once(
-        "tiny-mla",
-        lambda folder: _write_random(folder, DeepseekV2ForCausalLM, config, gains),
-    )
+    return _make_random("tiny-mla", DeepseekV2ForCausalLM, config, gains)
 
 
 def tiny_gemma3() -> Path:
@@ -164,10 +151,7 @@ def tiny_gemma3() -> Path:
     # Gemma scales the embedding by sqrt(hidden), and norms each query, each key and
     # what a sublayer adds, with a weight of 1 + w. A norm's gain is that w.
     gains = {"embed_tokens": 0.5, "q_norm": 0.5, "k_norm": 0.5}
-    return _make_once(
-        "tiny-gemma3",
-        lambda folder: _write_random(folder, Gemma3ForCausalLM, config, gains),
-    )
+    return _make_random("tiny-gemma3", Gemma3ForCausalLM, config, gains)
 
 
 def bench_llama() -> Path:
@@ -176,19 +160,8 @@ def bench_llama() -> Path:
     8 layers, each with K and V of 8 heads of 64 in 4 bytes. The MLP is as wide as the hidden state
     only, so that one core prefills more than 1,200 tokens a second and a handoff's cost shows.
     """
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=False,
-    )
-    return _make_once(
-        "bench-llama",
-        lambda folder: _write_random(folder, LlamaForCausalLM, config, {}, max_positions=16_384),
-    )
+    config = _llama(hidden=512, mlp=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64)
+    return _make_random("bench-llama", LlamaForCausalLM, config, max_positions=16_384)
 
 
 MODELS: dict[str, Callable[[], Path]] = {
@@ -318,14 +291,42 @@ def _unpermute_rotary(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows, fan_in)
 
 
+def _llama(
+    *, hidden: int, mlp: int, num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=False,
+    )
+
+
+def _make_random(
+    name: str,
+    architecture: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    gains: Mapping[str, float] | None = None,
+    max_positions: int = MAX_POSITIONS,
+) -> Path:
+    """The folder of a model of random float32 weights that speaks the tokens of `smollm2()`."""
+    return _make_once(
+        name,
+        lambda folder: _write_random(folder, architecture, config, gains or {}, max_positions),
+    )
+
+
 def _write_random(
     folder: Path,
     architecture: type[PreTrainedModel],
     config: PreTrainedConfig,
     gains: Mapping[str, float],
-    max_positions: int = MAX_POSITIONS,
+    max_positions: int,
 ) -> None:
-    """Write a model of random float32 weights that speaks the tokens of `smollm2()`.
+    """Write that model.
 
     A projection is drawn with a standard deviation of gain / sqrt(fan-in); a norm is
     filled with its gain, or left as it is. `gains` adds to `_GAINS` or overrides it.

@@ -1,4 +1,5 @@
-"""Per process: a worker rank tells its own engine's control plane how far the forward pass is.
+"""Per process: a worker rank tells its own engine's control plane how far the forward pass is, and
+what its blocks contain.
 
 An ``Announcer`` is owned by the rank's transfer thread. The hooks in the forward pass only hand it
 ``Mark``s; on a GPU a mark counts once its stream has come to it.
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.ids import Address, Incarnation
 from vllm_pd_plugin.peers import Connect, Link
+from vllm_pd_plugin.plan import Digest
 
 POLL_INTERVAL_S = 0.0005
 
@@ -39,11 +41,15 @@ class Mark:
 
 
 class Announcer:
-    """Sends ``wire.Announce`` for each mark, in order; and ``wire.Nudge``."""
+    """Sends ``wire.Announce`` for each mark, in order; and ``wire.Nudge``. Answers
+    ``wire.Examine``."""
 
-    def __init__(self, incarnation: Incarnation, rank: int, connect: Connect) -> None:
+    def __init__(
+        self, incarnation: Incarnation, rank: int, digest: Digest, connect: Connect
+    ) -> None:
         self._incarnation = incarnation
         self._rank = rank
+        self._digest = digest
         self._connect = connect
         self._link: Link | None = None
         self._control = Incarnation("")
@@ -51,8 +57,7 @@ class Announcer:
 
     def connect(self, control: Address, incarnation: Incarnation) -> None:
         """Take the engine's own control channel and its incarnation; before anything else."""
-        # Nothing comes back: a worker's messages are not answered.
-        self._link = self._connect(control, lambda frames: None)
+        self._link = self._connect(control, self._receive)
         self._control = incarnation
 
     def nudge(self) -> None:
@@ -70,7 +75,14 @@ class Announcer:
             self._send(wire.Announce(step, self._rank, mark.num_layers))
         return POLL_INTERVAL_S if self._marks else None
 
-    def _send(self, message: wire.Announce | wire.Nudge) -> None:
+    def _receive(self, frames: list[bytes]) -> None:
+        _, message = wire.decode(frames)
+        if isinstance(message, wire.Examine):
+            check = message.check
+            digest = self._digest(message.tables, check.first_token, check.num_tokens)
+            self._send(wire.Examined(check, digest))
+
+    def _send(self, message: wire.Announce | wire.Examined | wire.Nudge) -> None:
         assert self._link is not None
         self._link.send(wire.encode(message, self._incarnation, self._control))
 

@@ -28,6 +28,8 @@ class PdConfig:
         it may keep a producer's blocks while it waits for its own.
     stretch_bytes: KV of one rank that is worth an announcement while it is being computed; more
         than a prompt's KV announces whole chunks only.
+    integrity: "digest" compares what was read with what the producer's memory holds, and fails the
+        handoff where they differ; "none" relies on the commit alone.
     cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY``; None without.
     """
 
@@ -39,6 +41,7 @@ class PdConfig:
     fetch_timeout_s: float = 60.0
     queue_timeout_s: float = 600.0
     stretch_bytes: int = 2 * 2**20
+    integrity: str = "none"
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -65,6 +68,7 @@ class PdConfig:
             fetch_timeout_s=_seconds(options, "fetch_timeout_s", default.fetch_timeout_s),
             queue_timeout_s=_seconds(options, "queue_timeout_s", default.queue_timeout_s),
             stretch_bytes=_bytes(options, "stretch_bytes", default.stretch_bytes),
+            integrity=_integrity(options, default.integrity),
             cluster_key=_cluster_key(environ),
         )
         return config._with_reachable_address()
@@ -131,6 +135,13 @@ def _bytes(options: Mapping[str, Any], name: str, default: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**50:
         raise ConfigError(f"{name}={value!r} is not a size; allowed are 1 to 2**50 bytes")
     return value
+
+
+def _integrity(options: Mapping[str, Any], default: str) -> str:
+    value = options.get("integrity", default)
+    if value not in ("none", "digest"):
+        raise ConfigError(f"integrity={value!r} is not known; allowed are none and digest")
+    return str(value)
 
 
 def _cluster_key(environ: Mapping[str, str]) -> str | None:

@@ -119,6 +119,7 @@ class ControlPlane:
         self._peers = make_peers(self)
         self._next_heartbeat: dict[Address, float] = {}
         self._cancels: list[Source] = []
+        self._worker_links: dict[int, ReturnAddress] = {}
         self._dropped_requests = 0
 
     @property
@@ -194,11 +195,17 @@ class ControlPlane:
                 return None
             case wire.Commit():
                 return self._producing.commit(message)
+            case wire.Check():
+                return self._check(message)
             case wire.Cancel(handoff_id):
                 self._producing.cancel(handoff_id)
                 return None
             case wire.Announce(step, rank, num_layers) if header.sender in self._workers:
+                self._worker_links[rank] = who
                 self._tell(self._producing.announce(step, rank, num_layers))
+                return None
+            case wire.Examined(check, digest) if header.sender in self._workers:
+                self._tell(self._producing.examined(check, digest))
                 return None
             case wire.Nudge() if header.sender in self._workers:
                 self._emit(Nudged())
@@ -206,6 +213,17 @@ class ControlPlane:
             case _:
                 self._dropped_requests += 1
                 return None
+
+    def _check(self, check: wire.Check) -> wire.Reply | None:
+        """Have the rank here look at its blocks; its answer is passed on when it comes."""
+        answer = self._producing.check(check)
+        if not isinstance(answer, wire.Examine):
+            return answer
+        worker = self._worker_links.get(check.rank)
+        if worker is None:  # all its announcements were lost
+            return wire.Refuse(check.handoff_id, Reason.INTERNAL)
+        self._reply(worker, answer)
+        return None
 
     def _tell(self, answers: Iterable[Answer]) -> None:
         for who, message in answers:

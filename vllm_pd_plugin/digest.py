@@ -1,11 +1,16 @@
-"""Say which prompt KV belongs to, whoever mixed two of them up."""
+"""Say which prompt KV belongs to, and which bytes it is, whoever mixed two of them up."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+
+from vllm_pd_plugin.layout import Group
+from vllm_pd_plugin.plan import BlockTables
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -24,4 +29,27 @@ def prompt_digest(request: Request, num_tokens: int) -> bytes:
     for feature in request.mm_features or ():
         position = feature.mm_position
         digest.update(repr((feature.identifier, position.offset, position.length)).encode())
+    return digest.digest()
+
+
+def kv_digest(
+    groups: Sequence[Group],
+    caches: Sequence[torch.Tensor],
+    tables: BlockTables,
+    first_token: int,
+    num_tokens: int,
+) -> bytes:
+    """Return a 16-byte digest of the blocks that a consumer of tokens [first_token, num_tokens)
+    needs, in every layer of one rank.
+
+    caches: one ``[num_blocks, ...]`` for each layer, in the order of the groups' layers.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    layers = iter(caches)
+    for group, table in zip(groups, tables, strict=True):
+        blocks = [table[i] for i in group.needed_blocks(first_token, num_tokens)]
+        for _ in group.layers:
+            cache = next(layers)
+            for block in blocks:
+                digest.update(cache[block].reshape(-1).view(torch.uint8).cpu().numpy())
     return digest.digest()

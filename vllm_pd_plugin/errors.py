@@ -27,6 +27,7 @@ class Reason(enum.StrEnum):
     PROMPT_MISMATCH = "prompt_mismatch"
     MISSING_BLOCKS = "missing_blocks"
     READ_FAILED = "read_failed"
+    DIGEST_MISMATCH = "digest_mismatch"
     FETCH_TIMEOUT = "fetch_timeout"
     QUEUE_TIMEOUT = "queue_timeout"
     NOT_LOADED = "not_loaded"

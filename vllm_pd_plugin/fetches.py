@@ -1,6 +1,6 @@
 """Per request: what a consumer's scheduler tells its worker ranks to fetch, and how it went.
 
-    CONNECTING -> FETCHING -> COMMITTING -> ended, well or with a reason
+    CONNECTING -> FETCHING -> (CHECKING ->) COMMITTING -> ended, well or with a reason
 
 What has been read is used only after a commit was granted.
 """
@@ -18,6 +18,8 @@ from vllm_pd_plugin.plan import BlockTables
 class FetchState(enum.Enum):
     CONNECTING = "connecting"
     FETCHING = "fetching"
+    CHECKING = "checking"
+    """Everything has been read; the producer's digest of it is awaited."""
     COMMITTING = "committing"
     DRAINING = "draining"
     """Failed, but a read may still write: the blocks must be kept until it has ended."""

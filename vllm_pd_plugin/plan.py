@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from vllm_pd_plugin.layout import Group, Region
 
 BlockTables = Sequence[Sequence[BlockId]]
 """One block table for each KV cache group, indexed by position in the sequence."""
+
+Digest = Callable[[BlockTables, int, int], bytes]
+"""Tells the bytes of the KV in these blocks, from one token up to another; see ``kv_digest``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

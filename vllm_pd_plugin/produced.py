@@ -299,22 +299,37 @@ class ProducerTable:
         """Say whether the blocks were held until now; COMMITTED once every rank has read all.
 
         A rank that asks about an earlier epoch is told how things stand instead."""
-        handoff = self._live(commit.handoff_id)
-        if isinstance(handoff, wire.Refuse):
+        handoff = self._of_epoch(commit)
+        if not isinstance(handoff, Produced):
             return handoff
-        if commit.epoch != handoff.epoch:
-            subscriber = handoff.subscribers.get(commit.rank)
-            if subscriber is None:
-                return wire.Refuse(commit.handoff_id, Reason.MISSING_BLOCKS)
-            subscriber.told = []
-            return self._state(handoff, commit.rank, subscriber)
         if commit.is_last:
-            if commit.rank >= self._num_ranks or not handoff.is_final(commit.rank):
+            if not self._has_all(handoff, commit.rank):
                 return wire.Refuse(commit.handoff_id, Reason.MISSING_BLOCKS)
             handoff.committed_ranks.add(commit.rank)
             if len(handoff.committed_ranks) >= self._num_ranks:
                 self._conclude(handoff, ProducerState.COMMITTED)
         return wire.Committed(commit.handoff_id, commit.epoch, commit.is_last)
+
+    def check(self, check: wire.Check) -> wire.Examine | wire.Progress | wire.Seal | wire.Refuse:
+        """Answer a rank that has read everything with what its counterpart here is to examine.
+
+        A rank that asks about an earlier epoch is told how things stand instead."""
+        handoff = self._of_epoch(check)
+        if not isinstance(handoff, Produced):
+            return handoff
+        if not self._has_all(handoff, check.rank) or check.num_tokens > handoff.num_tokens:
+            return wire.Refuse(check.handoff_id, Reason.MISSING_BLOCKS)
+        return wire.Examine(check, tuple(tuple(table) for table in handoff.blocks))
+
+    def examined(self, check: wire.Check, digest: bytes) -> list[Answer]:
+        """A rank has the digest that a consumer's rank asked for."""
+        handoff = self._live(check.handoff_id)
+        if isinstance(handoff, wire.Refuse) or handoff.epoch != check.epoch:
+            return []  # the consumer has been told, or will be when it commits
+        subscriber = handoff.subscribers.get(check.rank)
+        if subscriber is None:
+            return []
+        return [(subscriber.who, wire.Checked(check.handoff_id, check.epoch, digest))]
 
     def cancel(self, handoff_id: HandoffId) -> None:
         """The consumer does not want it any more: CANCELLED, at the latest when its request ends.
@@ -341,6 +356,22 @@ class ProducerTable:
     def _live(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         self.tick()  # an answer must never be based on a lease that has already run out
         return self._find(handoff_id)
+
+    def _of_epoch(
+        self, question: wire.Commit | wire.Check
+    ) -> Produced | wire.Progress | wire.Seal | wire.Refuse:
+        """Return the handoff that a rank asks about, or the answer if it means an earlier epoch."""
+        handoff = self._live(question.handoff_id)
+        if isinstance(handoff, wire.Refuse) or question.epoch == handoff.epoch:
+            return handoff
+        subscriber = handoff.subscribers.get(question.rank)
+        if subscriber is None:
+            return wire.Refuse(question.handoff_id, Reason.MISSING_BLOCKS)
+        subscriber.told = []
+        return self._state(handoff, question.rank, subscriber)
+
+    def _has_all(self, handoff: Produced, rank: int) -> bool:
+        return rank < self._num_ranks and handoff.is_final(rank)
 
     def _find(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         handoff = self._open.get(handoff_id)

@@ -149,6 +149,25 @@ class Committed(msgspec.Struct, frozen=True, array_like=True, tag="committed"):
     is_last: bool
 
 
+class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
+    """One consumer rank has read tokens [first_token, num_tokens) and wants to know what it should
+    have read; answered by Checked. Only with the option ``integrity``."""
+
+    handoff_id: HandoffId
+    epoch: Count
+    rank: Count
+    first_token: Count
+    num_tokens: Count
+
+
+class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
+    """The digest of those blocks as they are in the producer's memory; see ``kv_digest``."""
+
+    handoff_id: HandoffId
+    epoch: Count
+    digest: bytes
+
+
 class Refuse(msgspec.Struct, frozen=True, array_like=True, tag="refuse"):
     """No: the handoff is over for this consumer; what it has read must be discarded."""
 
@@ -185,6 +204,21 @@ class Announce(msgspec.Struct, frozen=True, array_like=True, tag="announce"):
     num_layers: Count
 
 
+class Examine(msgspec.Struct, frozen=True, array_like=True, tag="examine"):
+    """Inside one engine, the control plane to a worker rank: the digest of these blocks is wanted;
+    answered by Examined."""
+
+    check: Check
+    tables: tuple[tuple[BlockId, ...], ...]
+
+
+class Examined(msgspec.Struct, frozen=True, array_like=True, tag="examined"):
+    """Inside one engine, a worker rank to its own control plane; not answered."""
+
+    check: Check
+    digest: bytes
+
+
 class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
     """Inside one engine, a worker rank to its own control plane; not answered.
 
@@ -192,11 +226,13 @@ class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
     """
 
 
-Request = Hello | Want | Subscribe | Commit | Heartbeat | Cancel | Announce | Nudge
+Request = (
+    Hello | Want | Subscribe | Check | Commit | Heartbeat | Cancel | Announce | Examined | Nudge
+)
 """What a consumer sends, and a worker to its own engine."""
 
-Reply = Welcome | Offer | Progress | Seal | Committed | Refuse | Alive
-"""What a producer sends."""
+Reply = Welcome | Offer | Progress | Seal | Checked | Committed | Refuse | Alive | Examine
+"""What a producer sends, and an engine to its own workers."""
 
 Message = Request | Reply
 M = TypeVar("M", bound=Message)
@@ -205,7 +241,7 @@ _KINDS: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
         Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Commit, Committed,
-        Refuse, Heartbeat, Alive, Cancel, Announce, Nudge,
+        Check, Checked, Refuse, Heartbeat, Alive, Cancel, Announce, Examine, Examined, Nudge,
     )
 }  # fmt: skip
 # What msgspec raises for bytes from outside; the latter two are no MsgspecError.

@@ -15,13 +15,15 @@ from vllm_pd_plugin import memory
 from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
 from vllm_pd_plugin.channel import CurveKeys, Link, Loop
 from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.digest import kv_digest
 from vllm_pd_plugin.fetches import FetchResult
+from vllm_pd_plugin.fetching import LocalRank, Rank, Timeouts
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
 from vllm_pd_plugin.layout import EngineLayout
 from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
 from vllm_pd_plugin.peers import Identity, PeerTable
-from vllm_pd_plugin.transfer import LocalRank, Timeouts, TransferPlane
+from vllm_pd_plugin.transfer import TransferPlane
 from vllm_pd_plugin.transport import Transport
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class WorkerSide:
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
         self._rank = rank
         self._loop = Loop("pd-transfer", self._turn)
-        self._announcer = Announcer(self._identity.incarnation, rank, self._connect)
+        self._announcer: Announcer
         self._knows_control = False
         self._plane: TransferPlane
         self._results: deque[FetchResult] = deque()
@@ -64,9 +66,20 @@ class WorkerSide:
         if next(iter(caches.values())).is_cuda:
             self._mark_stream = _mark_cuda_stream
         config = self._config
+        ordered = [caches[layer] for layer in layout.layers]
+        digest = partial(kv_digest, layout.groups, ordered)
+        self._announcer = Announcer(self._identity.incarnation, self._rank, digest, self._connect)
         self._plane = TransferPlane(
-            LocalRank(self._rank, layout, rank_memory.regions),
-            transport,
+            Rank(
+                LocalRank(self._rank, layout, rank_memory.regions),
+                transport,
+                # Closing a connection in the middle of a read is the last resort: over TCP, UCX
+                # may abort the peer's process for it. A peer that was only stopped ends the read
+                # itself.
+                Timeouts(config.queue_timeout_s, config.fetch_timeout_s, config.fetch_timeout_s),
+                time.monotonic,
+                digest if config.integrity == "digest" else None,
+            ),
             partial(
                 PeerTable,
                 self._identity,
@@ -76,10 +89,6 @@ class WorkerSide:
                 time.monotonic,
             ),
             self._take_result,
-            time.monotonic,
-            # Closing a connection in the middle of a read is the last resort: over TCP, UCX may
-            # abort the peer's process for it. A peer that was only stopped ends the read itself.
-            Timeouts(config.queue_timeout_s, config.fetch_timeout_s, config.fetch_timeout_s),
         )
         self._loop.start()
         return RankHandshake(self._identity.incarnation, layout, rank_memory)

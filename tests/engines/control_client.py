@@ -47,19 +47,19 @@ class ControlClient:
 
 
 def corrupt_handoff(params: Mapping[str, Any], producer_pid: int) -> int:
-    """Overwrite the first block of every layer of a sealed handoff, in the producer's memory.
+    """Overwrite the first block of every layer of a handoff, in the producer's memory.
 
     Returns the number of bytes written. Needs the right to write another process's memory.
     """
     with ControlClient(params) as client:
         welcome = client.ask(wire.Hello("test"))
         assert isinstance(welcome, wire.Welcome)
-        seal = client.ask(wire.Subscribe(client.handoff_id, 0))
-        assert isinstance(seal, wire.Seal)
+        state = client.ask(wire.Subscribe(client.handoff_id, 0))
+        assert isinstance(state, wire.Progress | wire.Seal)
     written = 0
     regions = iter(welcome.ranks[0].regions)
     with open(f"/proc/{producer_pid}/mem", "r+b", buffering=0) as memory:
-        for group, table in zip(welcome.layout.groups, seal.tables, strict=True):
+        for group, table in zip(welcome.layout.groups, state.tables, strict=True):
             block = next(b for b in table.blocks if b != 0)
             for _ in group.layers:
                 region = next(regions)

@@ -65,7 +65,9 @@ class Cluster:
         )
 
     def _start_failing(self) -> Engine:
-        arguments = (*ARGUMENTS["tiny-llama"], *connector_arguments("decode", **OPTIONS))
+        """Also the one that compares what it has read with what the producer holds."""
+        options = connector_arguments("decode", **OPTIONS, integrity="digest")
+        arguments = (*ARGUMENTS["tiny-llama"], *options)
         return start("failing", models.tiny_llama(), arguments, cores="1", folder=self._logs)
 
     def _start_recomputing(self) -> Engine:
@@ -259,9 +261,27 @@ def test_a_corrupted_block_makes_the_parity_check_fail(cluster: Cluster) -> None
     answer = cluster.failing.complete(prompt, 8, kv_transfer_params=params)
     with pytest.raises(AssertionError, match=r"log-probability|token"):
         compare(expected, answer, FLOAT32)
-    # The producer's prefix cache holds the corrupted block: start it afresh.
-    cluster.producer.kill()
-    cluster.restart_producer()
+    cluster.producer.forget_prefixes()
+
+
+def test_a_block_that_changes_after_it_was_read_is_noticed(cluster: Cluster) -> None:
+    """By the digest: the commit would be granted."""
+    known = produce(cluster, random_prompt(20, 72))
+    prompt = random_prompt(4000, 73)
+    started = time.monotonic()
+    cluster.producer.complete(random_prompt(4000, 74), 1)
+    prefill_s = time.monotonic() - started
+    cluster.producer.forget_prefixes()
+    produce_params, consume = at_once(cluster.producer)
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce_params)
+        reasons = pool.submit(assert_fails, cluster.failing, prompt, consume)
+        time.sleep(0.6 * prefill_s)
+        assert corrupt_handoff({**known, **consume}, cluster.producer.worker_pid()) > 0
+        assert reasons.result(60) == {"digest_mismatch"}
+    cluster.producer.forget_prefixes()
+    cluster.assert_at_rest()
+    cluster.assert_healthy(75)
 
 
 @pytest.mark.parametrize("policy", ["failing", "recomputing"])
@@ -365,7 +385,7 @@ def test_a_producer_killed_in_the_middle_costs_only_what_is_missing(cluster: Clu
     started = time.monotonic()
     cluster.producer.complete(random_prompt(4000, 51), 1)
     prefill_s = time.monotonic() - started
-    httpx.post(f"{cluster.producer.url}/reset_prefix_cache", timeout=30).raise_for_status()
+    cluster.producer.forget_prefixes()
     with ThreadPoolExecutor(4) as pool:
         produce, consume = at_once(cluster.producer)
         pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)

@@ -6,10 +6,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tests.fakes.clock import FakeClock
+from tests.fakes.memory import BLOCK_TOKENS, FakeMemory
 from tests.fakes.network import FakeNetwork
 from tests.fakes.transport import FakeFabric, FakeTransport
 from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
@@ -24,17 +22,15 @@ from vllm_pd_plugin.control import (
 )
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.fetches import FetchResult, FetchSpec
+from vllm_pd_plugin.fetching import LocalRank, Rank, Timeouts
 from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory, Region
+from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.plan import BlockTables
 from vllm_pd_plugin.produced import Advance
-from vllm_pd_plugin.transfer import LocalRank, Timeouts, TransferPlane
+from vllm_pd_plugin.transfer import TransferPlane
 
-BLOCK_TOKENS = 4
-BLOCK_BYTES = 32
-TOKEN_BYTES = BLOCK_BYTES // BLOCK_TOKENS
-_MAX_TOKENS = 64
+PEER_TIMEOUT_S = 5.0
 
 
 def full_group(*layers: str) -> Group:
@@ -53,23 +49,27 @@ def make_layout(model: str = "model", groups: Sequence[Group] = ()) -> EngineLay
     return EngineLayout(model=model, tensor_parallel_size=1, groups=chosen)
 
 
-def region_over(cache: NDArray[np.uint8], block_bytes: int | None = None) -> Region:
-    """The region of an array of bytes ``[num_blocks, stride_bytes]``."""
-    num_blocks, stride_bytes = cache.shape
-    return Region(cache.ctypes.data, num_blocks, block_bytes or stride_bytes, stride_bytes)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What engines share: the network, what moves their memory, and the time."""
+
+    network: FakeNetwork
+    fabric: FakeFabric
+    clock: FakeClock
 
 
-def kv_of(prompt: int, num_layers: int, num_tokens: int) -> NDArray[np.uint8]:
-    """A prompt's KV, bytes ``[num_layers, num_tokens, TOKEN_BYTES]``: the same at every call,
-    another for every prompt, layer and token, and that of a prefix is its prefix."""
-    assert num_tokens <= _MAX_TOKENS
-    return np.stack([_layer_kv(prompt, layer)[:num_tokens] for layer in range(num_layers)])
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """How engines are set up.
 
+    checks_bytes: fetches compare what they have read with what the producer holds.
+    """
 
-@functools.cache
-def _layer_kv(prompt: int, layer: int) -> NDArray[np.uint8]:
-    generator = np.random.default_rng((prompt, layer))
-    return generator.integers(0, 256, (_MAX_TOKENS, TOKEN_BYTES), dtype=np.uint8)
+    lease_s: float
+    queue_timeout_s: float
+    timeouts: Timeouts
+    layout: EngineLayout
+    checks_bytes: bool
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -82,7 +82,7 @@ class _Running:
     blocks: BlockTables = ()
 
 
-class FakeEngine:
+class FakeEngine(FakeMemory):
     """A control plane, a transfer plane and KV memory, on fakes; one rank.
 
     results, events: what the planes have reported, in order.
@@ -90,62 +90,25 @@ class FakeEngine:
     """
 
     def __init__(
-        self,
-        name: str,
-        address: Address,
-        network: FakeNetwork,
-        fabric: FakeFabric,
-        clock: FakeClock,
-        num_blocks: int = 64,
-        lease_s: float = 30.0,
-        queue_timeout_s: float = 600.0,
-        peer_timeout_s: float = 5.0,
-        timeouts: Timeouts | None = None,
-        layout: EngineLayout | None = None,
+        self, name: str, address: Address, around: Surroundings, settings: Settings
     ) -> None:
+        super().__init__(settings.layout)
         self.identity = Identity(name, new_incarnation())
+        self.worker = Identity(name, new_incarnation())
         self.address = address
-        self.layout = layout or make_layout()
-        self.num_layers = len(self.layout.layers)
-        self.clock = clock
         self.events: list[Event] = []
         self.results: list[FetchResult] = []
         self.running: dict[str, _Running] = {}
-        self._steps = 0
         self.specs: dict[str, FetchSpec] = {}
-        self._network = network
-        self.caches = [
-            np.zeros((num_blocks, BLOCK_BYTES), np.uint8) for _ in range(self.num_layers)
-        ]
-        self.regions = tuple(region_over(cache) for cache in self.caches)
-        self.transport = FakeTransport(fabric, f"{name}-{self.identity.incarnation}")
-        metadata = self.transport.register([(c.ctypes.data, c.nbytes) for c in self.caches])
-        self.worker = Identity(name, new_incarnation())
-        self.plane = TransferPlane(
-            LocalRank(0, self.layout, self.regions),
-            self.transport,
-            self._peers_of(self.worker, peer_timeout_s),
-            self._report,
-            clock,
-            timeouts or Timeouts(queue_s=600.0, read_s=60.0, drain_s=5.0),
-        )
-        self.announcer = Announcer(self.worker.incarnation, 0, network.connect)
+        self._around = around
+        self._steps = 0
         self._knows_control = False
-        self.control = ControlPlane(
-            LocalEngine(
-                self.identity,
-                self.layout,
-                [RankMemory(self.regions, metadata)],
-                [self.worker.incarnation],
-            ),
-            lease_s,
-            queue_timeout_s,
-            self._peers_of(self.identity, peer_timeout_s),
-            network.answer,
-            self.events.append,
-            clock,
-        )
-        network.listen(address, self.control.receive)
+        self.transport = FakeTransport(around.fabric, f"{name}-{self.identity.incarnation}")
+        memory = RankMemory(self.regions, self.transport.register(self.spans()))
+        self.plane = self._make_transfer_plane(settings)
+        self.announcer = Announcer(self.worker.incarnation, 0, self.digest, around.network.connect)
+        self.control = self._make_control_plane(settings, memory)
+        around.network.listen(address, self.control.receive)
 
     def turn(self) -> None:
         self.control.turn()
@@ -154,7 +117,7 @@ class FakeEngine:
 
     def kill(self) -> None:
         """Die without a word: nobody listens, and the memory can no longer be read."""
-        self._network.silence(self.address)
+        self._around.network.silence(self.address)
         self.transport.close()
 
     def open_handoffs(self) -> dict[str, int]:
@@ -166,42 +129,6 @@ class FakeEngine:
             "consumer": len(control._consuming),
             "fetches": len(plane._fetches),
         }
-
-    # --- memory
-
-    def fill(self, blocks: Sequence[int], value: int, layers: Sequence[int] | None = None) -> None:
-        """Set every byte of some blocks, in some layers (by region) or in all."""
-        for layer in range(self.num_layers) if layers is None else layers:
-            self.caches[layer][list(blocks)] = value
-
-    def holds(self, blocks: Sequence[int], value: int) -> bool:
-        return all(bool((cache[list(blocks)] == value).all()) for cache in self.caches)
-
-    def write_kv(self, prompt: int, blocks: BlockTables, tokens: range, layer: int) -> None:
-        """Write a prompt's KV of some tokens in one layer (by region), as a forward pass does."""
-        kv = kv_of(prompt, self.num_layers, tokens.stop)[layer]
-        cache, table = self.caches[layer], blocks[self.group_of(layer)]
-        for token in tokens:
-            block, place = table[token // BLOCK_TOKENS], token % BLOCK_TOKENS
-            cache[block, place * TOKEN_BYTES : (place + 1) * TOKEN_BYTES] = kv[token]
-
-    def holds_kv(self, prompt: int, blocks: BlockTables, num_tokens: int) -> bool:
-        """Say whether blocks hold the KV of a prompt's first tokens in every layer."""
-        kv = kv_of(prompt, self.num_layers, num_tokens)
-        return all(
-            np.array_equal(
-                self.caches[layer][list(blocks[self.group_of(layer)])].reshape(-1, TOKEN_BYTES)[
-                    :num_tokens
-                ],
-                kv[layer],
-            )
-            for layer in range(self.num_layers)
-        )
-
-    def group_of(self, layer: int) -> int:
-        """The KV cache group of a layer, by its region."""
-        sizes = [len(group.layers) for group in self.layout.groups]
-        return int(np.searchsorted(np.cumsum(sizes), layer, side="right"))
 
     # --- as a producer
 
@@ -219,9 +146,11 @@ class FakeEngine:
         self.control.enqueue(handoff, request_id, num_tokens, digest)
         return source
 
-    def begin(self, request_id: str, num_tokens: int) -> Source:
+    def begin(
+        self, request_id: str, num_tokens: int, handoff_id: HandoffId | None = None
+    ) -> Source:
         """A request arrives and is scheduled at once."""
-        source = self.enqueue(request_id, num_tokens)
+        source = self.enqueue(request_id, num_tokens, handoff_id)
         self.control.open(source.handoff_id)
         return source
 
@@ -323,9 +252,31 @@ class FakeEngine:
         plain = tuple(block for block in blocks if isinstance(block, int))
         return (plain, *[() for _ in self.layout.groups[1:]])
 
-    def _peers_of(self, identity: Identity, timeout_s: float) -> functools.partial[PeerTable]:
+    def _make_transfer_plane(self, settings: Settings) -> TransferPlane:
+        rank = Rank(
+            LocalRank(0, self.layout, self.regions),
+            self.transport,
+            settings.timeouts,
+            self._around.clock,
+            self.digest if settings.checks_bytes else None,
+        )
+        return TransferPlane(rank, self._peers_of(self.worker), self._report)
+
+    def _make_control_plane(self, settings: Settings, memory: RankMemory) -> ControlPlane:
+        return ControlPlane(
+            LocalEngine(self.identity, self.layout, [memory], [self.worker.incarnation]),
+            settings.lease_s,
+            settings.queue_timeout_s,
+            self._peers_of(self.identity),
+            self._around.network.answer,
+            self.events.append,
+            self._around.clock,
+        )
+
+    def _peers_of(self, identity: Identity) -> functools.partial[PeerTable]:
+        network, clock = self._around.network, self._around.clock
         return functools.partial(
-            PeerTable, identity, self.layout, timeout_s, self._network.connect, self.clock
+            PeerTable, identity, self.layout, PEER_TIMEOUT_S, network.connect, clock
         )
 
     def _report(self, result: FetchResult) -> None:
@@ -351,12 +302,18 @@ class FakeCluster:
         queue_timeout_s: float = 600.0,
         timeouts: Timeouts | None = None,
         layout: EngineLayout | None = None,
+        checks_bytes: bool = False,
     ) -> None:
         self.clock = FakeClock()
         self.network = FakeNetwork()
         self.fabric = FakeFabric()
-        self._lease_s, self._queue_timeout_s = lease_s, queue_timeout_s
-        self._timeouts, self._layout = timeouts, layout
+        self._settings = Settings(
+            lease_s,
+            queue_timeout_s,
+            timeouts or Timeouts(queue_s=600.0, read_s=60.0, drain_s=5.0),
+            layout or make_layout(),
+            checks_bytes,
+        )
         self.producer = self._engine("producer", self.producer_address)
         self.consumer = self._engine("consumer", self.consumer_address)
 
@@ -367,10 +324,25 @@ class FakeCluster:
         self.producer = self._engine("producer", self.producer_address)
         return old
 
+    # --- messages and time
+
     def settle(self) -> None:
         """Deliver messages and drive the consumer until nothing happens any more."""
         self.consumer.turn()
         while self.network.deliver():
+            self.consumer.turn()
+
+    def settle_with_every_message_twice(self) -> None:
+        while in_flight := self.network.in_flight:
+            in_flight.insert(0, in_flight[0])
+            self.network.deliver_one()
+            self.network.deliver_one()
+            self.consumer.turn()
+
+    def deliver_until(self, kind: str) -> None:
+        """Deliver one message after the other until one of a kind is under way."""
+        while kind not in [packet.kind for packet in self.network.in_flight]:
+            self.network.deliver_one()
             self.consumer.turn()
 
     def pass_time(self, seconds: float, step_s: float = 0.5) -> None:
@@ -380,15 +352,36 @@ class FakeCluster:
             self.producer.turn()
             self.settle()
 
+    # --- handoffs
+
+    def unheard_of(self) -> Source:
+        """A handoff whose request has not reached the producer."""
+        return Source(new_handoff_id(), self.producer_address, self.producer.identity.incarnation)
+
+    def invented(self) -> Source:
+        """A handoff of an incarnation that never was."""
+        return Source(new_handoff_id(), self.producer_address, new_incarnation())
+
+    def want(self, request_id: str, source: Source) -> None:
+        """The consumer asks for a handoff."""
+        self.consumer.control.want(request_id, source)
+        self.settle()
+
+    def offer(self, request_id: str = "c") -> Source:
+        """A sealed handoff, of the producer's ``p-<request_id>``, that the consumer wants and has
+        been offered."""
+        source = self.producer.produce(f"p-{request_id}", [1, 2], 8)
+        self.want(request_id, source)
+        assert request_id in self.consumer.offered()
+        return source
+
+    def cancel(self, request_id: str = "c") -> None:
+        """The consumer gives up a handoff that it wanted."""
+        self.consumer.control.close(request_id, cancel=True)
+        self.settle()
+
+    # --- inside
+
     def _engine(self, name: str, address: Address) -> FakeEngine:
-        return FakeEngine(
-            name,
-            address,
-            self.network,
-            self.fabric,
-            self.clock,
-            lease_s=self._lease_s,
-            queue_timeout_s=self._queue_timeout_s,
-            timeouts=self._timeouts,
-            layout=self._layout,
-        )
+        around = Surroundings(self.network, self.fabric, self.clock)
+        return FakeEngine(name, address, around, self._settings)

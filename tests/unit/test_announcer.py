@@ -15,11 +15,16 @@ from vllm_pd_plugin.announcer import (
     Mark,
     layers_worth_a_message,
 )
-from vllm_pd_plugin.ids import Address, new_incarnation
+from vllm_pd_plugin.ids import Address, new_handoff_id, new_incarnation
+from vllm_pd_plugin.plan import BlockTables
 
 CONTROL: Address = ("127.0.0.1", 7001)
 ENGINE, WORKER = new_incarnation(), new_incarnation()
 RANK = 3
+
+
+def digest_of(tables: BlockTables, first_token: int, num_tokens: int) -> bytes:
+    return repr((tables, first_token, num_tokens)).encode()
 
 
 @dataclasses.dataclass
@@ -37,12 +42,14 @@ class Control:
 
     def __init__(self, network: FakeNetwork) -> None:
         self.heard: list[wire.Message] = []
+        self.worker = b""
         network.listen(CONTROL, self._receive)
 
     def _receive(self, identity: bytes, frames: list[bytes]) -> None:
         header, message = wire.decode(frames)
         assert (header.sender, header.target) == (WORKER, ENGINE)
         self.heard.append(message)
+        self.worker = identity
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def control(network: FakeNetwork) -> Control:
 
 @pytest.fixture
 def announcer(network: FakeNetwork) -> Announcer:
-    announcer = Announcer(WORKER, RANK, network.connect)
+    announcer = Announcer(WORKER, RANK, digest_of, network.connect)
     announcer.connect(CONTROL, ENGINE)
     return announcer
 
@@ -118,7 +125,7 @@ def test_all_announcements_share_one_link(
 
 
 def test_an_announcer_that_never_spoke_has_nothing_to_close(network: FakeNetwork) -> None:
-    Announcer(WORKER, RANK, network.connect).close()
+    Announcer(WORKER, RANK, digest_of, network.connect).close()
     assert network.links == {}
 
 
@@ -178,3 +185,14 @@ def test_what_remains_at_the_end_is_no_stretch_of_its_own(
     num_layers: int, layer_bytes: int, stretch_bytes: int, expected: tuple[int, ...]
 ) -> None:
     assert layers_worth_a_message(num_layers, layer_bytes, stretch_bytes) == expected
+
+
+def test_blocks_are_examined_when_the_control_plane_asks(
+    announcer: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    announcer.nudge()
+    network.deliver()
+    check = wire.Check(new_handoff_id(), 0, RANK, 4, 16)
+    network.answer(control.worker, wire.encode(wire.Examine(check, ((1, 2),)), ENGINE, WORKER))
+    network.deliver()
+    assert control.heard[1:] == [wire.Examined(check, digest_of(((1, 2),), 4, 16))]

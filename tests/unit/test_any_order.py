@@ -21,9 +21,9 @@ from tests.fakes.engines import (
 )
 from vllm_pd_plugin.control import Abandoned, Lost, Offered, Released
 from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.fetching import Timeouts
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.plan import BlockTables
-from vllm_pd_plugin.transfer import Timeouts
 
 LAYOUT = make_layout(groups=[full_group("layers.0", "layers.2"), full_group("layers.1")])
 LAYERS = LAYOUT.forward_order()

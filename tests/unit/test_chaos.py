@@ -32,7 +32,8 @@ from benchmarks.chaos_plan import (
     plan_arrivals,
     plan_events,
 )
-from benchmarks.chaos_run import error_message, judge_answer
+from benchmarks.chaos_requests import error_message
+from benchmarks.chaos_run import judge_answer
 from tests.engine import Completion
 
 SEEDS = range(20)
@@ -187,6 +188,13 @@ def test_each_life_explains_its_own_errors_and_no_more_than_it_counted() -> None
     lives = [life(failures={"read_failed": 1, "lease_expired": 1}), life(failures={"internal": 9})]
     tally = judge(records, {Side.PRODUCER: [life()], Side.CONSUMER: lives})
     assert (tally.failed, tally.unexplained) == (3, 1)
+
+
+def test_a_counted_failure_explains_no_error_where_handoffs_are_recomputed() -> None:
+    records = [Record(0, Fate.ENDED, (asked(status=500),))]
+    lives = {Side.PRODUCER: [life()], Side.CONSUMER: [life(failures={"read_failed": 1})]}
+    assert judge(records, lives).failed == 1
+    assert judge(records, lives, recomputes=True).unexplained == 1
 
 
 # Metrics, rows, table.

@@ -36,11 +36,19 @@ def test_every_option_is_taken_over() -> None:
         "fetch_timeout_s": 86_400,
         "queue_timeout_s": 600.0,
         "stretch_bytes": 1,
+        "integrity": "digest",
     }
     assert list(options) == OPTIONS
     config = PdConfig.parse(options, KEYED)
     assert dataclasses.asdict(config) == options | {"cluster_key": KEY}
     assert isinstance(config.lease_s, float)
+
+
+@pytest.mark.parametrize("value", ["sha256", "", True, None, ["digest"]])
+def test_an_integrity_that_is_none_is_refused(value: object) -> None:
+    message = refusal({"integrity": value})
+    assert f"integrity={value!r}" in message
+    assert "none and digest" in message
 
 
 def test_an_unknown_option_is_named_with_all_that_are_allowed() -> None:

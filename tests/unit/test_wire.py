@@ -22,6 +22,7 @@ TABLES = (
     wire.TableSlice(0, ()),
     wire.TableSlice(0, (0, 9)),
 )
+CHECK = wire.Check(H, 1, 0, 400, 1000)
 EVERY_KIND: list[wire.Message] = [
     wire.Hello("engine"),
     wire.Welcome("engine", make_layout(), (RANK, RANK), 30.0),
@@ -32,11 +33,15 @@ EVERY_KIND: list[wire.Message] = [
     wire.Seal(H, 1, 1000, TABLES),
     wire.Commit(H, 1, 0, True),
     wire.Committed(H, 1, False),
+    CHECK,
+    wire.Checked(H, 1, b"\x00\xff"),
     wire.Refuse(H, Reason.LEASE_EXPIRED),
     wire.Heartbeat((H, H)),
     wire.Alive({H: Reason.CANCELLED}),
     wire.Cancel(H),
     wire.Announce(7, 1, 2),
+    wire.Examine(CHECK, ((1, 2), ())),
+    wire.Examined(CHECK, b"\x00\xff"),
     wire.Nudge(),
 ]
 

@@ -1,0 +1,133 @@
+"""One arm of `benchmarks.handoff`: the engines that answer together, paused and resumed as one.
+
+All engines of all arms are up during the whole run, but only one arm is awake at a time: the
+others are stopped with SIGSTOP, because an idle engine with vLLM's NixlConnector still spins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from benchmarks.engines import Place, is_ready, launch, nixl_arguments, nixl_settings
+from benchmarks.network import Network
+from benchmarks.processes import Cores
+from tests.engine import Engine, EngineError, connector_arguments, say
+
+ENGINE_FLAGS = (
+    "--dtype", "float32", "--enforce-eager",
+    "--max-model-len", "9216", "--max-num-batched-tokens", "2048",
+)  # fmt: skip
+"""What every engine of every arm is started with."""
+
+START_TIMEOUT_S = 900.0  # five engines import vLLM on two cores at the same time
+REST_TIMEOUT_S = 120.0
+
+_HTTP_PORTS = {"alone": 8000, "nixl": 8001, "pdplugin": 8002}
+_KV_PORTS = {"alone": 0, "nixl": 5600, "pdplugin": 5700}
+
+_SERIES = {
+    "alone": {},
+    "nixl": {"descriptors": "vllm:nixl_num_descriptors_sum"},
+    "pdplugin": {
+        "descriptors": "pd_fetch_descriptors_total",
+        "stretches": "pd_fetch_stretches_total",
+        "control_bytes": "pd_control_bytes_total",
+    },
+}
+"""What the consumer of each arm counts of its handoffs."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arm:
+    """One engine, or a producer and a consumer, by role."""
+
+    name: str
+    engines: Mapping[str, Engine]
+    places: Mapping[str, Place]
+
+    def signal(self, number: signal.Signals) -> None:
+        for engine in self.engines.values():
+            engine.signal_all(number)
+
+    def pause(self) -> None:
+        """Wait until no request holds KV, then stop the engines' processes."""
+        for role, engine in self.engines.items():
+            try:
+                engine.wait_until_at_rest(REST_TIMEOUT_S)
+            except (AssertionError, httpx.HTTPError) as problem:
+                say(f"{self.name}, {role}: {problem}")
+        self.signal(signal.SIGSTOP)
+
+    def counts(self) -> dict[str, float]:
+        """Return what the consumer has counted so far, by name; without what it does not tell."""
+        wanted = _SERIES[self.name]
+        if not wanted:
+            return {}
+        samples = self.engines["consumer"].metrics().items()
+        found = {
+            name: [value for key, value in samples if key.partition("{")[0] == series]
+            for name, series in wanted.items()
+        }
+        return {name: sum(values) for name, values in found.items() if values}
+
+
+def start_arm(
+    name: str, model: Path, network: Network, cores: Cores, folder: Path, running: list[Engine]
+) -> Arm:
+    """Start the engines of an arm and return at once; each is added to ``running``."""
+    roles = ("alone",) if name == "alone" else ("producer", "consumer")
+    places = {
+        role: Place.on_host(host, _HTTP_PORTS[name], _KV_PORTS[name])
+        for role, host in zip(roles, network.hosts, strict=False)
+    }
+    cluster_key = secrets.token_hex(32)
+    engines: dict[str, Engine] = {}
+    for role, place in places.items():
+        environ = {"VLLM_CPU_OMP_THREADS_BIND": str(cores.compute)}
+        flags = list(ENGINE_FLAGS)
+        if name == "nixl":
+            flags += nixl_arguments()
+            environ |= nixl_settings(place)
+        elif name == "pdplugin":
+            pd_role = "prefill" if role == "producer" else "decode"
+            flags += connector_arguments(pd_role, host=place.kv_host, port=place.kv_port)
+            environ["VLLM_PD_CLUSTER_KEY"] = cluster_key
+        shown = name if role == name else f"{name} {role}"
+        log = folder / f"{name}-{role}.log"
+        engines[role] = launch(shown, model, place, flags, environ, log)
+        running.append(engines[role])
+    return Arm(name, engines, places)
+
+
+def stop_all(engines: Sequence[Engine]) -> None:
+    """Stop the engines together; those that are paused too."""
+    for engine in engines:
+        engine.signal_all(signal.SIGCONT)
+        engine.process.terminate()
+    for engine in engines:
+        engine.stop()
+
+
+def wait_until_paused(engines: Sequence[Engine]) -> None:
+    """Stop each engine with SIGSTOP as soon as it is ready, so that the others start sooner."""
+    began = time.monotonic()
+    waiting = list(engines)
+    while waiting:
+        for engine in list(waiting):
+            if is_ready(engine.url, engine.process, engine.name, engine.log):
+                engine.signal_all(signal.SIGSTOP)
+                waiting.remove(engine)
+                say(f"{engine.name} is ready after {time.monotonic() - began:.0f} s")
+        if waiting and time.monotonic() - began > START_TIMEOUT_S:
+            late = waiting[0]
+            raise EngineError(
+                f"{late.name} was not ready after {START_TIMEOUT_S:.0f} s:\n{late.log_tail()}"
+            )
+        time.sleep(0.5)

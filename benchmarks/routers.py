@@ -1,0 +1,96 @@
+"""One router or proxy in front of an arm: start and stop."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.engines import Place, is_ready
+from tests.engine import EngineError, free_port
+
+START_TIMEOUT_S = 120.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Router:
+    """``kind``: router (asks serially) or proxy (asks both engines at once)."""
+
+    kind: str
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(30)
+
+
+def start_vllm_router(prefill_url: str, decode_url: str, log: Path, stack: ExitStack) -> Router:
+    """Start vllm-router in front of two engines that are running."""
+    port = free_port()
+    command = [
+        str(Path(sys.executable).with_name("vllm-router")), "--vllm-pd-disaggregation",
+        "--prefill", prefill_url, "--decode", decode_url,
+        "--host", "127.0.0.1", "--port", str(port),
+        "--prometheus-port", str(free_port()),
+        # Engines that are paused must not be taken for dead.
+        "--health-check-interval-secs", "86400",
+        "--health-failure-threshold", "1000000",
+    ]  # fmt: skip
+    return _start("router", command, port, log, stack)
+
+
+def start_proxy(
+    prefill_url: str, prefill: Place, decode_url: str, log: Path, stack: ExitStack
+) -> Router:
+    """Start the concurrent proxy of the examples in front of two engines."""
+    port = free_port()
+    command = [
+        sys.executable, str(REPO / "examples" / "concurrent_proxy.py"),
+        "--prefill", prefill_url, "--prefill-control", f"{prefill.kv_host}:{prefill.kv_port}",
+        "--decode", decode_url, "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    return _start("proxy", command, port, log, stack)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent dies, however that happens.
+
+    Engines do not need it: the next run finds them by their namespace.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _start(kind: str, command: Sequence[str], port: int, log: Path, stack: ExitStack) -> Router:
+    """Start it and wait for its health check. Raises EngineError if that does not come."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=_end_with_parent,
+        )
+    router = Router(kind, f"http://127.0.0.1:{port}", process, log)
+    stack.callback(router.stop)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not is_ready(router.url, process, kind, log):
+        if time.monotonic() > deadline:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+            raise EngineError(f"the {kind} was not ready after {START_TIMEOUT_S:.0f} s:\n{tail}")
+        time.sleep(0.2)
+    return router

@@ -1,0 +1,107 @@
+"""A producer's table, with what happens to it spelt out as its engine would do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from tests.fakes.clock import FakeClock
+from tests.fakes.engines import full_group, make_layout
+from vllm_pd_plugin import wire
+from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id
+from vllm_pd_plugin.layout import EngineLayout
+from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.produced import Advance, Answer, ProducerState, ProducerTable, ReturnAddress
+
+LEASE_S = 30.0
+TOKENS = 100
+LAYOUT = make_layout(groups=[full_group("layer.0", "layer.2"), full_group("layer.1")])
+LAYERS = 3
+BLOCKS = ([1, 2, 3], [4])
+NO_BLOCKS = (wire.TableSlice(0, ()), wire.TableSlice(0, ()))
+SEAL_TABLES = (wire.TableSlice(0, (1, 2, 3)), wire.TableSlice(0, (4,)))
+SCHEDULER: ReturnAddress = (b"scheduler", Incarnation("consumer"))
+RANK_0: ReturnAddress = (b"rank-0", Incarnation("consumer-0"))
+RANK_1: ReturnAddress = (b"rank-1", Incarnation("consumer-1"))
+
+
+class Producer:
+    """A producer's table, and what it has released and abandoned."""
+
+    def __init__(self, num_ranks: int = 1, layout: EngineLayout = LAYOUT) -> None:
+        self.clock = FakeClock()
+        self.released: list[tuple[str, ProducerState]] = []
+        self.abandoned: list[tuple[str, ProducerState]] = []
+        self.table = ProducerTable(
+            msgspec.structs.replace(layout, tensor_parallel_size=num_ranks),
+            LEASE_S,
+            lambda *r: self.released.append(r),
+            lambda *a: self.abandoned.append(a),
+            self.clock,
+        )
+        self.steps = 0
+
+    def queued(self, request_id: str = "r", handoff: HandoffId | None = None) -> HandoffId:
+        handoff = handoff or new_handoff_id()
+        self.table.enqueue(handoff, request_id, TOKENS, b"digest")
+        return handoff
+
+    def open(self, request_id: str = "r") -> HandoffId:
+        handoff = self.queued(request_id)
+        assert self.table.open(handoff) == []
+        return handoff
+
+    def wanted(self, request_id: str = "r") -> HandoffId:
+        """In the middle of being produced, for a consumer that has asked."""
+        handoff = self.open(request_id)
+        assert isinstance(self.table.want(handoff, SCHEDULER), wire.Offer)
+        return handoff
+
+    def sealed(self, request_id: str = "r") -> HandoffId:
+        handoff = self.open(request_id)
+        self.table.seal(handoff, TOKENS, BLOCKS)
+        return handoff
+
+    def advance(
+        self, handoff: HandoffId, num_tokens: int, blocks: BlockTables = BLOCKS, epoch: int = 0
+    ) -> int:
+        """Begin a step; return its number."""
+        self.steps += 1
+        self.table.advance(self.steps, [Advance(handoff, epoch, num_tokens, blocks)])
+        return self.steps
+
+    def compute(
+        self,
+        handoff: HandoffId,
+        num_tokens: int,
+        blocks: BlockTables = BLOCKS,
+        epoch: int = 0,
+        ranks: Sequence[int] = (0,),
+    ) -> list[Answer]:
+        """A whole step of some ranks; return what is said at its end."""
+        step = self.advance(handoff, num_tokens, blocks, epoch)
+        return [a for rank in ranks for a in self.table.announce(step, rank, LAYERS)]
+
+    def commit(
+        self,
+        handoff: HandoffId,
+        rank: int = 0,
+        epoch: int = 0,
+        is_last: bool = True,
+    ) -> wire.Message:
+        return self.table.commit(wire.Commit(handoff, epoch, rank, is_last))
+
+    def heartbeat(self, handoffs: Sequence[HandoffId]) -> wire.Message:
+        """The answer to a heartbeat of the scheduler that asked; nothing else is said."""
+        ((who, alive),) = self.table.heartbeat(handoffs, SCHEDULER)
+        assert who == SCHEDULER
+        return alive
+
+    def expire(self) -> None:
+        self.clock.advance(LEASE_S)
+        self.table.tick()
+
+
+def granted(handoff: HandoffId, epoch: int = 0, is_last: bool = True) -> wire.Committed:
+    return wire.Committed(handoff, epoch, is_last)
