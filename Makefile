@@ -62,6 +62,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.handoff --prompts 512 --link-mbit 0 --repeat 7 --json benchmarks/results/handoff-unlimited.json
 	$(BIN)/python -m benchmarks.handoff --prompts 512,2048 --link-mbit 300,1000 --json benchmarks/results/handoff-limited.json
 	$(BIN)/python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
+	$(BIN)/python -m benchmarks.memory --handoffs 2000 --json benchmarks/results/memory.json
+	$(BIN)/python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
 
 lock:
 	$(PYTHON) requirements/lock.py

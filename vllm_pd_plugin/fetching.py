@@ -32,7 +32,7 @@ _ASK_AGAIN_S = 2.0
 """How long a fetch that reads nothing waits for news before it asks: they may have been lost with
 a connection, which ZeroMQ renews by itself."""
 
-_VOUCH_INTERVAL_S = 0.1
+_VOUCH_INTERVAL_S = 0.5
 """How often a fetch asks whether what has arrived is valid, so that a later failure keeps it."""
 
 AboutFetch = wire.Progress | wire.Seal | wire.Checked | wire.Committed | wire.Refuse

@@ -14,7 +14,7 @@ THERE, ELSEWHERE = [3, 4, 5, 6], [13, 14, 15, 16]
 HERE = [7, 9, 11, 13]
 LEASE_S = 30.0
 TIMEOUTS = Timeouts(queue_s=100.0, read_s=60.0, drain_s=5.0)
-VOUCH_S = 0.25
+VOUCH_S = 0.75
 """Rather longer than a fetch waits before it asks whether what has arrived is valid."""
 
 

@@ -71,9 +71,13 @@ class Wanting:
 class AnyOrder(RuleBasedStateMachine):
     """What is usable is right, what was given back is not written to, and all ends in the end."""
 
+    checks_bytes = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.cluster = FakeCluster(LEASE_S, CONTROL_QUEUE_S, TIMEOUTS, LAYOUT)
+        self.cluster = FakeCluster(
+            LEASE_S, CONTROL_QUEUE_S, TIMEOUTS, LAYOUT, checks_bytes=self.checks_bytes
+        )
         self.consumer = self.cluster.consumer
         self.consumer.transport.holds_reads = True
         self.computing: dict[str, Computing] = {}
@@ -419,17 +423,26 @@ class AnyOrder(RuleBasedStateMachine):
         self.nothing_writes_to_what_was_given_back()
 
 
+class AnyOrderWithDigests(AnyOrder):
+    """The same with the option ``integrity``."""
+
+    checks_bytes = True
+
+
 # Without shrinking, which takes minutes and cannot shorten what comes from a seed.
-AnyOrder.TestCase.settings = settings(
-    max_examples=250, stateful_step_count=30, deadline=None, phases=[Phase.generate]
-)
+for machine, examples in ((AnyOrder, 250), (AnyOrderWithDigests, 100)):
+    machine.TestCase.settings = settings(
+        max_examples=examples, stateful_step_count=30, deadline=None, phases=[Phase.generate]
+    )
 TestWhateverHappensWhatIsUsedIsRightAndEverythingEnds = AnyOrder.TestCase
+TestWhateverHappensItHoldsWithDigestsToo = AnyOrderWithDigests.TestCase
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_while_nothing_goes_wrong_every_fetch_succeeds(seed: int) -> None:
-    """The machine above would be content with an implementation that fails every fetch."""
-    world, chance = AnyOrder(), random.Random(seed)
+@pytest.mark.parametrize("machine", [AnyOrder, AnyOrderWithDigests])
+def test_while_nothing_goes_wrong_every_fetch_succeeds(machine: type[AnyOrder], seed: int) -> None:
+    """The machines above would be content with an implementation that fails every fetch."""
+    world, chance = machine(), random.Random(seed)
     for index in range(12):
         world.send_prompt(index)
     for _ in range(400):
