@@ -185,8 +185,8 @@ class ConsumingRequests:
             if consuming is None:
                 continue
             failed = request_id in output.failed_recving
-            if consuming.stage is _Stage.FINISHED:
-                reason = Reason.ABORTED
+            if consuming.stage is _Stage.FINISHED and reason is Reason.INTERNAL:
+                reason = Reason.ABORTED  # it was refused for that, see ``finish``
             retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
             if failed and consuming.stage is not _Stage.FAILED:
                 self._fail(request_id, reason, "the fetch failed")

@@ -258,6 +258,17 @@ def test_an_aborted_request_ends_when_its_fetch_has_been_reported() -> None:
     assert len(consumer.requests) == 0
 
 
+def test_a_request_that_vllm_fails_for_its_fetch_counts_with_the_fetch_s_reason(
+    consumer: Consumer,
+) -> None:
+    """With the policy ``fail`` vLLM ends the request before it hands the results over."""
+    request = consumer.fetching()
+    consumer.requests.finish("r")
+    consumer.collect(request, Reason.READ_FAILED)
+    assert consumer.stats.data["failures"] == {"read_failed": 1}
+    assert len(consumer.requests) == 0
+
+
 def test_a_request_that_is_aborted_before_its_fetch_is_forgotten_at_once(
     consumer: Consumer,
 ) -> None:
