@@ -92,6 +92,14 @@ class Cluster:
         self.producer = self._start_producer()
         self.producer.wait_until_ready()
 
+    def prefill_s(self, num_tokens: int, seed: int) -> float:
+        """Return how long the producer needs for a prompt; its prefix cache is empty afterwards."""
+        started = time.monotonic()
+        self.producer.complete(random_prompt(num_tokens, seed), 1)
+        taken = time.monotonic() - started
+        self.producer.forget_prefixes()
+        return taken
+
     def assert_at_rest(self) -> None:
         for engine in self.engines():
             engine.wait_until_at_rest(LEASE_S + FETCH_TIMEOUT_S + 10)
@@ -268,10 +276,7 @@ def test_a_block_that_changes_after_it_was_read_is_noticed(cluster: Cluster) -> 
     """By the digest: the commit would be granted."""
     known = produce(cluster, random_prompt(20, 72))
     prompt = random_prompt(4000, 73)
-    started = time.monotonic()
-    cluster.producer.complete(random_prompt(4000, 74), 1)
-    prefill_s = time.monotonic() - started
-    cluster.producer.forget_prefixes()
+    prefill_s = cluster.prefill_s(4000, 74)
     produce_params, consume = at_once(cluster.producer)
     with ThreadPoolExecutor(2) as pool:
         pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce_params)
@@ -382,10 +387,7 @@ def test_a_preempted_producer_computes_afresh_and_nothing_stale_is_used(cluster:
 def test_a_producer_killed_in_the_middle_costs_only_what_is_missing(cluster: Cluster) -> None:
     prompt = random_prompt(4000, 50)
     expected = cluster.producer.complete(prompt, 4)
-    started = time.monotonic()
-    cluster.producer.complete(random_prompt(4000, 51), 1)
-    prefill_s = time.monotonic() - started
-    cluster.producer.forget_prefixes()
+    prefill_s = cluster.prefill_s(4000, 51)
     with ThreadPoolExecutor(4) as pool:
         produce, consume = at_once(cluster.producer)
         pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)
@@ -399,36 +401,49 @@ def test_a_producer_killed_in_the_middle_costs_only_what_is_missing(cluster: Clu
     cluster.assert_healthy(52)
 
 
-@pytest.mark.parametrize("when", ["before", "in the middle"])
-def test_a_consumer_turns_to_another_producer_when_one_is_killed(
-    cluster: Cluster, when: str
+def test_a_consumer_turns_to_another_producer_when_one_is_not_there(cluster: Cluster) -> None:
+    prompt, there = random_prompt(500, 60), cluster.producer
+    expected = there.complete(prompt, 4)
+    produce_params, consume = at_once(there)
+    failed, retried = failures(cluster.failing), retries(cluster.failing)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(there.complete, prompt, 1, kv_transfer_params=produce_params)
+        params = {**consume, "remote_port": 1, "remote_alternatives": [address_of(there)]}
+        answer = cluster.failing.complete(prompt, 4, kv_transfer_params=params)
+        first.result(60)
+    compare(expected, answer, FLOAT32)
+    assert retries(cluster.failing) == retried + 1
+    assert failures(cluster.failing) == failed
+    cluster.assert_at_rest()
+
+
+def test_a_consumer_turns_to_another_producer_when_one_is_killed_in_the_middle(
+    cluster: Cluster,
 ) -> None:
     """The dispatcher names both, and asks the second when the first one's request has failed."""
-    seed = 60 if when == "before" else 62
-    prompt, other = random_prompt(4000, seed), cluster.recomputing
+    prompt, other = random_prompt(4000, 62), cluster.recomputing
     expected = other.complete(prompt, 4)
-    started = time.monotonic()
-    cluster.producer.complete(random_prompt(4000, seed + 1), 1)
-    prefill_s = time.monotonic() - started
-    for engine in (cluster.producer, other):
-        engine.complete(random_prompt(4000, seed + 2), 1)
-    produce, consume = at_once(cluster.producer)
-    there = {"remote_host": "127.0.0.1", "remote_port": other.control_port}
+    prefill_s = cluster.prefill_s(4000, 64)
+    produce_params, consume = at_once(cluster.producer)
     failed, retried = failures(cluster.failing), retries(cluster.failing)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)
-        params = {**consume, "remote_alternatives": [there]}
+        first = pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce_params)
+        params = {**consume, "remote_alternatives": [address_of(other)]}
         answer = pool.submit(cluster.failing.complete, prompt, 4, kv_transfer_params=params)
-        time.sleep(0.0 if when == "before" else 0.6 * prefill_s)
+        time.sleep(0.6 * prefill_s)
         cluster.producer.kill()
         assert first.exception(30) is not None
         wait_until(lambda: retries(cluster.failing) == retried + 1)
-        other.complete(prompt, 1, kv_transfer_params=produce)
+        other.complete(prompt, 1, kv_transfer_params=produce_params)
         compare(expected, answer.result(60), FLOAT32)
     assert failures(cluster.failing) == failed
     cluster.restart_producer()
     cluster.assert_at_rest()
-    cluster.assert_healthy(seed + 3)
+    cluster.assert_healthy(65)
+
+
+def address_of(producer: Engine) -> dict[str, Any]:
+    return {"remote_host": "127.0.0.1", "remote_port": producer.control_port}
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
