@@ -2,7 +2,7 @@
 #
 #   make demo    one prompt, prefilled on one vLLM engine and decoded on another
 #   make test    all tests (unit tests, then real engines)
-#   make check   linters, types, import contracts
+#   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
 #
 # PYTHON       interpreter that .venv is made with (3.11 or later)
@@ -11,6 +11,8 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
+NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/*)
+CUDA_ARCHITECTURES := 80 90 100
 SETUP := .venv/.done
 
 export HF_HUB_OFFLINE := 1
@@ -22,13 +24,13 @@ help:
 
 setup: $(SETUP)
 
-$(SETUP): requirements/cpu.lock pyproject.toml setup.py packaging/vllm-for-cpu/pyproject.toml
+$(SETUP): requirements/cpu.lock pyproject.toml setup.py packaging/vllm-for-cpu/pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	@echo "[1/3] virtual environment in .venv"
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or later is needed; give PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/3] locked packages: about two minutes, 4 GB on disk"
 	@$(BIN)/python -m pip install -qq --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/cpu.lock
-	@echo "[3/3] this package, and the name that vLLM's command line asks for"
+	@echo "[3/3] this package with its native extension, and the name that vLLM's command line asks for"
 	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation ./packaging/vllm-for-cpu -e .
 	@touch $@
 
@@ -48,10 +50,20 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	@mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Werror \
+		csrc/cpu/*.cpp tests/native/kernels.cpp -o build/kernels && build/kernels
+	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled"
+	@! command -v nvcc >/dev/null || for source in csrc/cuda/*.cu; do \
+		echo "nvcc $$source for $(CUDA_ARCHITECTURES)"; \
+		nvcc -std=c++17 $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
+			-Werror all-warnings -c $$source -o build/kernel.o || exit 1; done
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 bench: setup
 	@$(BIN)/python -m tests.models tiny-llama

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vllm-pd-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "check", help="check the installation: vLLM's version, NIXL, the registration, the key"
+        "check", help="check the installation: vLLM, NIXL, the registration, the extension, the key"
     )
     parser.parse_args(argv)
     return check()
@@ -42,6 +42,7 @@ def check() -> int:
         "vLLM": _check_vllm,
         "NIXL": _check_nixl,
         "connector": _check_connector,
+        "native extension": _check_extension,
         "cluster key": _check_key,
     }
     failures = 0
@@ -78,6 +79,12 @@ def _check_connector() -> str:
 
     load_general_plugins()
     return str(KVConnectorFactory.get_connector_class_by_name(CONNECTOR).__name__)
+
+
+def _check_extension() -> str:
+    from vllm_pd_plugin.ops import HAS_NATIVE
+
+    return "built" if HAS_NATIVE else "not built: slower ops in PyTorch take its place"
 
 
 def _check_key() -> str:
