@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 try:
     importlib.import_module("vllm_pd_plugin._C")  # which registers the ops
-    HAS_NATIVE, _why_not = True, ""
+    HAS_NATIVE, _why_not = True, "it has no CUDA kernels"
 except ImportError as error:
     HAS_NATIVE, _why_not = False, str(error)
 
@@ -37,7 +37,7 @@ def digest_blocks(planes: Sequence[torch.Tensor], blocks: torch.Tensor) -> torch
         int64 ``[1]``: it depends on every byte, on the order of the planes and on that of the
         blocks, and not on where they lie.
     """
-    if not HAS_NATIVE:
+    if not _has_kernel("digest_blocks", blocks.device.type):
         _say_that_the_reference_is_used()
         return digest_blocks_reference(planes, blocks)
     digest: torch.Tensor = torch.ops.vllm_pd_plugin.digest_blocks(list(planes), blocks)
@@ -68,11 +68,17 @@ def _signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
+def _has_kernel(op: str, device: str) -> bool:
+    key = "CUDA" if device == "cuda" else "CPU"
+    name = f"vllm_pd_plugin::{op}"
+    return HAS_NATIVE and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
 @functools.cache
 def _say_that_the_reference_is_used() -> None:
     logger.warning(
         "vllm-pd-plugin runs without its native extension (%s): slower ops in PyTorch are used. "
-        "To have it, install a C++ compiler, then: "
+        "To have it, install a C++ compiler (for a GPU also the CUDA toolkit), then: "
         "pip install --no-build-isolation --force-reinstall --no-deps vllm-pd-plugin",
         _why_not,
     )
