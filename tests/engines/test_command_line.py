@@ -151,7 +151,8 @@ def _fetch_without_key(producer: object, llama: Trio) -> None:
 def test_vllm_pd_check_finds_everything() -> None:
     status, text = run(str(Path(sys.executable).with_name("vllm-pd")), "check")
     assert status == 0
-    assert text.count("ok ") == 4
+    assert text.count("ok ") == 5
+    assert "native extension: built" in text
 
 
 def test_the_offline_example_answers_alike() -> None:
