@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 
 from benchmarks.network import KV_DEVICE, Host
-from tests.engine import Engine, EngineError
+from tests.engine import Engine, EngineError, spawn
 
 SMALL_FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
 """What the engines of the benchmarks with short prompts are started with."""
@@ -67,21 +66,8 @@ def launch(
         "--host", place.http_host, "--port", str(place.http_port),
         "--served-model-name", model.name, "--disable-uvicorn-access-log", *flags,
     ]  # fmt: skip
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        **place.environ,
-        **environ,
-    }
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **settings},
-            process_group=0,
-        )
+    settings = {"VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), **place.environ, **environ}
+    process = spawn(command, settings, log)
     return Engine(name, f"http://{place.http_host}:{place.http_port}", model.name, process, log)
 
 

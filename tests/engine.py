@@ -123,6 +123,10 @@ class Engine:
         )
         return all(now.get(name, 0.0) == 0.0 for name in names)
 
+    def holds_blocks(self) -> bool:
+        """Say whether a request has KV blocks."""
+        return self.metrics()["vllm:kv_cache_usage_perc"] > 0
+
     def wait_until_at_rest(self, timeout_s: float = 30.0) -> None:
         """Wait until nothing is held any more; raise AssertionError when something leaks."""
         deadline = time.monotonic() + timeout_s
@@ -219,21 +223,22 @@ def start(
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", model.name,
         "--disable-uvicorn-access-log", *arguments,
     ]  # fmt: skip
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    settings = {"VLLM_CPU_KVCACHE_SPACE": str(kv_gib), "VLLM_CPU_OMP_THREADS_BIND": cores}
+    process = spawn(command, {**settings, **(environ or {})}, log)
+    return Engine(name, f"http://127.0.0.1:{port}", model.name, process, log, control_port)
+
+
+def spawn(command: Sequence[str], environ: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a server offline and in a process group of its own; ``log`` gets what it prints."""
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as out:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **settings, **(environ or {})},
+            env={**os.environ, **offline, **environ},
             process_group=0,
         )
-    return Engine(name, f"http://127.0.0.1:{port}", model.name, process, log, control_port)
 
 
 @contextmanager

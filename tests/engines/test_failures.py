@@ -423,14 +423,13 @@ def test_a_consumer_turns_to_another_producer_when_one_is_killed_in_the_middle(
     """The dispatcher names both, and asks the second when the first one's request has failed."""
     prompt, other = random_prompt(4000, 62), cluster.recomputing
     expected = other.complete(prompt, 4)
-    prefill_s = cluster.prefill_s(4000, 64)
     produce_params, consume = at_once(cluster.producer)
     failed, retried = failures(cluster.failing), retries(cluster.failing)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce_params)
         params = {**consume, "remote_alternatives": [address_of(other)]}
         answer = pool.submit(cluster.failing.complete, prompt, 4, kv_transfer_params=params)
-        time.sleep(0.6 * prefill_s)
+        wait_until(cluster.failing.holds_blocks)  # it fetches
         cluster.producer.kill()
         assert first.exception(30) is not None
         wait_until(lambda: retries(cluster.failing) == retried + 1)
