@@ -38,6 +38,7 @@ _SERIES = {
     "pdplugin": {
         "descriptors": "pd_fetch_descriptors_total",
         "stretches": "pd_fetch_stretches_total",
+        "packed": "pd_fetch_packed_stretches_total",
         "control_bytes": "pd_control_bytes_total",
     },
 }
@@ -97,7 +98,10 @@ def start_arm(
             environ |= nixl_settings(place)
         elif name == "pdplugin":
             pd_role = "prefill" if role == "producer" else "decode"
-            flags += connector_arguments(pd_role, host=place.kv_host, port=place.kv_port)
+            # Each request says which codec it wants.
+            flags += connector_arguments(
+                pd_role, host=place.kv_host, port=place.kv_port, lossy_max="int2"
+            )
             environ["VLLM_PD_CLUSTER_KEY"] = cluster_key
         shown = name if role == name else f"{name} {role}"
         log = folder / f"{name}-{role}.log"

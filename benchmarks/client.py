@@ -28,9 +28,12 @@ class Prompts:
         return [self._random.randrange(100, 49_000) for _ in range(length)]
 
 
-def ask(url: str, model: str, prompt: Sequence[int], max_tokens: int) -> tuple[float, list[float]]:
+def ask(
+    url: str, model: str, prompt: Sequence[int], max_tokens: int, codec: str = "raw"
+) -> tuple[float, list[float]]:
     """Ask for a completion on a new connection; return when it was sent and when tokens came.
 
+    codec: of the KV, where that is not bit for bit; behind the concurrent proxy only.
     Times are seconds of ``time.perf_counter``.
 
     Raises:
@@ -40,7 +43,7 @@ def ask(url: str, model: str, prompt: Sequence[int], max_tokens: int) -> tuple[f
     async def once() -> tuple[float, list[float]]:
         arrivals: list[float] = []
         async with session() as opened:
-            sent = await stream(opened, url, model, prompt, max_tokens, arrivals)
+            sent = await stream(opened, url, model, prompt, max_tokens, arrivals, codec)
         return sent, arrivals
 
     return asyncio.run(once())
@@ -60,6 +63,7 @@ async def stream(
     prompt: Sequence[int],
     max_tokens: int,
     arrivals: list[float],
+    codec: str = "raw",
 ) -> float:
     """Stream a greedy completion of exactly ``max_tokens``; return when it was sent.
 
@@ -69,16 +73,17 @@ async def stream(
     Raises:
         RequestFailed: the request was refused, or the answer ended early.
     """
-    body = json.dumps(
-        {
-            "model": model,
-            "prompt": list(prompt),
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-        }
-    ).encode()
+    request: dict[str, Any] = {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
+    if codec != "raw":
+        request["kv_transfer_params"] = {"codec": codec}
+    body = json.dumps(request).encode()
     headers = {"Content-Type": "application/json"}
     sent = time.perf_counter()
     try:

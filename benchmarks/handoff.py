@@ -9,6 +9,7 @@ one run, interleaved. Needs root, iproute2, two cores and some 16 GB of memory.
     python -m benchmarks.handoff --prompts 512,2048 --link-mbit 0,300,1000 \\
       --json benchmarks/results/handoff-links.json
     python -m benchmarks.handoff --prompts 128,512,2048,8192 --link-mbit 0,1000,300,100
+    python -m benchmarks.handoff --codec raw,int8,int4,int2 --link-mbit 100,300 --prompts 512,2048
     python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
 
 `--json FILE` also writes the tables (FILE with .md) and, without --undisturbed, a plot (.png). The
@@ -34,7 +35,7 @@ from tests import models
 
 ARMS = ("alone", "nixl", "pdplugin")
 DISPATCHES = ("serial", "concurrent")
-CODECS = ("raw",)
+CODECS = ("raw", "int8", "int4", "int2", "auto")
 
 MIN_PROMPT, MAX_PROMPT = 128, 8192
 
@@ -69,8 +70,8 @@ def parse_arguments() -> argparse.Namespace:
         help="of pdplugin: serial, concurrent (both)",
     )  # fmt: skip
     parser.add_argument(
-        "--codec", type=some_of(CODECS), default=CODECS, metavar="CODEC,...",
-        help=f"of pdplugin: some of {', '.join(CODECS)} ({CODECS[0]})",
+        "--codec", type=some_of(CODECS), default=CODECS[:1], metavar="CODEC,...",
+        help=f"of pdplugin, dispatched concurrently: some of {', '.join(CODECS)} ({CODECS[0]})",
     )  # fmt: skip
     parser.add_argument(
         "--undisturbed",
@@ -129,7 +130,7 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     cores = Cores.choose()
     network = stack.enter_context(two_hosts())
-    started = routes.start(args.arms, args.dispatch, model, network, folder, stack)
+    started = routes.start(args.arms, args.dispatch, args.codec, model, network, folder, stack)
     notes = report.UNDISTURBED_NOTES if args.undisturbed else report.LATENCY_NOTES
     facts += [
         note.format(compute=cores.compute, other=cores.other, running=RUNNING_PROMPT)

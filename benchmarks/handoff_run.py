@@ -110,7 +110,7 @@ class Bench:
         counts = route.arm.counts()
         wire_bytes = self.network.wire_bytes()
         cpu = route.cpu_seconds()
-        sent, arrivals = ask(route.url, route.model, prompt, ANSWER_TOKENS)
+        sent, arrivals = ask(route.url, route.model, prompt, ANSWER_TOKENS, route.codec)
         used = {label: s - cpu.get(label, 0.0) for label, s in route.cpu_seconds().items()}
         time.sleep(COUNTERS_S)
         if len(arrivals) < 2:
@@ -194,7 +194,7 @@ def gaps_between(
 
 
 def key_of(route: Route, prompt_tokens: int, link_mbit: int) -> Key:
-    return Key(route.arm.name, route.dispatch, "raw", prompt_tokens, link_mbit)
+    return Key(route.arm.name, route.dispatch, route.codec, prompt_tokens, link_mbit)
 
 
 def rotated(routes: Sequence[Route], by: int) -> list[Route]:

@@ -35,8 +35,9 @@ LATENCY_NOTES = (
     "Added TTFT is TTFT less that of `alone` at the same prompt and link.",
     "Control messages are both directions between consumer and producer, of the consumer's "
     "scheduler and ranks together, as pd_control_bytes_total has them: without encryption and TCP. "
-    "A handoff may take 2 KiB and 128 bytes a stretch. Heartbeats count, one a second and its "
-    "answer while a handoff is open; introductions are not: they come with the warm-up.",
+    "A handoff may take 2 KiB, 128 bytes a stretch, and 512 more where it is packed. Heartbeats "
+    "count, one a second and its answer while a handoff is open; introductions do not: they come "
+    "with the warm-up.",
     "Hidden is the share of the transfer that prefill hid: 1 - (TTFT - reference) / (bytes on the "
     "wire / link rate), not below 0. The reference is the TTFT of the same arm over the unlimited "
     "link if the run has it; else (marked >=) that of `alone`, which counts every other cost "
@@ -116,7 +117,7 @@ def _latency_table(rows: Sequence[Row]) -> str:
 def _ratios(rows: Sequence[Row]) -> str:
     head = (
         "prompt", "link", "arm", "added TTFT ms", "added TTFT ÷ nixl", "TTFT ÷ nixl",
-        "TTFT ÷ alone", "TTST ÷ nixl", "bytes ÷ nixl",
+        "TTFT ÷ alone", "TTST ÷ nixl", "bytes ÷ nixl", "bytes ÷ raw",
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -127,6 +128,8 @@ def _ratios(rows: Sequence[Row]) -> str:
         ttft, ttst = "ttft_samples_ms", "ttst_samples_ms"
         added = row["ttft_ms"] - alone["ttft_ms"] if alone else None
         to_nixl: list[Ratio | None] = [None, None, None]
+        raw = find(rows, row, codec="raw")
+        to_raw = row["wire_bytes"] / raw["wire_bytes"] if raw and raw is not row else None
         wire = None
         if nixl and nixl is not row:
             to_nixl = [
@@ -141,6 +144,7 @@ def _ratios(rows: Sequence[Row]) -> str:
                 cell(added), cell(to_nixl[0]), cell(to_nixl[1]),
                 cell(ratio(row, alone, ttft) if alone else None), cell(to_nixl[2]),
                 cell(wire, ".2f"),
+                cell(to_raw, ".3f"),
             ]
         )  # fmt: skip
     return markdown(head, lines)
@@ -152,7 +156,7 @@ def _control_table(rows: Sequence[Row]) -> str:
         [
             str(row["prompt_tokens"]), shown_link(row["link_mbit"]), shown_arm(row),
             cell(row["control_bytes"], ".0f"), cell(row["stretches"], ".0f"),
-            cell(control_budget_bytes(row["stretches"]), ".0f"),
+            cell(control_budget_bytes(row["stretches"], row["packed"]), ".0f"),
             f"{row['over_control_budget']} of {row['n']}",
         ]
         for row in rows

@@ -30,13 +30,16 @@ class Route:
 
     arm: Arm
     dispatch: str
+    codec: str
     url: str
     router: Router | None
     cores: Cores
 
     @property
     def name(self) -> str:
-        return self.arm.name if self.router is None else f"{self.arm.name}, {self.dispatch}"
+        codec = () if self.codec == "raw" else (self.codec,)
+        way = () if self.router is None else (self.dispatch,)
+        return ", ".join((self.arm.name, *way, *codec))
 
     @property
     def model(self) -> str:
@@ -59,7 +62,7 @@ class Route:
         self.share_cores()
         for attempt in range(1, WARM_UP_TRIES + 1):
             try:
-                ask(self.url, self.model, prompts.next(warm_up_tokens), 4)
+                ask(self.url, self.model, prompts.next(warm_up_tokens), 4, self.codec)
                 break
             except RequestFailed as error:
                 if attempt == WARM_UP_TRIES:
@@ -107,6 +110,7 @@ class Route:
 def start(
     arms: Sequence[str],
     dispatches: Sequence[str],
+    codecs: Sequence[str],
     model: Path,
     network: Network,
     folder: Path,
@@ -130,7 +134,7 @@ def start(
     routes: list[Route] = []
     for arm in started:
         arm.signal(signal.SIGCONT)
-        routes += _routes_of(arm, dispatches, cores, folder, stack)
+        routes += _routes_of(arm, dispatches, codecs, cores, folder, stack)
         arm.pause()
     # Only now, because waking a route pins this process, and what it starts would be pinned too.
     prompts = Prompts(1)
@@ -143,11 +147,16 @@ def start(
 
 
 def _routes_of(
-    arm: Arm, dispatches: Sequence[str], cores: Cores, folder: Path, stack: ExitStack
+    arm: Arm,
+    dispatches: Sequence[str],
+    codecs: Sequence[str],
+    cores: Cores,
+    folder: Path,
+    stack: ExitStack,
 ) -> list[Route]:
     """Return the ways to ask an arm, with their routers started. Its engines must be running."""
     if arm.name == "alone":
-        return [Route(arm, "serial", arm.engines["alone"].url, None, cores)]
+        return [Route(arm, "serial", "raw", arm.engines["alone"].url, None, cores)]
     producer, consumer = arm.engines["producer"], arm.engines["consumer"]
     routes: list[Route] = []
     # NixlConnector's handoff gets its name in the prefill engine's answer: serial only.
@@ -159,5 +168,9 @@ def _routes_of(
             log = folder / f"{arm.name}-proxy.log"
             place = arm.places["producer"]
             router = start_proxy(producer.url, place, consumer.url, log, stack)
-        routes.append(Route(arm, dispatch, router.url, router, cores))
+        # vllm-router passes on what the producer answers, and no codec of a client's.
+        routes += [
+            Route(arm, dispatch, codec, router.url, router, cores)
+            for codec in (codecs if dispatch == "concurrent" else ("raw",))
+        ]
     return routes

@@ -107,6 +107,7 @@ def latency_row(key: Key, samples: Sequence[Sample | None]) -> Row:
         "descriptors": _median_count(good, "descriptors"),
         "control_bytes": _median_count(good, "control_bytes"),
         "stretches": _median_count(good, "stretches"),
+        "packed": _median_count(good, "packed"),
         "over_control_budget": sum(map(_is_over_budget, good)),
         "cpu_s": {
             label: round(median([sample.cpu_s.get(label, 0.0) for sample in good]), 3)
@@ -119,16 +120,17 @@ def latency_row(key: Key, samples: Sequence[Sample | None]) -> Row:
     }
 
 
-def control_budget_bytes(stretches: float) -> float:
+def control_budget_bytes(stretches: float, packed: float) -> float:
     """Return how many bytes of control messages a handoff may take at the most."""
-    return 2048 + 128 * stretches
+    return 2048 + 128 * stretches + 512 * packed
 
 
 def _is_over_budget(sample: Sample) -> bool:
     counts = sample.counts
-    return "control_bytes" in counts and counts["control_bytes"] > control_budget_bytes(
-        counts["stretches"]
-    )
+    if "control_bytes" not in counts:
+        return False
+    budget = control_budget_bytes(counts["stretches"], counts["packed"])
+    return counts["control_bytes"] > budget
 
 
 def _median_count(samples: Sequence[Sample], name: str) -> float | None:

@@ -222,9 +222,15 @@ def prefill_body(body: dict[str, Any], handoff_id: str) -> dict[str, Any]:
 
 
 def decode_body(body: dict[str, Any], handoff_id: str, pair: Pair) -> dict[str, Any]:
-    """Return the consumer's half: the request as it came, and where its KV will be."""
+    """Return the consumer's half: the request as it came, and where its KV will be.
+
+    A client may choose how the KV is to be moved, with `kv_transfer_params: {"codec": "int8"}`.
+    """
+    wanted = body.get("kv_transfer_params")
+    codec = wanted.get("codec") if isinstance(wanted, dict) else None
     return body | {
         "kv_transfer_params": {
+            **({"codec": codec} if codec is not None else {}),
             "do_remote_prefill": True,
             "remote_host": pair.control_host,
             "remote_port": pair.control_port,

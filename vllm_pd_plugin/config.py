@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_pd_plugin.codecs import AUTO, Codec
 from vllm_pd_plugin.errors import ConfigError
 
 CLUSTER_KEY_VARIABLE = "VLLM_PD_CLUSTER_KEY"
@@ -30,6 +31,13 @@ class PdConfig:
         than a prompt's KV announces whole chunks only.
     integrity: "digest" compares what was read with what the producer's memory holds, and fails the
         handoff where they differ; "none" relies on the commit alone.
+    codec: how this engine asks for KV: "raw" (bit for bit), "int8", "int4", "int2", or "auto",
+        which chooses for each handoff from what was measured.
+    lossy_max: the narrowest codec that "auto", or a request, may choose; "none" allows raw only.
+    packing: whether blocks that lie scattered are packed by the producer and read as one piece:
+        "always", "never", or "auto", whichever has been faster.
+    staging_bytes: memory of one rank for packed pieces, in halves for what it packs and for what
+        it reads; 0 packs nothing, and sends and fetches raw KV only.
     cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY``; None without.
     """
 
@@ -42,6 +50,10 @@ class PdConfig:
     queue_timeout_s: float = 600.0
     stretch_bytes: int = 2 * 2**20
     integrity: str = "none"
+    codec: str = "raw"
+    lossy_max: str = "none"
+    packing: str = "auto"
+    staging_bytes: int = 64 * 2**20
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -68,10 +80,25 @@ class PdConfig:
             fetch_timeout_s=_seconds(options, "fetch_timeout_s", default.fetch_timeout_s),
             queue_timeout_s=_seconds(options, "queue_timeout_s", default.queue_timeout_s),
             stretch_bytes=_bytes(options, "stretch_bytes", default.stretch_bytes),
-            integrity=_integrity(options, default.integrity),
+            integrity=_one_of(options, "integrity", default.integrity, ("none", "digest")),
+            codec=_one_of(options, "codec", default.codec, (*Codec, AUTO)),
+            lossy_max=_one_of(options, "lossy_max", default.lossy_max, ("none", *_LOSSY)),
+            packing=_one_of(options, "packing", default.packing, ("auto", "always", "never")),
+            staging_bytes=_bytes(options, "staging_bytes", default.staging_bytes, least=0),
             cluster_key=_cluster_key(environ),
         )
+        if config.narrowest is not Codec.RAW and not config.staging_bytes:
+            raise ConfigError(
+                f"staging_bytes=0 leaves no room for codec={config.codec}, "
+                f"lossy_max={config.lossy_max}; set it to some megabytes, or use codec=raw"
+            )
         return config._with_reachable_address()
+
+    @property
+    def narrowest(self) -> Codec:
+        """The narrowest codec that the operator has allowed, by naming it."""
+        named = [Codec(name) for name in (self.codec, self.lossy_max) if name in _LOSSY]
+        return max(named, key=lambda codec: codec.rank, default=Codec.RAW)
 
     def _with_reachable_address(self) -> PdConfig:
         for name in ("host", "advertise_host"):
@@ -90,6 +117,9 @@ class PdConfig:
                 "set advertise_host to the address that they reach this engine by"
             )
         return dataclasses.replace(self, advertise_host=self.host)
+
+
+_LOSSY = [codec for codec in Codec if codec is not Codec.RAW]
 
 
 def is_loopback(host: str) -> bool:
@@ -130,17 +160,20 @@ def _seconds(options: Mapping[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def _bytes(options: Mapping[str, Any], name: str, default: int) -> int:
+def _bytes(options: Mapping[str, Any], name: str, default: int, least: int = 1) -> int:
     value = options.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**50:
-        raise ConfigError(f"{name}={value!r} is not a size; allowed are 1 to 2**50 bytes")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**50:
+        raise ConfigError(f"{name}={value!r} is not a size; allowed are {least} to 2**50 bytes")
     return value
 
 
-def _integrity(options: Mapping[str, Any], default: str) -> str:
-    value = options.get("integrity", default)
-    if value not in ("none", "digest"):
-        raise ConfigError(f"integrity={value!r} is not known; allowed are none and digest")
+def _one_of(options: Mapping[str, Any], name: str, default: str, allowed: Sequence[str]) -> str:
+    value = options.get(name, default)
+    if value not in allowed:
+        *others, last = allowed
+        raise ConfigError(
+            f"{name}={value!r} is not known; allowed are {', '.join(others)} and {last}"
+        )
     return str(value)
 
 

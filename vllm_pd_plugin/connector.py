@@ -144,6 +144,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         layout = geometry.describe(self._vllm_config, self._kv_cache_config, kv_caches)
+        geometry.refuse_unencodable(layout, self._worker.narrowest)
         device = next(iter(kv_caches.values())).device
         kind = "DRAM" if device.type == "cpu" else "VRAM"
         transport = NixlTransport(kind, device.index or 0)

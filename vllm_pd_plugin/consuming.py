@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm_pd_plugin.codecs import CodecChoice
 from vllm_pd_plugin.control import CallControl, Lost, Offered
 from vllm_pd_plugin.digest import prompt_digest
 from vllm_pd_plugin.errors import HandoffError, Reason
@@ -53,6 +54,7 @@ class _Consuming:
     spec: FetchSpec | None = None
     """What the workers were last told to fetch."""
     attempt: int = 0
+    codec: CodecChoice = CodecChoice()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,9 +83,10 @@ class ConsumingRequests:
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, request: Request, sources: Sequence[Source]) -> None:
+    def add(self, request: Request, sources: Sequence[Source], codec: CodecChoice) -> None:
         """Begin to fetch, or to follow the request that already fetches the same handoff."""
-        consuming = self._open[request.request_id] = _Consuming(request, list(sources))
+        consuming = _Consuming(request, list(sources), codec=codec)
+        self._open[request.request_id] = consuming
         if self._is_led(consuming):
             consuming.stage = _Stage.FOLLOWING
         else:
@@ -236,6 +239,7 @@ class ConsumingRequests:
             source=consuming.sources[0],
             attempt=consuming.attempt,
             is_last=len(consuming.sources) == 1,
+            codec=consuming.codec,
         )
         self._fetches.append(consuming.spec)
 

@@ -113,6 +113,7 @@ class ControlPlane:
             lease_s,
             lambda request_id, state: emit(Released(request_id, state)),
             lambda request_id, state: emit(Abandoned(request_id, state)),
+            self._unstage,
             clock,
         )
         self._consuming = ConsumerTable()
@@ -196,7 +197,12 @@ class ControlPlane:
             case wire.Commit():
                 return self._producing.commit(message)
             case wire.Check():
-                return self._check(message)
+                return self._ask_worker(message.rank, self._producing.check(message))
+            case wire.Pack():
+                return self._ask_worker(message.rank, self._producing.pack(message))
+            case wire.Unpacked(handoff_id, rank, number):
+                self._unstage(handoff_id, rank, number)
+                return None
             case wire.Cancel(handoff_id):
                 self._producing.cancel(handoff_id)
                 return None
@@ -207,6 +213,9 @@ class ControlPlane:
             case wire.Examined(check, digest) if header.sender in self._workers:
                 self._tell(self._producing.examined(check, digest))
                 return None
+            case wire.Staged() if header.sender in self._workers:
+                self._staged(message)
+                return None
             case wire.Nudge() if header.sender in self._workers:
                 self._emit(Nudged())
                 return None
@@ -214,16 +223,27 @@ class ControlPlane:
                 self._dropped_requests += 1
                 return None
 
-    def _check(self, check: wire.Check) -> wire.Reply | None:
-        """Have the rank here look at its blocks; its answer is passed on when it comes."""
-        answer = self._producing.check(check)
-        if not isinstance(answer, wire.Examine):
+    def _ask_worker(self, rank: int, answer: wire.Reply) -> wire.Reply | None:
+        """Pass on what is meant for the rank here; its answer is passed on when it comes."""
+        if not isinstance(answer, wire.Examine | wire.Stage):
             return answer
-        worker = self._worker_links.get(check.rank)
+        worker = self._worker_links.get(rank)
         if worker is None:  # all its announcements were lost
-            return wire.Refuse(check.handoff_id, Reason.INTERNAL)
+            asked = answer.check if isinstance(answer, wire.Examine) else answer.pack
+            return wire.Refuse(asked.handoff_id, Reason.INTERNAL)
         self._reply(worker, answer)
         return None
+
+    def _staged(self, staged: wire.Staged) -> None:
+        answer = self._producing.staged(staged)
+        if answer is not None:
+            self._reply(*answer)
+        elif staged.packed is not None:
+            self._unstage(staged.handoff_id, staged.rank, staged.packed.number)
+
+    def _unstage(self, handoff_id: HandoffId, rank: int, number: int | None = None) -> None:
+        if worker := self._worker_links.get(rank):
+            self._reply(worker, wire.Unstage(handoff_id, number))
 
     def _tell(self, answers: Iterable[Answer]) -> None:
         for who, message in answers:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_pd_plugin.layout import Group
-from vllm_pd_plugin.ops import digest_blocks
+from vllm_pd_plugin.ops import as_plane, digest_blocks
 from vllm_pd_plugin.plan import BlockTables
 
 if TYPE_CHECKING:
@@ -43,21 +43,15 @@ def kv_digest(
     """Return a digest of the blocks that a consumer of tokens [first_token, num_tokens) needs, in
     every layer of one rank: 8 bytes for each group.
 
-    caches: one ``[num_blocks, ...]`` for each layer, in the order of the groups' layers, whose
-        blocks are contiguous.
+    caches: one for each layer, in the order of the groups' layers; see ``as_plane``.
     """
     digests = []
     layers = iter(caches)
     for group, table in zip(groups, tables, strict=True):
-        planes = [_as_plane(next(layers)) for _ in group.layers]
+        planes = [as_plane(next(layers)) for _ in group.layers]
         blocks = [table[i] for i in group.needed_blocks(first_token, num_tokens)]
         digests.append(
             digest_blocks(planes, torch.tensor(blocks, dtype=torch.int64, device=planes[0].device))
         )
     together: bytes = torch.cat(digests).cpu().numpy().tobytes()
     return together
-
-
-def _as_plane(cache: torch.Tensor) -> torch.Tensor:
-    """Return ``[num_blocks, 1, 1, block_bytes]``: a digest need not know what is in a block."""
-    return cache.view(cache.shape[0], 1, 1, -1).view(torch.uint8)

@@ -10,9 +10,18 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from vllm_pd_plugin.codecs import Codec, CodecChoice
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import RequestId, Source
-from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.plan import BlockTables, ReadPlan
+
+
+class Packing(enum.StrEnum):
+    """Whether the producer is to pack what lies scattered; see ``PdConfig``."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class FetchState(enum.Enum):
@@ -33,6 +42,7 @@ class FetchSpec:
     The consumer has KV for tokens [0, first_token) and wants [0, num_tokens) in ``blocks``.
     attempt: how many sources were tried before this one.
     is_last: whether there is no other source to turn to when this one fails.
+    codec: how it is to be written down.
     """
 
     request_id: RequestId
@@ -42,13 +52,36 @@ class FetchSpec:
     blocks: BlockTables
     attempt: int = 0
     is_last: bool = True
+    codec: CodecChoice = CodecChoice()
+
+
+@dataclasses.dataclass(slots=True)
+class FetchCounts:
+    """What was read for a fetch.
+
+    wire_bytes: that reads moved. kv_bytes: that it takes in the cache.
+    stretches: reads that were posted. packed: those of packed pieces.
+    """
+
+    wire_bytes: int = 0
+    kv_bytes: int = 0
+    descriptors: int = 0
+    stretches: int = 0
+    packed: int = 0
+
+    def posted(self, plan: ReadPlan, kv_bytes: int, is_packed: bool) -> None:
+        self.wire_bytes += plan.total_bytes
+        self.kv_bytes += kv_bytes
+        self.descriptors += plan.num_descriptors
+        self.stretches += 1
+        self.packed += is_packed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchResult:
     """How a fetch ended on one rank. ``reason`` is None when the KV is committed and usable.
 
-    num_stretches: reads that were posted.
+    counts, codec: what was read for it, and how it was written down.
     seconds: from the worker's first knowledge of the fetch to its end.
     valid_tokens: length of the prompt's prefix whose KV is usable all the same, when it failed.
     attempt, is_last: those of the ``FetchSpec``.
@@ -56,9 +89,8 @@ class FetchResult:
 
     request_id: RequestId
     reason: Reason | None
-    num_bytes: int
-    num_descriptors: int
-    num_stretches: int
+    counts: FetchCounts
+    codec: Codec
     seconds: float
     valid_tokens: int
     attempt: int = 0

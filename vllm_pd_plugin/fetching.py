@@ -9,24 +9,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from vllm_pd_plugin import wire
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.errors import HandoffError, PeerError, Reason
-from vllm_pd_plugin.fetches import FetchResult, FetchSpec, FetchState
-from vllm_pd_plugin.layout import EngineLayout, Region
+from vllm_pd_plugin.fetches import FetchCounts, FetchResult, FetchSpec, FetchState
 from vllm_pd_plugin.peers import Peer
 from vllm_pd_plugin.plan import Digest
-from vllm_pd_plugin.stretches import Stretches
-from vllm_pd_plugin.transport import PeerName, ReadHandle, ReadState, Transport
+from vllm_pd_plugin.rates import Prospect, choose_codec
+from vllm_pd_plugin.reading import Connections, LocalRank, Reading
+from vllm_pd_plugin.transport import Transport
 
 logger = logging.getLogger(__name__)
-
-_MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
-_MAX_READS = 2
-"""Reads of one fetch that are under way together: the next is there when one ends, and what is
-announced meanwhile gathers into one."""
 
 _ASK_AGAIN_S = 2.0
 """How long a fetch that reads nothing waits for news before it asks: they may have been lost with
@@ -35,17 +31,10 @@ a connection, which ZeroMQ renews by itself."""
 _VOUCH_INTERVAL_S = 0.5
 """How often a fetch asks whether what has arrived is valid, so that a later failure keeps it."""
 
-AboutFetch = wire.Progress | wire.Seal | wire.Checked | wire.Committed | wire.Refuse
+_TYPICAL_STRETCH_BYTES = 2 * 2**20
+
+AboutFetch = wire.Progress | wire.Seal | wire.Packed | wire.Checked | wire.Committed | wire.Refuse
 """What a producer says to a rank that fetches."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LocalRank:
-    """Which tensor parallel rank this is, and its memory."""
-
-    rank: int
-    layout: EngineLayout
-    regions: Sequence[Region]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,22 +51,8 @@ class Timeouts:
     drain_s: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Read:
-    handle: ReadHandle
-    epoch: int
-    posted_at: float
-    prefix_tokens: int
-    """``Stretches.taken_tokens`` when it was posted."""
-
-
-class Connections(Protocol):
+class FetchConnections(Connections, Protocol):
     """What a fetch needs of the peers that its plane knows."""
-
-    def send(self, peer: Peer, message: wire.Request) -> None: ...
-
-    def name(self, peer: Peer) -> PeerName:
-        """Connect the transport to a peer, once for each incarnation."""
 
     def drop(self, peer: Peer, error: PeerError) -> None:
         """Close the connection: nothing is written by reads from that peer afterwards."""
@@ -107,7 +82,7 @@ class Fetch:
         self,
         spec: FetchSpec,
         rank: Rank,
-        connections: Connections,
+        connections: FetchConnections,
         on_end: Callable[[Fetch, FetchResult], None],
     ) -> None:
         self.spec = spec
@@ -120,36 +95,39 @@ class Fetch:
         self._on_end = on_end
         self._started_at = self._clock()
         self._deadline = self._started_at + rank.timeouts.read_s
-        self._stretches: Stretches
-        self._reads: list[_Read] = []
-        """In the order in which they were posted, which is that in which they are waited for."""
-        self._arrived_tokens = self._vouched_tokens = self._asked_tokens = 0
+        self._reading: Reading | None = None
+        self._vouched_tokens = self._asked_tokens = 0
         self._next_vouch_at = self._started_at + _VOUCH_INTERVAL_S
         self._ask_again_at = math.inf
+        self._heard_at: float | None = None
         self._reason: Reason | None = None
-        self._num_bytes = self._num_descriptors = self._num_stretches = 0
 
     # --- what its plane asks of it -----------------------------------------------------------
 
     def subscribe(self, peer: Peer) -> None:
         """The producer is there: from now on it says what is final."""
-        spec, local = self.spec, self._rank.local
+        rank = self._rank
         self.peer, self.state = peer, FetchState.FETCHING
         self._deadline = self._started_at + self._timeouts.queue_s
-        self._stretches = Stretches(
-            local.layout,
-            (spec.blocks, local.regions),
-            peer.welcome.ranks[local.rank].regions,
-            spec.first_token,
-            spec.num_tokens,
+        self._reading = Reading(
+            self.spec,
+            peer,
+            rank.local,
+            rank.transport,
+            self._connections,
+            self._clock,
+            rank.digest,
         )
         self._send_subscribe(peer)
 
     def take(self, peer: Peer, message: AboutFetch) -> None:
         """Take in what the producer says."""
-        if self.state is FetchState.DRAINING:
-            return
+        assert self._reading is not None
         match message:
+            case wire.Packed():
+                self._packed(self._reading, message)
+            case _ if self.state is FetchState.DRAINING:
+                return
             case wire.Refuse(_, reason):
                 self.fail(reason)
             case wire.Committed():
@@ -157,20 +135,12 @@ class Fetch:
             case wire.Checked():
                 self._checked(peer, message)
             case _:
-                self._learn(peer, message)
+                self._learn(peer, self._reading, message)
 
     def drive(self) -> None:
         """Go on with what has ended, and with what is due."""
-        self._poll()
-        if self.state is FetchState.DRAINING and not self._reads:
-            self._end(self._reason)
-            return
-        if self.state is FetchState.FETCHING and self.peer is not None:
-            self._read(self.peer)
-        if self.state is FetchState.FETCHING and self.peer is not None:
-            self._vouch(self.peer)
-            if not self._reads and self._clock() >= self._ask_again_at:
-                self._send_subscribe(self.peer)
+        if self._reading is not None and self.peer is not None:
+            self._drive_reads(self.peer, self._reading)
         if self.state is not FetchState.ENDED and self._clock() >= self._deadline:
             self._overdue()
 
@@ -178,13 +148,12 @@ class Fetch:
         """Return for how many seconds ``drive`` has nothing to do."""
         now = self._clock()
         waits = [self._deadline - now]
-        if self.state is FetchState.FETCHING and self._wants_vouch():
-            waits.append(self._next_vouch_at - now)
-        if self.state is FetchState.FETCHING and not self._reads:
-            waits.append(self._ask_again_at - now)
-        if self._reads:
-            elapsed = now - self._reads[0].posted_at
-            waits.append(min(max(_POLL_SHARE * elapsed, _MIN_POLL_S), _MAX_POLL_S))
+        if self._reading is not None:
+            waits.append(self._reading.wait_s())
+            if self.state is FetchState.FETCHING and self._wants_vouch(self._reading):
+                waits.append(self._next_vouch_at - now)
+            if self.state is FetchState.FETCHING and self._reading.is_idle:
+                waits.append(self._ask_again_at - now)
         return min(waits)
 
     def fail(self, reason: Reason, error: HandoffError | None = None) -> None:
@@ -194,7 +163,9 @@ class Fetch:
             logger.warning("handoff %s of %s: %s", spec.source.handoff_id, spec.request_id, error)
         if self.state is FetchState.DRAINING:
             return
-        if not self._reads:
+        if self._reading is not None:
+            self._reading.give_up()
+        if self._reading is None or not self._reading.writes:
             self._end(reason)
             return
         self.state, self._reason = FetchState.DRAINING, reason
@@ -202,9 +173,8 @@ class Fetch:
 
     def forget_reads(self) -> None:
         """The connection is closed: nothing is written any more."""
-        for read in self._reads:
-            self._rank.transport.release_read(read.handle)
-        self._reads.clear()
+        if self._reading is not None:
+            self._reading.disconnected()
 
     def disconnected(self, reason: Reason) -> None:
         """End without the peer, for the reason for which it was about to end anyway, if any."""
@@ -217,71 +187,105 @@ class Fetch:
         handoff_id = self.spec.source.handoff_id
         self._connections.send(peer, wire.Subscribe(handoff_id, self._rank.local.rank))
 
-    def _learn(self, peer: Peer, message: wire.Progress | wire.Seal) -> None:
-        epoch = self._stretches.epoch
-        self._ask_again_at = self._clock() + _ASK_AGAIN_S
+    def _drive_reads(self, peer: Peer, reading: Reading) -> None:
         try:
-            is_complete = self._stretches.learn(message)
-        except HandoffError as error:
-            self.fail(error.reason, error)
-            return
-        if self._stretches.epoch != epoch:  # what was read, and asked, is void
-            self.state = FetchState.FETCHING
-            self._arrived_tokens = self._vouched_tokens = self._asked_tokens = 0
-        if not is_complete:
-            self._send_subscribe(peer)
-        self._read(peer)
-
-    def _read(self, peer: Peer) -> None:
-        """Post a read of what is final and not asked for; when nothing is left, commit."""
-        if self.state is not FetchState.FETCHING:
-            return
-        stretches = self._stretches
-        # A read of an earlier epoch may still write to the same blocks.
-        stale = any(read.epoch != stretches.epoch for read in self._reads)
-        try:
-            while not stale and len(self._reads) < _MAX_READS and (plan := stretches.take()):
-                prefix = stretches.taken_tokens
-                handle = self._rank.transport.post_read(self._connections.name(peer), plan)
-                self._reads.append(_Read(handle, stretches.epoch, self._clock(), prefix))
-                self._num_bytes += plan.total_bytes
-                self._num_descriptors += plan.num_descriptors
-                self._num_stretches += 1
-        except HandoffError as error:
-            self.fail(error.reason, error)
-            return
-        if not self._reads and stretches.is_exhausted:
-            if self._rank.digest is None:
-                self._commit(peer)
-            else:
-                self._check(peer)
-        self._set_deadline()
-
-    def _poll(self) -> None:
-        """Take the reads that have ended."""
-        while self._reads:
-            read = self._reads[0]
-            state = self._rank.transport.poll_read(read.handle)
-            if state is ReadState.PENDING:
-                return
-            if state is ReadState.FAILED:
+            if not reading.poll():
                 # The rest of it may still write: only closing the connection ends that.
                 self._disconnect("a read from the peer failed")
                 return
-            self._rank.transport.release_read(read.handle)
-            self._reads.pop(0)
-            if read.epoch == self._stretches.epoch:
-                self._arrived_tokens = read.prefix_tokens
+        except HandoffError as error:
+            self.fail(error.reason, error)
+            return
+        if self.state is FetchState.DRAINING and not reading.writes:
+            self._end(self._reason)
+            return
+        if self.state is FetchState.FETCHING:
+            self._read(peer, reading)
+        if self.state is FetchState.FETCHING:
+            self._vouch(peer, reading)
+            if reading.is_idle and self._clock() >= self._ask_again_at:
+                self._send_subscribe(peer)
+
+    def _learn(self, peer: Peer, reading: Reading, message: wire.Progress | wire.Seal) -> None:
+        stretches = reading.stretches
+        epoch, before = stretches.epoch, stretches.final_bytes
+        self._ask_again_at = self._clock() + _ASK_AGAIN_S
+        try:
+            is_complete = stretches.learn(message)
+        except HandoffError as error:
+            self.fail(error.reason, error)
+            return
+        if stretches.epoch != epoch:  # what was read, and asked, is void
+            self.state = FetchState.FETCHING
+            reading.begin_epoch()
+            self._vouched_tokens = self._asked_tokens = 0
+        if self._heard_at is None:
+            reading.codec = self._choose_codec(reading, isinstance(message, wire.Seal))
+        elif stretches.epoch == epoch and stretches.final_bytes > before:
+            seconds = self._clock() - self._heard_at
+            reading.rates.prefill.add(stretches.final_bytes - before, seconds)
+        self._heard_at = self._clock()
+        if not is_complete:
+            self._send_subscribe(peer)
+        self._read(peer, reading)
+
+    def _choose_codec(self, reading: Reading, is_sealed: bool) -> Codec:
+        choice, incoming = self.spec.codec, self._rank.local.incoming
+        if incoming is None or not reading.can_pack:
+            return Codec.RAW
+        if choice.codec is not None:
+            return choice.codec
+        wanted, tokens = reading.stretches.wanted, self.spec.num_tokens
+        sizes = {
+            codec: incoming.pieces.piece(wanted, tokens, codec).num_bytes
+            for codec in (Codec.RAW, *incoming.coding)
+        }
+        kv_bytes = sizes[Codec.RAW]
+        rates = reading.rates
+        prospect = Prospect(
+            kv_bytes,
+            sizes,
+            rates.link.value,
+            None if is_sealed else rates.prefill.value,
+            incoming.coding,
+            max(1, min(kv_bytes // _TYPICAL_STRETCH_BYTES, len(wanted))),
+        )
+        return choose_codec(prospect, choice.narrowest)
+
+    def _packed(self, reading: Reading, message: wire.Packed) -> None:
+        try:
+            reading.packed(message)
+        except HandoffError as error:
+            self.fail(error.reason, error)
+            return
+        self._set_deadline(reading)
+
+    def _read(self, peer: Peer, reading: Reading) -> None:
+        """Read what is final and was not asked for; when nothing is left, commit."""
+        if self.state is not FetchState.FETCHING:
+            return
+        try:
+            reading.go_on()
+        except HandoffError as error:
+            self.fail(error.reason, error)
+            return
+        if reading.is_done:
+            # What a lossy codec brought is not what the producer has; each piece was compared.
+            if self._rank.digest is None or reading.codec is not Codec.RAW:
+                self._commit(peer)
+            else:
+                self._check(peer, reading)
+        self._set_deadline(reading)
 
     # --- checking and committing -------------------------------------------------------------
 
-    def _check(self, peer: Peer) -> None:
+    def _check(self, peer: Peer, reading: Reading) -> None:
         """Ask which bytes should have been read."""
         self.state = FetchState.CHECKING
         spec = self.spec
         check = wire.Check(
             spec.source.handoff_id,
-            self._stretches.epoch,
+            reading.stretches.epoch,
             self._rank.local.rank,
             spec.first_token,
             spec.num_tokens,
@@ -289,13 +293,13 @@ class Fetch:
         self._connections.send(peer, check)
 
     def _checked(self, peer: Peer, message: wire.Checked) -> None:
-        is_awaited = self.state is FetchState.CHECKING and message.epoch == self._stretches.epoch
+        is_awaited = self.state is FetchState.CHECKING and message.epoch == self._epoch
         if self._rank.digest is None or not is_awaited:
             return
         spec = self.spec
         if self._rank.digest(spec.blocks, spec.first_token, spec.num_tokens) == message.digest:
             self._commit(peer)
-            self._set_deadline()
+            self._deadline = self._clock() + self._timeouts.read_s
         else:
             self.fail(Reason.DIGEST_MISMATCH)
 
@@ -304,38 +308,45 @@ class Fetch:
         self._send_commit(peer, is_last=True)
 
     def _send_commit(self, peer: Peer, is_last: bool) -> None:
-        handoff_id, epoch = self.spec.source.handoff_id, self._stretches.epoch
-        commit = wire.Commit(handoff_id, epoch, self._rank.local.rank, is_last)
+        handoff_id = self.spec.source.handoff_id
+        commit = wire.Commit(handoff_id, self._epoch, self._rank.local.rank, is_last)
         self._connections.send(peer, commit)
 
     def _committed(self, message: wire.Committed) -> None:
-        if message.epoch != self._stretches.epoch:
+        if message.epoch != self._epoch:
             return
         if not message.is_last:
             self._vouched_tokens = self._asked_tokens
         elif self.state is FetchState.COMMITTING:
             self._end(None)
 
-    def _wants_vouch(self) -> bool:
+    @property
+    def _epoch(self) -> int:
+        assert self._reading is not None
+        return self._reading.stretches.epoch
+
+    def _wants_vouch(self, reading: Reading) -> bool:
         """Whether something has arrived that was not asked for, and no answer is due. Where bytes
         are to be compared, they are only when all of them are there."""
         if self._rank.digest is not None or self._asked_tokens != self._vouched_tokens:
             return False
-        return self._arrived_tokens > self._asked_tokens
+        return reading.arrived_tokens > self._asked_tokens
 
-    def _vouch(self, peer: Peer) -> None:
+    def _vouch(self, peer: Peer, reading: Reading) -> None:
         """Ask, now and then, whether what has arrived is valid."""
         now = self._clock()
-        if self._wants_vouch() and now >= self._next_vouch_at:
-            self._asked_tokens = self._arrived_tokens
+        if self._wants_vouch(reading) and now >= self._next_vouch_at:
+            self._asked_tokens = reading.arrived_tokens
             self._next_vouch_at = now + _VOUCH_INTERVAL_S
             self._send_commit(peer, is_last=False)
 
     # --- ending ------------------------------------------------------------------------------
 
-    def _set_deadline(self) -> None:
-        if self._reads:
-            self._deadline = self._reads[0].posted_at + self._timeouts.read_s
+    def _set_deadline(self, reading: Reading) -> None:
+        if self.state is FetchState.ENDED:
+            return
+        if reading.oldest is not None:
+            self._deadline = reading.oldest + self._timeouts.read_s
         elif self.state in (FetchState.CHECKING, FetchState.COMMITTING):
             self._deadline = self._clock() + self._timeouts.read_s
         else:
@@ -355,12 +366,12 @@ class Fetch:
     def _end(self, reason: Reason | None) -> None:
         self.state = FetchState.ENDED
         spec = self.spec
+        reading = self._reading
         result = FetchResult(
             spec.request_id,
             reason,
-            self._num_bytes,
-            self._num_descriptors,
-            self._num_stretches,
+            reading.counts if reading else FetchCounts(),
+            reading.codec if reading else Codec.RAW,
             self._clock() - self._started_at,
             spec.num_tokens if reason is None else self._vouched_tokens,
             spec.attempt,

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from vllm_pd_plugin.codecs import Codec, Part
 from vllm_pd_plugin.errors import UnsupportedError
 from vllm_pd_plugin.layout import EngineLayout, Group, GroupKind
 
@@ -91,7 +92,7 @@ def describe(
     for group in config.kv_cache_groups:
         specs = dict(zip(group.layer_names, _specs(group), strict=True))
         layers = tuple(name for name in group.layer_names if name in caches)
-        shapes = {tuple(caches[name].shape[1:]) for name in layers}
+        shapes = {(caches[name].shape[1:], caches[name].stride()[1:]) for name in layers}
         spec = specs[layers[0]]
         kind, window = _kind(spec)
         if len(shapes) != 1:
@@ -99,14 +100,17 @@ def describe(
                 f"a KV cache group with blocks of {len(shapes)} shapes is not supported yet; "
                 "use a model whose layers have equal KV heads"
             )
+        shape, strides = shapes.pop()
         groups.append(
             Group(
                 kind=kind,
                 block_tokens=spec.block_size,
                 window=window,
                 layers=layers,
-                block_shape=shapes.pop(),
+                block_shape=tuple(shape),
                 dtype=str(caches[layers[0]].dtype).removeprefix("torch."),
+                block_strides=tuple(strides),
+                parts=_parts(vllm_config, spec, caches[layers[0]]),
             )
         )
     return EngineLayout(
@@ -114,6 +118,17 @@ def describe(
         tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         groups=tuple(groups),
     )
+
+
+def refuse_unencodable(layout: EngineLayout, narrowest: Codec) -> None:
+    """Refuse lossy codecs for a KV cache that they cannot write down. Raises UnsupportedError."""
+    for group in layout.groups:
+        if narrowest is not Codec.RAW and not group.is_encodable:
+            raise UnsupportedError(
+                f"codec or lossy_max {narrowest} cannot be used with a KV cache of {group.dtype} "
+                f"and shape {group.block_shape}; use codec=raw, or a cache of float32, bfloat16 or "
+                "float16"
+            )
 
 
 def retain_recomputed_token(manager: KVCacheManager) -> None:
@@ -144,6 +159,63 @@ def _kind(spec: KVCacheSpec) -> tuple[GroupKind, int | None]:
         f"KV cache of kind {type(spec).__name__} is not supported by pdplugin yet; "
         "supported are full attention, MLA and sliding windows"
     )
+
+
+def _parts(vllm_config: VllmConfig, spec: KVCacheSpec, cache: torch.Tensor) -> tuple[Part, ...]:
+    """Return what a head keeps in a block of this cache; nothing where that is not known.
+
+    In vLLM 0.32 a cache's last dimension has a head's key and then its value, for every attention
+    backend (``v1/kv_cache_layout.py``); MLA's has the latent and then the rotary key. The CPU
+    backend takes only the size from that.
+    """
+    channels, stride = cache.shape[-1], cache.stride(-2)
+    if isinstance(spec, MLAAttentionSpec):
+        rank = getattr(vllm_config.model_config.hf_text_config, "kv_lora_rank", None)
+        if not rank or not 0 < rank < channels:
+            return ()
+        return (
+            Part.of_rows("latent", rank, 0, stride),
+            Part.of_rows("rope", channels - rank, rank, stride),
+        )
+    key, value = spec.head_size, spec.head_size_v
+    if key + value != channels:
+        return ()
+    if cache.device.type == "cpu":
+        return _parts_on_cpu(vllm_config, cache, key) if key == value else ()
+    return Part.of_rows("key", key, 0, stride), Part.of_rows("value", value, key, stride)
+
+
+def _parts_on_cpu(vllm_config: VllmConfig, cache: torch.Tensor, width: int) -> tuple[Part, ...]:
+    """Return how the CPU backend's kernels keep a head's keys, and then its values, in a block.
+
+    ``tests/unit/test_cpu_layout.py`` compares it with what the kernels do.
+    """
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    tokens = cache.shape[-2]
+    kernel = _get_attn_isa(
+        vllm_config.model_config.dtype, tokens, width, vllm_config.cache_config.cache_dtype
+    )
+    return parts_of_cpu_kernel(kernel, tokens, width)
+
+
+def parts_of_cpu_kernel(kernel: str, tokens: int, width: int) -> tuple[Part, ...]:
+    """Return a block's parts as one of vLLM's CPU attention kernels has them.
+
+    kernel: what vLLM calls its ISA. tokens: of a block. width: of a head.
+    """
+    values = tokens * width
+    if kernel in ("vec", "vec16"):
+        return (
+            Part.of_columns("key", width, 0, tokens),
+            Part.of_rows("value", width, values, width),
+        )
+    if kernel == "amx":  # tiles of 16 rows of 64 bytes, as the matrix unit wants bfloat16
+        return (
+            Part("key", width, 0, 16, 2, (16 * width, 2, 32, 1)),
+            Part("value", width, values, 2, 16, (32, 1, 16 * tokens, 2)),
+        )
+    return ()
 
 
 def _model_digest(vllm_config: VllmConfig) -> str:

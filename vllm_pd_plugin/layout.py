@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from vllm_pd_plugin.codecs import FLOATS, Part
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import BlockId
 
@@ -35,12 +36,22 @@ class Region(msgspec.Struct, frozen=True):
         return self.stride_bytes == self.block_bytes
 
 
+class Span(msgspec.Struct, frozen=True):
+    """A stretch of memory."""
+
+    address: int
+    num_bytes: int
+
+
 class Group(msgspec.Struct, frozen=True):
     """Layers that share one block table.
 
     block_tokens: tokens in one block.
     window: tokens that attention looks back on, the current one included; None for full attention.
-    block_shape: shape of one layer's block on one rank, as vLLM lays it out.
+    block_shape: shape of one layer's block on one rank, as vLLM lays it out: heads, tokens,
+        channels; without heads where all share one row.
+    block_strides: elements from one to the next, in each of those dimensions.
+    parts: what the channels of a row are; empty where that is not known.
     """
 
     kind: GroupKind
@@ -49,6 +60,18 @@ class Group(msgspec.Struct, frozen=True):
     layers: tuple[str, ...]
     block_shape: tuple[int, ...]
     dtype: str
+    block_strides: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def heads(self) -> int:
+        """KV heads on one rank."""
+        return self.block_shape[0] if len(self.block_shape) > 2 else 1
+
+    @property
+    def is_encodable(self) -> bool:
+        """Whether lossy codecs know what to do with it."""
+        return bool(self.parts) and self.dtype in FLOATS
 
     def needed_blocks(self, first_token: int, num_tokens: int) -> range:
         """Return the positions in the block table that a consumer must fetch.
@@ -92,10 +115,12 @@ class RankMemory(msgspec.Struct, frozen=True):
 
     regions: one a layer, in the order of the groups' ``layers``.
     transport_metadata: opaque bytes for ``Transport.add_peer``.
+    staging: where packed pieces are put; None without.
     """
 
     regions: tuple[Region, ...]
     transport_metadata: bytes
+    staging: Span | None = None
 
 
 def _place(layer: str) -> int:

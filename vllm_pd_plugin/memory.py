@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from vllm_pd_plugin.errors import UnsupportedError
-from vllm_pd_plugin.layout import RankMemory, Region
+from vllm_pd_plugin.layout import RankMemory, Region, Span
 from vllm_pd_plugin.transport import Transport
 
 
@@ -32,8 +32,6 @@ class Tensor(Protocol):
 
     def __getitem__(self, index: int, /) -> Tensor: ...
 
-    def is_contiguous(self) -> bool: ...
-
     def numel(self) -> int: ...
 
 
@@ -44,7 +42,7 @@ def region_of(layer: str, cache: Tensor) -> Region:
         UnsupportedError: a block is not one stretch of bytes.
     """
     block = cache[0]
-    if not block.is_contiguous():
+    if not _is_one_stretch(block):
         raise UnsupportedError(
             f"the KV cache of {layer} keeps a block in several pieces; "
             "use an attention backend whose KV cache has the block as its first dimension"
@@ -57,13 +55,29 @@ def region_of(layer: str, cache: Tensor) -> Region:
     )
 
 
+def _is_one_stretch(block: Tensor) -> bool:
+    """Say whether a block has no gaps, in whichever order its dimensions lie."""
+    size = 1
+    for stride, length in sorted((block.stride(i), n) for i, n in enumerate(block.shape) if n > 1):
+        if stride != size:
+            return False
+        size *= length
+    return True
+
+
 def register(
-    transport: Transport, caches: Mapping[str, Tensor], layers: Iterable[str]
+    transport: Transport,
+    caches: Mapping[str, Tensor],
+    layers: Iterable[str],
+    staging: Sequence[Span] = (),
 ) -> RankMemory:
-    """Register the storages under the named layers' caches; regions come in that order."""
+    """Register the storages under the named layers' caches, and the staging memory, of which peers
+    read the first span; regions come in the order of the layers."""
     regions = tuple(region_of(layer, caches[layer]) for layer in layers)
     spans = {}
     for cache in caches.values():
         storage = cache.untyped_storage()
         spans[storage.data_ptr()] = storage.nbytes()
-    return RankMemory(regions, transport.register(sorted(spans.items())))
+    spans |= {span.address: span.num_bytes for span in staging}
+    metadata = transport.register(sorted(spans.items()))
+    return RankMemory(regions, metadata, staging[0] if staging else None)

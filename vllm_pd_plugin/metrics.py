@@ -26,7 +26,9 @@ class PdStats(KVConnectorStats):
     """Counts since the last collection. ``data`` holds only JSON-able values, all of which add up
     across ranks and steps; ``open`` (gauges) is replaced by the newer.
 
-    fetches: [bytes, descriptors, stretches, seconds] of each committed fetch, one row a rank.
+    fetches: [bytes on the wire, bytes of KV, descriptors, stretches, packed stretches, seconds] of
+        each committed fetch, one row a rank.
+    codecs: committed fetches by codec, counted on each rank.
     failures: consumer handoffs that failed, by reason.
     retries: times that a consumer turned to another producer, by the reason that made it.
     ended: producer handoffs that ended, by final state.
@@ -39,15 +41,15 @@ class PdStats(KVConnectorStats):
 
     data: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {
-            "fetches": [], "failures": {}, "retries": {}, "ended": {}, "withdrawals": 0,
-            "kept_tokens": 0, "control_bytes": 0, "dropped_messages": 0, "open": {},
+            "fetches": [], "codecs": {}, "failures": {}, "retries": {}, "ended": {},
+            "withdrawals": 0, "kept_tokens": 0, "control_bytes": 0, "dropped_messages": 0,
+            "open": {},
         }
     )  # fmt: skip
 
     def record_fetch(self, result: FetchResult) -> None:
-        self.data["fetches"].append(
-            [result.num_bytes, result.num_descriptors, result.num_stretches, result.seconds]
-        )
+        self.data["fetches"].append([*dataclasses.astuple(result.counts), result.seconds])
+        _add(self.data["codecs"], {result.codec.value: 1})
 
     def record_failure(self, reason: Reason) -> None:
         _add(self.data["failures"], {reason.value: 1})
@@ -82,6 +84,7 @@ class PdStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> PdStats:
         mine, theirs = self.data, other.data
         mine["fetches"] += theirs["fetches"]
+        _add(mine["codecs"], theirs["codecs"])
         _add(mine["failures"], theirs["failures"])
         _add(mine["retries"], theirs["retries"])
         _add(mine["ended"], theirs["ended"])
@@ -97,13 +100,15 @@ class PdStats(KVConnectorStats):
         rows = self.data["fetches"]
         summary: dict[str, int | float] = {"fetches": len(rows)}
         if rows:
-            num_bytes, descriptors, stretches, seconds = (
+            wire_bytes, kv_bytes, descriptors, stretches, packed, seconds = (
                 sum(column) for column in zip(*rows, strict=True)
             )
             summary |= {
-                "MiB": round(num_bytes / 2**20, 2),
+                "MiB": round(wire_bytes / 2**20, 2),
+                "KV_MiB": round(kv_bytes / 2**20, 2),
                 "descriptors": descriptors,
                 "stretches": stretches,
+                "packed": packed,
                 "mean_ms": round(1000 * seconds / len(rows), 2),
             }
         summary |= {f"failed_{reason}": n for reason, n in self.data["failures"].items()}
@@ -122,12 +127,23 @@ class PdPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._bytes = self._counter("pd_fetch_bytes", "Bytes of KV fetched and committed.")
+        self._bytes = self._counter(
+            "pd_fetch_bytes", "Bytes that fetches have moved, of those that were committed."
+        )
+        self._kv_bytes = self._counter(
+            "pd_fetch_kv_bytes", "Bytes that their KV takes in the cache, however it was coded."
+        )
         self._descriptors = self._counter(
             "pd_fetch_descriptors", "Read descriptors (merged runs of blocks) of those fetches."
         )
         self._stretches = self._counter(
             "pd_fetch_stretches", "Reads of those fetches, one for each stretch."
+        )
+        self._packed = self._counter(
+            "pd_fetch_packed_stretches", "Those reads that were of packed pieces."
+        )
+        self._codecs = self._counter(
+            "pd_fetches", "Committed fetches of each rank, by codec.", ["codec"]
         )
         self._withdrawals = self._counter(
             "pd_withdrawals", "Times that a producer was preempted in the middle of a handoff."
@@ -168,18 +184,23 @@ class PdPromMetrics(KVConnectorPromMetrics):
             multiprocess_mode="mostrecent",
         )
         for index, values in self.per_engine_labelvalues.items():
-            for series in (self._bytes, self._descriptors, self._stretches, self._expired):
+            for series in (
+                self._bytes, self._kv_bytes, self._descriptors, self._stretches, self._packed,
+                self._expired,
+            ):  # fmt: skip
                 series.labels(*values)
             self._seconds.labels(*values)
             self.observe(PdStats().data, index)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         values = self.per_engine_labelvalues[engine_idx]
-        for num_bytes, descriptors, stretches, seconds in transfer_stats_data["fetches"]:
+        reads = (self._bytes, self._kv_bytes, self._descriptors, self._stretches, self._packed)
+        for *counts, seconds in transfer_stats_data["fetches"]:
             self._seconds.labels(*values).observe(seconds)
-            self._bytes.labels(*values).inc(num_bytes)
-            self._descriptors.labels(*values).inc(descriptors)
-            self._stretches.labels(*values).inc(stretches)
+            for series, count in zip(reads, counts, strict=True):
+                series.labels(*values).inc(count)
+        for codec, count in transfer_stats_data["codecs"].items():
+            self._codecs.labels(*values, codec).inc(count)
         self._withdrawals.labels(*values).inc(transfer_stats_data["withdrawals"])
         self._kept.labels(*values).inc(transfer_stats_data["kept_tokens"])
         for reason, count in transfer_stats_data["failures"].items():

@@ -1,8 +1,17 @@
 """The native ops, and a reference in Python beside each; the only importer of the extension.
 
-Each op takes *planes*: one layer's KV cache each, seen as ``[num_blocks, heads, tokens, width]``
-with any strides but in the last dimension, all of one shape and dtype. Where the extension was not
-built, the references are used, and a warning says so once.
+``blocks`` is int64 ``[n]``: block numbers. *Planes* are KV caches, one a layer, seen as
+``[num_blocks, heads, tokens, width]`` with any strides but in the last dimension, all of one shape
+and dtype. *Parts* are the keys of several layers, or their values, or so, seen as ``[num_blocks,
+heads, token tiles, tokens of a tile, channel tiles, channels of a tile]`` with any strides (see
+``part_of``). All tensors of a call are on one device.
+
+Where the extension was not built, the references of ``ops_reference`` are used, and a warning says
+so once. On the CPU an op uses as many threads as the caller's PyTorch does; on a GPU it runs on the
+caller's current stream.
+
+Errors: RuntimeError where arguments do not fit; on a GPU block numbers are not checked, because
+that would wait for it.
 """
 
 from __future__ import annotations
@@ -10,9 +19,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from vllm_pd_plugin import ops_reference
+from vllm_pd_plugin.codecs import Encoding, Part
 
 logger = logging.getLogger(__name__)
 
@@ -22,56 +35,102 @@ try:
 except ImportError as error:
     HAS_NATIVE, _why_not = False, str(error)
 
-_KEY_STEP = 0x9E3779B97F4A7C15
-_MASK = 2**64 - 1
+Tensors = Sequence[torch.Tensor]
 
 
-def digest_blocks(planes: Sequence[torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
-    """Hash what some blocks hold in every plane.
+def as_plane(cache: torch.Tensor) -> torch.Tensor:
+    """Return a KV cache as a plane: ``[num_blocks, heads, tokens, channels]``, or without heads
+    where all share one row."""
+    return cache if cache.dim() == 4 else cache.unsqueeze(1)
+
+
+def part_of(cache: torch.Tensor, part: Part) -> torch.Tensor:
+    """Return one part of a KV cache (see ``as_plane``), in tiles."""
+    plane = as_plane(cache)
+    blocks, heads, tokens, _ = plane.shape
+    tiles = (tokens // part.token_tile, part.token_tile)
+    channels = (part.width // part.channel_tile, part.channel_tile)
+    return plane.as_strided(
+        (blocks, heads, *tiles, *channels),
+        (plane.stride(0), plane.stride(1), *part.strides),
+        plane.storage_offset() + part.start,
+    )
+
+
+def pack_blocks(planes: Tensors, blocks: torch.Tensor, slab: torch.Tensor) -> None:
+    """Copy some blocks into a slab.
 
     Args:
-        planes: see above; on the CPU or one CUDA device.
-        blocks: int64 ``[n]``, on the same device.
+        slab: uint8, one contiguous dimension, of exactly the bytes that are copied. Gets plane
+            after plane, block after block.
+    """
+    _kernel("pack_blocks", blocks)(list(planes), blocks, slab)
+
+
+def unpack_blocks(slab: torch.Tensor, blocks: torch.Tensor, planes: Tensors) -> None:
+    """Copy a slab of ``pack_blocks`` into some blocks."""
+    _kernel("unpack_blocks", blocks)(slab, blocks, list(planes))
+
+
+def encode_blocks(
+    parts: Tensors,
+    blocks: torch.Tensor,
+    tokens: int,
+    encoding: Encoding,
+    sinks: int,
+    slab: torch.Tensor,
+) -> None:
+    """Write the tokens of a run of blocks into a slab as small integers.
+
+    Args:
+        parts: float32, bfloat16 or float16, at most 1024 channels.
+        tokens: the run's first tokens count; the last block has one of them at least.
+        sinks: how many of the first tokens are written in int8 as well, and decoded from there.
+        slab: as for ``pack_blocks``, of ``parts * heads * encoding.stripe_bytes(...)`` bytes;
+            ``csrc/slab.h`` has its layout, which does not depend on that of the parts.
+    """
+    _kernel("encode_blocks", blocks)(
+        list(parts), blocks, tokens, encoding.bits, encoding.group, encoding.by_channel, sinks,
+        slab,
+    )  # fmt: skip
+
+
+def decode_blocks(
+    slab: torch.Tensor,
+    blocks: torch.Tensor,
+    tokens: int,
+    encoding: Encoding,
+    sinks: int,
+    parts: Tensors,
+) -> None:
+    """Write the values of a slab of ``encode_blocks`` into a run of blocks; what lies behind the
+    run's last token stays as it is."""
+    _kernel("decode_blocks", blocks)(
+        slab, blocks, tokens, encoding.bits, encoding.group, encoding.by_channel, sinks,
+        list(parts),
+    )  # fmt: skip
+
+
+def digest_blocks(planes: Tensors, blocks: torch.Tensor) -> torch.Tensor:
+    """Hash what some blocks hold in every plane.
 
     Returns:
         int64 ``[1]``: it depends on every byte, on the order of the planes and on that of the
         blocks, and not on where they lie.
     """
-    if not _has_kernel("digest_blocks", blocks.device.type):
-        _say_that_the_reference_is_used()
-        return digest_blocks_reference(planes, blocks)
-    digest: torch.Tensor = torch.ops.vllm_pd_plugin.digest_blocks(list(planes), blocks)
+    digest: torch.Tensor = _kernel("digest_blocks", blocks)(list(planes), blocks)
     return digest
 
 
-def digest_blocks_reference(planes: Sequence[torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
-    """``digest_blocks`` in PyTorch; ``csrc/hash.h`` says the same."""
-    parts = []
-    for plane in planes:
-        _, heads, tokens, width = plane.shape
-        row_bytes = width * plane.element_size()
-        rows = plane[blocks].flatten().view(torch.uint8)
-        rows = rows.view(len(blocks) * heads * tokens, row_bytes)
-        parts.append(torch.nn.functional.pad(rows, (0, -row_bytes % 8)).flatten())
-    words = torch.cat(parts).view(torch.int64)
-    positions = torch.arange(1, len(words) + 1, device=words.device)
-    keyed = words ^ (positions * _signed(_KEY_STEP))
-    total = (words + (keyed & 0xFFFFFFFF) * ((keyed >> 32) & 0xFFFFFFFF)).sum()
-    x = (int(total) & _MASK) ^ (len(words) * _KEY_STEP & _MASK)
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
-    return torch.tensor([_signed(x ^ (x >> 31))], device=blocks.device)
-
-
-def _signed(word: int) -> int:
-    """The 64-bit word as PyTorch's int64 has it."""
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _has_kernel(op: str, device: str) -> bool:
-    key = "CUDA" if device == "cuda" else "CPU"
+def _kernel(op: str, blocks: torch.Tensor) -> Callable[..., Any]:
+    key = "CUDA" if blocks.is_cuda else "CPU"
     name = f"vllm_pd_plugin::{op}"
-    return HAS_NATIVE and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    if HAS_NATIVE and torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+        native: Callable[..., Any] = getattr(torch.ops.vllm_pd_plugin, op)
+        return native
+    _say_that_the_reference_is_used()
+    reference: Callable[..., Any] = getattr(ops_reference, op)
+    return reference
 
 
 @functools.cache
@@ -84,8 +143,14 @@ def _say_that_the_reference_is_used() -> None:
     )
 
 
+def _returns_nothing(*arguments: object) -> None:
+    """What these ops are to ``torch.compile``: they write to an argument."""
+
+
 if HAS_NATIVE:
+    for _name in ("pack_blocks", "unpack_blocks", "encode_blocks", "decode_blocks"):
+        torch.library.register_fake(f"vllm_pd_plugin::{_name}", _returns_nothing)
 
     @torch.library.register_fake("vllm_pd_plugin::digest_blocks")  # type: ignore[untyped-decorator]
-    def _(planes: Sequence[torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
+    def _(planes: Tensors, blocks: torch.Tensor) -> torch.Tensor:
         return torch.empty(1, dtype=torch.int64, device=blocks.device)

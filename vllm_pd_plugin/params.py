@@ -19,7 +19,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_pd_plugin.config import is_loopback
+from vllm_pd_plugin.codecs import AUTO, Codec, CodecChoice
+from vllm_pd_plugin.config import PdConfig, is_loopback
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import Address, EngineId, HandoffId, Incarnation, RequestId, Source
 
@@ -64,6 +65,23 @@ def parse_sources(params: Mapping[str, Any] | None, trusted_network: bool) -> tu
     if not all(isinstance(other, Mapping) for other in others):
         raise ParamsError(f"remote_alternatives={_short(others)} is not a list of objects")
     return tuple(_source(each, handoff_id, trusted_network) for each in (params, *others))
+
+
+def parse_codec(params: Mapping[str, Any] | None, config: PdConfig) -> CodecChoice:
+    """Return the codec that a request asks for, or else that of the configuration.
+
+    Raises:
+        ParamsError: it is not known, or narrower than the operator allows.
+    """
+    narrowest = config.narrowest
+    wanted = None if params is None else params.get("codec")
+    name = config.codec if wanted is None else wanted
+    allowed = [AUTO, *(codec for codec in Codec if codec.rank <= narrowest.rank)]
+    if name not in allowed:
+        raise ParamsError(
+            f"codec={_short(name)} is not allowed here; allowed are {', '.join(allowed)}"
+        )
+    return CodecChoice(None if name == AUTO else Codec(name), narrowest)
 
 
 def _source(place: Mapping[str, Any], handoff_id: HandoffId, trusted_network: bool) -> Source:

@@ -94,6 +94,8 @@ class Produced:
     written: dict[int, _Written] = dataclasses.field(default_factory=dict)
     subscribers: dict[int, _Subscriber] = dataclasses.field(default_factory=dict)
     committed_ranks: set[int] = dataclasses.field(default_factory=set)
+    packing_ranks: set[int] = dataclasses.field(default_factory=set)
+    """Which were asked to pack some of it: they are told when it is over."""
 
     @property
     def is_sealed(self) -> bool:
@@ -117,6 +119,7 @@ class ProducerTable:
 
     on_released(request_id, state): the blocks of a sealed handoff may be freed now.
     on_abandoned(request_id, state): nobody wants what this request is computing.
+    on_unpacked(handoff_id, rank): nobody needs what a rank has packed of it.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class ProducerTable:
         lease_s: float,
         on_released: Callable[[RequestId, ProducerState], None],
         on_abandoned: Callable[[RequestId, ProducerState], None],
+        on_unpacked: Callable[[HandoffId, int], None],
         clock: Callable[[], float],
     ) -> None:
         self._num_layers = len(layout.layers)
@@ -134,6 +138,7 @@ class ProducerTable:
         self._lease_s = lease_s
         self._on_released = on_released
         self._on_abandoned = on_abandoned
+        self._on_unpacked = on_unpacked
         self._clock = clock
         self._open: dict[HandoffId, Produced] = {}
         self._early: dict[HandoffId, tuple[ReturnAddress, Lease]] = {}
@@ -310,6 +315,33 @@ class ProducerTable:
                 self._conclude(handoff, ProducerState.COMMITTED)
         return wire.Committed(commit.handoff_id, commit.epoch, commit.is_last)
 
+    def pack(self, pack: wire.Pack) -> wire.Stage | wire.Progress | wire.Seal | wire.Refuse:
+        """Answer a rank that wants a piece with what its counterpart here is to pack.
+
+        A rank that asks about an earlier epoch is told how things stand instead."""
+        handoff = self._of_epoch(pack)
+        if not isinstance(handoff, Produced):
+            return handoff
+        if pack.rank >= self._num_ranks or pack.num_tokens > handoff.num_tokens:
+            return wire.Refuse(pack.handoff_id, Reason.MISSING_BLOCKS)
+        handoff.packing_ranks.add(pack.rank)
+        return wire.Stage(pack, tuple(tuple(table) for table in handoff.blocks))
+
+    def staged(self, staged: wire.Staged) -> Answer | None:
+        """A rank has packed a piece, or cannot; returns what a consumer's rank is told. None: the
+        piece is not wanted any more."""
+        handoff = self._find(staged.handoff_id)
+        if isinstance(handoff, wire.Refuse):
+            return None
+        subscriber = handoff.subscribers.get(staged.rank)
+        if subscriber is None:
+            return None
+        if staged.packed is None:
+            return subscriber.who, wire.Refuse(staged.handoff_id, staged.reason or Reason.INTERNAL)
+        if staged.packed.epoch != handoff.epoch:
+            return None
+        return subscriber.who, staged.packed
+
     def check(self, check: wire.Check) -> wire.Examine | wire.Progress | wire.Seal | wire.Refuse:
         """Answer a rank that has read everything with what its counterpart here is to examine.
 
@@ -358,7 +390,7 @@ class ProducerTable:
         return self._find(handoff_id)
 
     def _of_epoch(
-        self, question: wire.Commit | wire.Check
+        self, question: wire.Commit | wire.Check | wire.Pack
     ) -> Produced | wire.Progress | wire.Seal | wire.Refuse:
         """Return the handoff that a rank asks about, or the answer if it means an earlier epoch."""
         handoff = self._live(question.handoff_id)
@@ -417,6 +449,7 @@ class ProducerTable:
             told = slice(needed.start, min(needed.stop, len(before)))
             if list(before[told]) != list(now[told]) and not handoff.ending:
                 handoff.ending = ProducerState.CANCELLED
+                self._let_go(handoff)
         handoff.blocks = blocks
 
     def _finish_step(self, step: int, rank: int) -> None:
@@ -427,6 +460,7 @@ class ProducerTable:
 
     def _conclude(self, handoff: Produced, state: ProducerState) -> None:
         """The consumer is done with it, for better or worse."""
+        self._let_go(handoff)
         if handoff.is_sealed:
             self._end(handoff, state)
         elif state is ProducerState.COMMITTED:
@@ -438,7 +472,14 @@ class ProducerTable:
         handoff.ending = state
         self._on_abandoned(handoff.request_id, state)
 
+    def _let_go(self, handoff: Produced) -> None:
+        """Nothing of it is needed in the staging memory."""
+        for rank in handoff.packing_ranks:
+            self._on_unpacked(handoff.handoff_id, rank)
+        handoff.packing_ranks.clear()
+
     def _end(self, handoff: Produced, state: ProducerState) -> None:
+        self._let_go(handoff)
         del self._open[handoff.handoff_id]
         self._remember(handoff.handoff_id, state)
         if handoff.is_sealed:

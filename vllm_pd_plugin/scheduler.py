@@ -27,7 +27,12 @@ from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
 from vllm_pd_plugin.ids import EngineId, RequestId, Source, new_incarnation
 from vllm_pd_plugin.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
-from vllm_pd_plugin.params import describe_handoff, parse_sources, wants_to_produce
+from vllm_pd_plugin.params import (
+    describe_handoff,
+    parse_codec,
+    parse_sources,
+    wants_to_produce,
+)
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.producing import ProducingRequests
 
@@ -126,6 +131,7 @@ class SchedulerSide:
         try:
             sources = parse_sources(request.kv_transfer_params, self._keys is not None)
             produces = wants_to_produce(request.kv_transfer_params)
+            codec = parse_codec(request.kv_transfer_params, self._config)
             self._check_role(request, bool(sources), produces)
             handoff_id = self._producing.choose_id(request) if produces else None
         except HandoffError as error:
@@ -135,7 +141,7 @@ class SchedulerSide:
         if handoff_id is not None:
             self._producing.add(request, handoff_id)
         elif sources:
-            self._consuming.add(request, sources)
+            self._consuming.add(request, sources, codec)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""

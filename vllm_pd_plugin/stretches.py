@@ -13,6 +13,9 @@ from vllm_pd_plugin.ids import BlockId
 from vllm_pd_plugin.layout import EngineLayout, Group, Region
 from vllm_pd_plugin.plan import BlockTables, ReadPlan, plan_reads
 
+Stretch = tuple[range, ...]
+"""Positions in the block table, for each layer in the order of the regions."""
+
 
 class Stretches:
     """One fetch on one rank: learns from the producer's messages, plans the reads.
@@ -43,6 +46,7 @@ class Stretches:
         wanted = [g.needed_blocks(self._first_token, self._num_tokens) for g in self._group_of]
         self._wanted = wanted
         """Positions in the block table that are still to be asked for, for each layer."""
+        self.wanted: Stretch = tuple(wanted)
         self._final = [positions.start for positions in wanted]
         """End of those of them that are final at the producer."""
 
@@ -73,23 +77,36 @@ class Stretches:
             self._final[layer] = max(self._final[layer], min(final, self._wanted[layer].stop))
         return True
 
-    def take(self) -> ReadPlan | None:
-        """Plan the reads of all that is final and was not taken before; None when that is nothing.
-
-        Raises:
-            HandoffError: see ``plan_reads``.
-        """
-        stretch = [
+    def take(self) -> Stretch | None:
+        """Return all that is final and was not taken before; None when that is nothing."""
+        stretch = tuple(
             range(wanted.start, final)
             for wanted, final in zip(self._wanted, self._final, strict=True)
-        ]
+        )
         if not any(stretch):
             return None
         self._wanted = [
             range(final, wanted.stop)
             for wanted, final in zip(self._wanted, self._final, strict=True)
         ]
+        return stretch
+
+    def plan(self, stretch: Stretch) -> ReadPlan:
+        """Plan the reads of a stretch, from block to block.
+
+        Raises:
+            HandoffError: see ``plan_reads``.
+        """
         return plan_reads(self._groups, self._local, (self._tables, self._remote_regions), stretch)
+
+    @property
+    def final_bytes(self) -> int:
+        """KV that is final at the producer, of what was wanted at first."""
+        regions = self._local[1]
+        return sum(
+            (final - wanted.start) * region.block_bytes
+            for final, wanted, region in zip(self._final, self.wanted, regions, strict=True)
+        )
 
     @property
     def is_exhausted(self) -> bool:

@@ -11,11 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from vllm_pd_plugin import wire
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.errors import PeerError, Reason
-from vllm_pd_plugin.fetches import FetchResult, FetchSpec, FetchState
+from vllm_pd_plugin.fetches import FetchCounts, FetchResult, FetchSpec, FetchState
 from vllm_pd_plugin.fetching import AboutFetch, Fetch, Rank
 from vllm_pd_plugin.ids import Address, HandoffId, RequestId
 from vllm_pd_plugin.peers import MakePeers, Peer
+from vllm_pd_plugin.rates import PeerRates
 from vllm_pd_plugin.transport import PeerName
 
 SERVE_INTERVAL_S = 0.002
@@ -42,6 +44,7 @@ class TransferPlane:
         """What takes the place of a fetch when it has ended."""
         self._succeeded: OrderedDict[RequestId, None] = OrderedDict()
         self._names: dict[Address, tuple[Peer, PeerName]] = {}
+        self._rates: dict[Address, PeerRates] = {}
         self._serving = False
 
     @property
@@ -82,7 +85,7 @@ class TransferPlane:
             return
         fetch = self._fetches.get(request_id)
         if fetch is None:
-            self._on_result(FetchResult(request_id, Reason.INTERNAL, 0, 0, 0, 0.0, 0))
+            self._on_result(_never_begun(request_id))
             return
         self._successors.pop(request_id, None)
         fetch.spec = dataclasses.replace(fetch.spec, is_last=True)
@@ -131,6 +134,7 @@ class TransferPlane:
 
     def peer_lost(self, address: Address, error: PeerError) -> None:
         fetches = self._at(address)
+        self._rates.pop(address, None)
         known = self._names.pop(address, None)
         if known is not None:
             self._transport.remove_peer(known[1])
@@ -148,8 +152,14 @@ class TransferPlane:
 
     # --- what fetches need -------------------------------------------------------------------
 
-    def send(self, peer: Peer, message: wire.Request) -> None:
-        self._peers.send(peer, message)
+    def send(self, peer: Peer, message: wire.Request, expects_answer: bool = True) -> None:
+        self._peers.send(peer, message, expects_answer)
+
+    def rates(self, peer: Peer) -> PeerRates:
+        """Return what was observed at an address, whoever runs there."""
+        if peer.address not in self._rates:
+            self._rates[peer.address] = PeerRates(self._rank.clock)
+        return self._rates[peer.address]
 
     def name(self, peer: Peer) -> PeerName:
         """Connect the transport to a peer, once for each incarnation."""
@@ -184,3 +194,7 @@ class TransferPlane:
             if fetch.peer is peer and fetch.spec.source.handoff_id == handoff_id:
                 return fetch
         return None
+
+
+def _never_begun(request_id: RequestId) -> FetchResult:
+    return FetchResult(request_id, Reason.INTERNAL, FetchCounts(), Codec.RAW, 0.0, 0)

@@ -11,11 +11,12 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.errors import PdError, Reason
 from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_BODY_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 512
 
@@ -168,6 +169,60 @@ class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
     digest: bytes
 
 
+class LayerRun(msgspec.Struct, frozen=True, array_like=True):
+    """So many layers, next in the order of the forward pass, of which the positions [start, stop)
+    of their block table are meant."""
+
+    num_layers: Count
+    start: Count
+    stop: Count
+
+
+class Pack(msgspec.Struct, frozen=True, array_like=True, tag="pack"):
+    """One consumer rank wants some of the KV in one piece, written down by a codec; answered by
+    Packed.
+
+    number: tells the pieces of one handoff and rank apart.
+    num_tokens: how many tokens of the handoff count; a last block may have room for more.
+    digest: whether the piece's digest is wanted.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    rank: Count
+    number: Count
+    codec: Codec
+    num_tokens: Count
+    layers: tuple[LayerRun, ...]
+    digest: bool
+
+
+class Packed(msgspec.Struct, frozen=True, array_like=True, tag="packed"):
+    """The piece lies in the staging memory of the receiver's rank, and stays there until Unpacked,
+    or until the handoff is over.
+
+    offset, num_bytes: where in ``RankMemory.staging``.
+    seconds: how long the producer wrote.
+    digest: as ``slab_digest`` has it; empty if it was not asked for.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    number: Count
+    offset: Count
+    num_bytes: Count
+    seconds: float
+    digest: bytes
+
+
+class Unpacked(msgspec.Struct, frozen=True, array_like=True, tag="unpacked"):
+    """One consumer rank has read a piece, or will not read it; not answered."""
+
+    handoff_id: HandoffId
+    rank: Count
+    number: Count
+
+
 class Refuse(msgspec.Struct, frozen=True, array_like=True, tag="refuse"):
     """No: the handoff is over for this consumer; what it has read must be discarded."""
 
@@ -219,6 +274,34 @@ class Examined(msgspec.Struct, frozen=True, array_like=True, tag="examined"):
     digest: bytes
 
 
+class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
+    """Inside one engine, the control plane to a worker rank: a piece is wanted; answered by Staged,
+    when there is room for it."""
+
+    pack: Pack
+    tables: tuple[tuple[BlockId, ...], ...]
+
+
+class Staged(msgspec.Struct, frozen=True, array_like=True, tag="staged"):
+    """Inside one engine, a worker rank to its own control plane; not answered.
+
+    packed: None when the piece cannot be made, for ``reason``.
+    """
+
+    handoff_id: HandoffId
+    rank: Count
+    packed: Packed | None
+    reason: Reason | None
+
+
+class Unstage(msgspec.Struct, frozen=True, array_like=True, tag="unstage"):
+    """Inside one engine, the control plane to a worker rank: a piece is not needed any more, or
+    (without a number) none of the handoff's; not answered."""
+
+    handoff_id: HandoffId
+    number: Count | None
+
+
 class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
     """Inside one engine, a worker rank to its own control plane; not answered.
 
@@ -226,12 +309,14 @@ class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
     """
 
 
-Request = (
-    Hello | Want | Subscribe | Check | Commit | Heartbeat | Cancel | Announce | Examined | Nudge
-)
+FromConsumer = Hello | Want | Subscribe | Pack | Unpacked | Check | Commit | Heartbeat | Cancel
+FromWorker = Announce | Examined | Staged | Nudge
+Request = FromConsumer | FromWorker
 """What a consumer sends, and a worker to its own engine."""
 
-Reply = Welcome | Offer | Progress | Seal | Checked | Committed | Refuse | Alive | Examine
+ToConsumer = Welcome | Offer | Progress | Seal | Packed | Checked | Committed | Refuse | Alive
+ToWorker = Examine | Stage | Unstage
+Reply = ToConsumer | ToWorker
 """What a producer sends, and an engine to its own workers."""
 
 Message = Request | Reply
@@ -240,8 +325,9 @@ M = TypeVar("M", bound=Message)
 _KINDS: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
-        Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Commit, Committed,
-        Check, Checked, Refuse, Heartbeat, Alive, Cancel, Announce, Examine, Examined, Nudge,
+        Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Pack, Packed, Unpacked, Commit,
+        Committed, Check, Checked, Refuse, Heartbeat, Alive, Cancel, Announce, Examine, Examined,
+        Stage, Staged, Unstage, Nudge,
     )
 }  # fmt: skip
 # What msgspec raises for bytes from outside; the latter two are no MsgspecError.

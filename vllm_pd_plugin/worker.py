@@ -14,15 +14,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm_pd_plugin import memory
 from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
 from vllm_pd_plugin.channel import CurveKeys, Link, Loop
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.digest import kv_digest
 from vllm_pd_plugin.fetches import FetchResult
-from vllm_pd_plugin.fetching import LocalRank, Rank, Timeouts
+from vllm_pd_plugin.fetching import Rank, Timeouts
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
 from vllm_pd_plugin.layout import EngineLayout
 from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
 from vllm_pd_plugin.peers import Identity, PeerTable
+from vllm_pd_plugin.reading import LocalRank
+from vllm_pd_plugin.slabs import Slabs
 from vllm_pd_plugin.transfer import TransferPlane
 from vllm_pd_plugin.transport import Transport
 
@@ -56,11 +59,15 @@ class WorkerSide:
         self._stats = PdStats()
         self._reported_drops = self._reported_control = 0
 
+    @property
+    def narrowest(self) -> Codec:
+        """The narrowest codec that this engine may use."""
+        return self._config.narrowest
+
     def register(
         self, transport: Transport, layout: EngineLayout, caches: Mapping[str, torch.Tensor]
     ) -> RankHandshake:
         """Make the KV caches readable, start the transfer thread, and describe the memory."""
-        rank_memory = memory.register(transport, caches, layout.layers)
         order = layout.forward_order()
         self._places = {layout.layers[region]: place for place, region in enumerate(order)}
         if next(iter(caches.values())).is_cuda:
@@ -68,10 +75,24 @@ class WorkerSide:
         config = self._config
         ordered = [caches[layer] for layer in layout.layers]
         digest = partial(kv_digest, layout.groups, ordered)
-        self._announcer = Announcer(self._identity.incarnation, self._rank, digest, self._connect)
+        slabs = Slabs.allocate(config, layout, ordered)
+        rank_memory = memory.register(
+            transport,
+            caches,
+            layout.layers,
+            [slabs.outgoing, slabs.incoming] if slabs else [],
+        )
+        self._announcer = Announcer(
+            self._identity.incarnation,
+            self._rank,
+            digest,
+            slabs.packer(time.monotonic) if slabs else None,
+            self._connect,
+        )
+        incoming = slabs.for_reads(config) if slabs else None
         self._plane = TransferPlane(
             Rank(
-                LocalRank(self._rank, layout, rank_memory.regions),
+                LocalRank(self._rank, layout, rank_memory.regions, incoming),
                 transport,
                 # Closing a connection in the middle of a read is the last resort: over TCP, UCX
                 # may abort the peer's process for it. A peer that was only stopped ends the read
@@ -141,6 +162,7 @@ class WorkerSide:
         if metadata.serving != self._serving:
             self._serving = serving = metadata.serving
             self._loop.call(lambda: self._plane.set_serving(serving))
+            self._loop.call(lambda: self._announcer.set_serving(serving))
         for spec in metadata.fetches:
             self._loop.call(lambda s=spec: self._plane.fetch(s))  # type: ignore[misc]
         for request_id, reason in metadata.cancels.items():

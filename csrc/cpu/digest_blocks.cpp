@@ -56,24 +56,23 @@ HashRow choose() {
 
 }  // namespace
 
-uint64_t digest_blocks_cpu(
-    const Plane* planes, int64_t num_planes, const BlockShape& shape, const int64_t* blocks,
-    int64_t num_blocks) {
+uint64_t digest_blocks_cpu(const BlockRun& run) {
   static const HashRow hash = choose();
+  const BlockShape& shape = run.shape;
   // Tokens, then heads, whose rows touch are hashed as one row: the words are the same.
   uint64_t sum = 0;
   int64_t position = 0;
-  for (int64_t p = 0; p < num_planes; ++p) {
-    const Plane& plane = planes[p];
+  for (int64_t p = 0; p < run.num_planes; ++p) {
+    const Plane& plane = run.planes[p];
     const bool whole_words = shape.row_bytes % 8 == 0;
     const bool tokens_touch = whole_words && plane.token_stride == shape.row_bytes;
     const int64_t head_bytes = shape.tokens * shape.row_bytes;
     const bool heads_touch = tokens_touch && plane.head_stride == head_bytes;
     const int64_t rows_at_once = heads_touch ? shape.rows() : tokens_touch ? shape.tokens : 1;
     const int64_t bytes_at_once = rows_at_once * shape.row_bytes;
-    for (int64_t b = 0; b < num_blocks; ++b) {
+    for (int64_t b = 0; b < run.num_blocks; ++b) {
       for (int64_t row = 0; row < shape.rows(); row += rows_at_once) {
-        const char* const address = row_address(plane, shape, blocks[b], row);
+        const char* const address = row_address(plane, shape, run.blocks[b], row);
         sum += hash(address, bytes_at_once, static_cast<uint64_t>(position));
         position += words_of(bytes_at_once);
       }

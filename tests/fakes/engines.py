@@ -7,10 +7,12 @@ import functools
 from collections.abc import Sequence
 
 from tests.fakes.clock import FakeClock
+from tests.fakes.coder import FakeCoder
 from tests.fakes.memory import BLOCK_TOKENS, FakeMemory
 from tests.fakes.network import FakeNetwork
 from tests.fakes.transport import FakeFabric, FakeTransport
 from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.control import (
     Abandoned,
     ControlPlane,
@@ -21,13 +23,17 @@ from vllm_pd_plugin.control import (
     Released,
 )
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.fetches import FetchResult, FetchSpec
-from vllm_pd_plugin.fetching import LocalRank, Rank, Timeouts
+from vllm_pd_plugin.fetches import CodecChoice, FetchResult, FetchSpec, Packing
+from vllm_pd_plugin.fetching import Rank, Timeouts
 from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory
+from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory, Span
+from vllm_pd_plugin.packer import Packer
 from vllm_pd_plugin.peers import Identity, PeerTable
+from vllm_pd_plugin.pieces import Pieces
 from vllm_pd_plugin.plan import BlockTables
 from vllm_pd_plugin.produced import Advance
+from vllm_pd_plugin.reading import Incoming, LocalRank
+from vllm_pd_plugin.staging import Staging
 from vllm_pd_plugin.transfer import TransferPlane
 
 PEER_TIMEOUT_S = 5.0
@@ -63,6 +69,8 @@ class Settings:
     """How engines are set up.
 
     checks_bytes: fetches compare what they have read with what the producer holds.
+    packing: whether fetches have the producer pack what they read; None: there is no staging
+        memory.
     """
 
     lease_s: float
@@ -70,6 +78,7 @@ class Settings:
     timeouts: Timeouts
     layout: EngineLayout
     checks_bytes: bool
+    packing: Packing | None = None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -104,11 +113,24 @@ class FakeEngine(FakeMemory):
         self._steps = 0
         self._knows_control = False
         self.transport = FakeTransport(around.fabric, f"{name}-{self.identity.incarnation}")
-        memory = RankMemory(self.regions, self.transport.register(self.spans()))
-        self.plane = self._make_transfer_plane(settings)
-        self.announcer = Announcer(self.worker.incarnation, 0, self.digest, around.network.connect)
+        pieces = Pieces(settings.layout, self.regions)
+        self.coder = FakeCoder(self, pieces)
+        self.outgoing, self.incoming = (Staging(self.coder.num_bytes) for _ in range(2))
+        spans = [*self.spans(), *self.coder.spans()]
+        staging = Span(*self.coder.spans()[0]) if settings.packing else None
+        memory = RankMemory(self.regions, self.transport.register(spans), staging)
+        self.plane = self._make_transfer_plane(settings, pieces)
+        self.announcer = Announcer(
+            self.worker.incarnation,
+            0,
+            self.digest,
+            Packer(pieces, self.outgoing, self.coder, around.clock) if settings.packing else None,
+            around.network.connect,
+        )
         self.control = self._make_control_plane(settings, memory)
         around.network.listen(address, self.control.receive)
+        if settings.packing:
+            self._connect_announcer()
 
     def turn(self) -> None:
         self.control.turn()
@@ -128,6 +150,7 @@ class FakeEngine(FakeMemory):
             "early": len(control._producing._early),
             "consumer": len(control._consuming),
             "fetches": len(plane._fetches),
+            "packed bytes": self.outgoing.taken_bytes + self.incoming.taken_bytes,
         }
 
     # --- as a producer
@@ -166,9 +189,7 @@ class FakeEngine(FakeMemory):
     def announce(self, step: int, num_layers: int | None = None) -> None:
         """The worker says that so many layers of a step are written; all, unless told."""
         layers = self.num_layers if num_layers is None else num_layers
-        if not self._knows_control:
-            self._knows_control = True
-            self.announcer.connect(self.address, self.identity.incarnation)
+        self._connect_announcer()
         announcement = Announcement(step, (self.num_layers,))
         self.announcer.add(Mark(announcement, layers, lambda: True))
         self.announcer.turn()
@@ -217,8 +238,16 @@ class FakeEngine(FakeMemory):
         blocks: Sequence[int] | BlockTables,
         num_tokens: int,
         first_token: int = 0,
+        codec: Codec = Codec.RAW,
     ) -> None:
-        spec = FetchSpec(request_id, source, first_token, num_tokens, self._tables(blocks))
+        spec = FetchSpec(
+            request_id,
+            source,
+            first_token,
+            num_tokens,
+            self._tables(blocks),
+            codec=CodecChoice(codec, codec),
+        )
         self.specs[request_id] = spec
         self.plane.fetch(spec)
 
@@ -252,9 +281,20 @@ class FakeEngine(FakeMemory):
         plain = tuple(block for block in blocks if isinstance(block, int))
         return (plain, *[() for _ in self.layout.groups[1:]])
 
-    def _make_transfer_plane(self, settings: Settings) -> TransferPlane:
+    def _connect_announcer(self) -> None:
+        """The control plane learns at once where the worker is."""
+        if not self._knows_control:
+            self._knows_control = True
+            self.announcer.connect(self.address, self.identity.incarnation)
+            self._around.network.deliver_one(-1)
+
+    def _make_transfer_plane(self, settings: Settings, pieces: Pieces) -> TransferPlane:
+        incoming = None
+        if settings.packing:
+            span = Span(*self.coder.spans()[1])
+            incoming = Incoming(span, self.incoming, pieces, self.coder, settings.packing, {})
         rank = Rank(
-            LocalRank(0, self.layout, self.regions),
+            LocalRank(0, self.layout, self.regions, incoming),
             self.transport,
             settings.timeouts,
             self._around.clock,
@@ -303,6 +343,7 @@ class FakeCluster:
         timeouts: Timeouts | None = None,
         layout: EngineLayout | None = None,
         checks_bytes: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self.clock = FakeClock()
         self.network = FakeNetwork()
@@ -313,6 +354,7 @@ class FakeCluster:
             timeouts or Timeouts(queue_s=600.0, read_s=60.0, drain_s=5.0),
             layout or make_layout(),
             checks_bytes,
+            packing,
         )
         self.producer = self._engine("producer", self.producer_address)
         self.consumer = self._engine("consumer", self.consumer_address)
@@ -330,6 +372,7 @@ class FakeCluster:
         """Deliver messages and drive the consumer until nothing happens any more."""
         self.consumer.turn()
         while self.network.deliver():
+            self.producer.announcer.turn()
             self.consumer.turn()
 
     def settle_with_every_message_twice(self) -> None:
@@ -337,12 +380,14 @@ class FakeCluster:
             in_flight.insert(0, in_flight[0])
             self.network.deliver_one()
             self.network.deliver_one()
+            self.producer.announcer.turn()
             self.consumer.turn()
 
     def deliver_until(self, kind: str) -> None:
         """Deliver one message after the other until one of a kind is under way."""
         while kind not in [packet.kind for packet in self.network.in_flight]:
             self.network.deliver_one()
+            self.producer.announcer.turn()
             self.consumer.turn()
 
     def pass_time(self, seconds: float, step_s: float = 0.5) -> None:

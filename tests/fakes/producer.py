@@ -33,11 +33,13 @@ class Producer:
         self.clock = FakeClock()
         self.released: list[tuple[str, ProducerState]] = []
         self.abandoned: list[tuple[str, ProducerState]] = []
+        self.unpacked: list[tuple[HandoffId, int]] = []
         self.table = ProducerTable(
             msgspec.structs.replace(layout, tensor_parallel_size=num_ranks),
             LEASE_S,
             lambda *r: self.released.append(r),
             lambda *a: self.abandoned.append(a),
+            lambda *u: self.unpacked.append(u),
             self.clock,
         )
         self.steps = 0

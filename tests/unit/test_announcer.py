@@ -63,10 +63,18 @@ def control(network: FakeNetwork) -> Control:
 
 
 @pytest.fixture
-def announcer(network: FakeNetwork) -> Announcer:
-    announcer = Announcer(WORKER, RANK, digest_of, network.connect)
-    announcer.connect(CONTROL, ENGINE)
+def announcer(network: FakeNetwork, control: Control) -> Announcer:
+    announcer = Announcer(WORKER, RANK, digest_of, None, network.connect)
+    connect(announcer, network, control)
     return announcer
+
+
+def connect(announcer: Announcer, network: FakeNetwork, control: Control) -> None:
+    """Connect it; the greeting, of a step that is none, tells the control plane where it is."""
+    announcer.connect(CONTROL, ENGINE)
+    network.deliver()
+    assert control.heard == [wire.Announce(0, RANK, 0)]
+    control.heard.clear()
 
 
 def mark(step: int, num_layers: int, stream: Stream) -> Mark:
@@ -125,8 +133,16 @@ def test_all_announcements_share_one_link(
 
 
 def test_an_announcer_that_never_spoke_has_nothing_to_close(network: FakeNetwork) -> None:
-    Announcer(WORKER, RANK, digest_of, network.connect).close()
+    Announcer(WORKER, RANK, digest_of, None, network.connect).close()
     assert network.links == {}
+
+
+def test_an_engine_that_only_waits_is_woken(
+    announcer: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    announcer.nudge()
+    network.deliver()
+    assert control.heard == [wire.Nudge()]
 
 
 # --- how often -------------------------------------------------------------------------------
@@ -190,9 +206,7 @@ def test_what_remains_at_the_end_is_no_stretch_of_its_own(
 def test_blocks_are_examined_when_the_control_plane_asks(
     announcer: Announcer, network: FakeNetwork, control: Control
 ) -> None:
-    announcer.nudge()
-    network.deliver()
     check = wire.Check(new_handoff_id(), 0, RANK, 4, 16)
     network.answer(control.worker, wire.encode(wire.Examine(check, ((1, 2),)), ENGINE, WORKER))
     network.deliver()
-    assert control.heard[1:] == [wire.Examined(check, digest_of(((1, 2),), 4, 16))]
+    assert control.heard == [wire.Examined(check, digest_of(((1, 2),), 4, 16))]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig, is_loopback
 from vllm_pd_plugin.errors import ConfigError
 
@@ -37,6 +38,10 @@ def test_every_option_is_taken_over() -> None:
         "queue_timeout_s": 600.0,
         "stretch_bytes": 1,
         "integrity": "digest",
+        "codec": "int4",
+        "lossy_max": "int8",
+        "packing": "never",
+        "staging_bytes": 2**20,
     }
     assert list(options) == OPTIONS
     config = PdConfig.parse(options, KEYED)
@@ -45,10 +50,59 @@ def test_every_option_is_taken_over() -> None:
 
 
 @pytest.mark.parametrize("value", ["sha256", "", True, None, ["digest"]])
-def test_an_integrity_that_is_none_is_refused(value: object) -> None:
-    message = refusal({"integrity": value})
-    assert f"integrity={value!r}" in message
-    assert "none and digest" in message
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("integrity", "none and digest"),
+        ("codec", "raw, int8, int4, int2 and auto"),
+        ("lossy_max", "none, int8, int4 and int2"),
+        ("packing", "auto, always and never"),
+    ],
+)
+def test_a_word_that_is_none_of_the_allowed_is_refused(
+    name: str, allowed: str, value: object
+) -> None:
+    message = refusal({name: value})
+    assert f"{name}={value!r} is not known" in message
+    assert f"allowed are {allowed}" in message
+
+
+@pytest.mark.parametrize(("name", "value"), [("lossy_max", "raw"), ("lossy_max", "auto")])
+def test_the_narrowest_codec_allowed_is_a_lossy_one_or_none(name: str, value: str) -> None:
+    assert f"{name}={value!r}" in refusal({name: value})
+
+
+@pytest.mark.parametrize(
+    ("codec", "lossy_max", "narrowest"),
+    [
+        ("raw", "none", Codec.RAW),
+        ("auto", "none", Codec.RAW),
+        ("auto", "int4", Codec.INT4),
+        ("int8", "none", Codec.INT8),
+        ("int8", "int2", Codec.INT2),
+        ("int2", "int8", Codec.INT2),
+    ],
+)
+def test_a_lossy_codec_is_allowed_by_naming_it(
+    codec: str, lossy_max: str, narrowest: Codec
+) -> None:
+    assert PdConfig.parse({"codec": codec, "lossy_max": lossy_max}, {}).narrowest is narrowest
+
+
+def test_no_lossy_codec_is_allowed_unless_the_operator_says_so() -> None:
+    assert PdConfig.parse({}, {}).narrowest is Codec.RAW
+
+
+@pytest.mark.parametrize("options", [{"codec": "int8"}, {"lossy_max": "int4"}], ids=str)
+def test_lossy_codecs_need_staging_memory(options: dict[str, str]) -> None:
+    message = refusal({"staging_bytes": 0} | options)
+    assert "staging_bytes=0 leaves no room" in message
+    assert "or use codec=raw" in message
+
+
+@pytest.mark.parametrize("options", [{}, {"codec": "auto"}, {"packing": "always"}], ids=str)
+def test_without_lossy_codecs_there_may_be_no_staging_memory(options: dict[str, str]) -> None:
+    assert PdConfig.parse({"staging_bytes": 0} | options, {}).staging_bytes == 0
 
 
 def test_an_unknown_option_is_named_with_all_that_are_allowed() -> None:
@@ -85,16 +139,26 @@ def test_a_time_that_cannot_work_is_refused(name: str, value: object) -> None:
     assert "0.1 to 86400 seconds" in message
 
 
-@pytest.mark.parametrize("value", [0, -1, 2**50 + 1, 1.0, "2MiB", True, None, [1]])
-def test_a_stretch_that_is_no_size_is_refused(value: object) -> None:
-    message = refusal({"stretch_bytes": value})
-    assert f"stretch_bytes={value!r}" in message
-    assert "1 to 2**50 bytes" in message
+@pytest.mark.parametrize(("name", "least"), [("stretch_bytes", 1), ("staging_bytes", 0)])
+@pytest.mark.parametrize("value", ["too small", -1, 2**50 + 1, 1.0, "2MiB", True, None, [1]])
+def test_what_is_no_size_is_refused(name: str, least: int, value: object) -> None:
+    value = least - 1 if value == "too small" else value
+    message = refusal({name: value})
+    assert f"{name}={value!r}" in message
+    assert f"{least} to 2**50 bytes" in message
 
 
-@pytest.mark.parametrize("value", [1, 2**50])
-def test_the_ends_of_the_range_of_sizes_are_allowed(value: int) -> None:
-    assert PdConfig.parse({"stretch_bytes": value}, {}).stretch_bytes == value
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stretch_bytes", 1),
+        ("stretch_bytes", 2**50),
+        ("staging_bytes", 0),
+        ("staging_bytes", 2**50),
+    ],
+)
+def test_the_ends_of_the_range_of_sizes_are_allowed(name: str, value: int) -> None:
+    assert getattr(PdConfig.parse({name: value}, {}), name) == value
 
 
 @pytest.mark.parametrize("name", ["host", "advertise_host"])

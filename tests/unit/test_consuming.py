@@ -13,6 +13,7 @@ import pytest
 from vllm_pd_plugin.control import ControlPlane, Lost, Offered
 from vllm_pd_plugin.digest import prompt_digest
 from vllm_pd_plugin.errors import ParamsError, Reason
+from vllm_pd_plugin.fetches import CodecChoice
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 
 with warnings.catch_warnings():
@@ -23,6 +24,7 @@ with warnings.catch_warnings():
 
 TOKENS = 40
 BLOCKS = ([7, 8, 9],)
+BIT_FOR_BIT = CodecChoice()
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,9 +63,11 @@ class Consumer:
     def _call(self, function: Callable[[ControlPlane], None]) -> None:
         function(self.control)  # type: ignore[arg-type]
 
-    def add(self, request_id: str = "r", *sources: Source) -> FakeRequest:
+    def add(
+        self, request_id: str = "r", *sources: Source, codec: CodecChoice = BIT_FOR_BIT
+    ) -> FakeRequest:
         request = FakeRequest(request_id, list(range(TOKENS)))
-        self.requests.add(request, sources or [new_source()])  # type: ignore[arg-type]
+        self.requests.add(request, sources or [new_source()], codec)  # type: ignore[arg-type]
         return request
 
     def match(self, request: FakeRequest, num_computed_tokens: int = 0) -> tuple[int | None, bool]:

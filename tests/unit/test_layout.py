@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from tests.fakes.engines import make_layout
+from vllm_pd_plugin.codecs import Part
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.layout import EngineLayout, Group, Region, check_compatible
 
@@ -55,6 +56,25 @@ def test_a_sliding_window_reaches_back_from_the_recomputed_last_token(
     first_token: int, num_tokens: int, expected: range
 ) -> None:
     assert SLIDING.needed_blocks(first_token, num_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads"), [((2, 16, 8), 2), ((16, 576), 1), ((1, 16, 8), 1), ((128,), 1)]
+)
+def test_heads_are_the_first_of_three_dimensions(shape: tuple[int, ...], heads: int) -> None:
+    assert msgspec.structs.replace(FULL, block_shape=shape).heads == heads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_floats_whose_channels_are_known_can_be_encoded(dtype: str) -> None:
+    parts = (Part("key", 0, 4), Part("value", 4, 4))
+    assert msgspec.structs.replace(FULL, dtype=dtype, parts=parts).is_encodable
+    assert not msgspec.structs.replace(FULL, dtype=dtype, parts=()).is_encodable
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "float64"])
+def test_other_types_cannot_be_encoded(dtype: str) -> None:
+    assert not msgspec.structs.replace(FULL, dtype=dtype, parts=(Part("key", 0, 8),)).is_encodable
 
 
 def layout_of(*groups: tuple[str, ...]) -> EngineLayout:
@@ -108,6 +128,8 @@ def test_the_first_difference_is_named_with_both_values(
         {"layers": ("layer.1", "layer.0")},
         {"block_shape": (4, 2, 4)},
         {"dtype": "int8"},
+        {"block_strides": (8, 16, 1)},
+        {"parts": (Part("key", 0, 4),)},
     ],
 )
 def test_any_difference_in_a_group_is_refused(change: dict[str, Any]) -> None:
@@ -117,8 +139,12 @@ def test_any_difference_in_a_group_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_every_field_of_a_group_is_compared() -> None:
-    compared = {"kind", "block_tokens", "window", "layers", "block_shape", "dtype"}
-    assert set(Group.__struct_fields__) == compared
+    """Named one by one above: a new field needs a case there."""
+    named = {
+        "kind", "block_tokens", "window", "layers", "block_shape", "dtype", "block_strides",
+        "parts",
+    }  # fmt: skip
+    assert set(Group.__struct_fields__) == named
 
 
 def test_a_later_group_is_compared_too() -> None:

@@ -9,8 +9,9 @@ import warnings
 import prometheus_client
 import pytest
 
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.fetches import FetchResult
+from vllm_pd_plugin.fetches import FetchCounts, FetchResult
 from vllm_pd_plugin.produced import ProducerState
 
 with warnings.catch_warnings():
@@ -18,8 +19,11 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.metrics import PdPromMetrics, PdStats
 
 
-def fetched(num_bytes: int = 1000, num_stretches: int = 3, seconds: float = 0.5) -> FetchResult:
-    return FetchResult("r", None, num_bytes, 7, num_stretches, seconds, 100)
+def fetched(
+    wire_bytes: int = 1000, stretches: int = 3, seconds: float = 0.5, codec: Codec = Codec.INT4
+) -> FetchResult:
+    counts = FetchCounts(wire_bytes, 4 * wire_bytes, 7, stretches, packed=2)
+    return FetchResult("r", None, counts, codec, seconds, 100)
 
 
 def one_of_each() -> PdStats:
@@ -52,7 +56,8 @@ def test_whatever_is_counted_makes_them_not_empty(kind: str) -> None:
 def test_counts_of_ranks_and_steps_add_up() -> None:
     stats = one_of_each().aggregate(one_of_each())
     assert stats.data == {
-        "fetches": [[1000, 7, 3, 0.5]] * 2,
+        "fetches": [[1000, 4000, 7, 3, 2, 0.5]] * 2,
+        "codecs": {"int4": 2},
         "failures": {"producer_ended": 2},
         "retries": {"read_failed": 2},
         "ended": {"expired": 2},
@@ -73,10 +78,11 @@ def test_open_handoffs_are_those_of_the_newer() -> None:
 
 def test_the_log_line_sums_up_the_fetches() -> None:
     stats = PdStats()
-    stats.record_fetch(fetched(num_bytes=2**20, num_stretches=3, seconds=0.5))
-    stats.record_fetch(fetched(num_bytes=2**19, num_stretches=1, seconds=1.5))
+    stats.record_fetch(fetched(wire_bytes=2**20, stretches=3, seconds=0.5))
+    stats.record_fetch(fetched(wire_bytes=2**19, stretches=1, seconds=1.5))
     assert stats.reduce() == {
-        "fetches": 2, "MiB": 1.5, "descriptors": 14, "stretches": 4, "mean_ms": 1000.0,
+        "fetches": 2, "MiB": 1.5, "KV_MiB": 6.0, "descriptors": 14, "stretches": 4, "packed": 4,
+        "mean_ms": 1000.0,
     }  # fmt: skip
 
 
@@ -108,6 +114,9 @@ class Prometheus:
 @pytest.mark.parametrize(
     "name",
     [
+        "pd_fetch_bytes_total",
+        "pd_fetch_kv_bytes_total",
+        "pd_fetch_packed_stretches_total",
         "pd_withdrawals_total",
         "pd_kept_tokens_total",
         "pd_control_bytes_total",
@@ -115,7 +124,7 @@ class Prometheus:
         "pd_dropped_messages_total",
     ],
 )
-def test_a_series_of_what_should_not_happen_is_there_from_the_start(name: str) -> None:
+def test_a_series_without_a_reason_is_there_from_the_start(name: str) -> None:
     assert Prometheus().value(name) == 0
 
 
@@ -125,8 +134,10 @@ def test_every_count_reaches_its_series() -> None:
         prometheus.metrics.observe(one_of_each().data)
     expected = {
         "pd_fetch_bytes_total": 2000,
+        "pd_fetch_kv_bytes_total": 8000,
         "pd_fetch_descriptors_total": 14,
         "pd_fetch_stretches_total": 6,
+        "pd_fetch_packed_stretches_total": 4,
         "pd_fetch_seconds_count": 2,
         "pd_withdrawals_total": 2,
         "pd_kept_tokens_total": 128,
@@ -136,11 +147,23 @@ def test_every_count_reaches_its_series() -> None:
     }
     assert {name: prometheus.value(name) for name in expected} == expected
     assert prometheus.value("pd_fetch_seconds_sum") == 1.0
+    assert prometheus.value("pd_fetches_total", codec="int4") == 2
     assert prometheus.value("pd_handoff_failures_total", reason="producer_ended") == 2
     assert prometheus.value("pd_producer_handoffs_total", state="expired") == 2
     assert prometheus.value("pd_handoff_retries_total", reason="read_failed") == 2
     assert prometheus.value("pd_handoffs_open", side="producer") == 1
     assert prometheus.value("pd_handoffs_open", side="consumer") == 5
+
+
+def test_fetches_are_counted_by_codec() -> None:
+    prometheus, stats = Prometheus(), PdStats()
+    for codec in (Codec.RAW, Codec.INT8, Codec.RAW):
+        stats.record_fetch(fetched(codec=codec))
+    assert stats.data["codecs"] == {"raw": 2, "int8": 1}
+    prometheus.metrics.observe(stats.data)
+    assert prometheus.value("pd_fetches_total", codec="raw") == 2
+    assert prometheus.value("pd_fetches_total", codec="int8") == 1
+    assert prometheus.value("pd_fetches_total", codec="int2") is None
 
 
 def test_open_handoffs_that_were_not_counted_leave_the_gauge_as_it_is() -> None:

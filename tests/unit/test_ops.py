@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_pd_plugin import ops
+from tests.fakes.planes import LAYOUTS, NUM_BLOCKS, make_planes
+from vllm_pd_plugin import ops, ops_reference
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
-BLOCKS = 6
 
 native = pytest.mark.skipif(not ops.HAS_NATIVE, reason="installed without the native extension")
 
@@ -19,35 +19,6 @@ def test_the_extension_is_there_where_tests_run() -> None:
     assert ops.HAS_NATIVE, "run `make setup` with a C++ compiler installed"
 
 
-def make_planes(
-    shape: tuple[int, int, int], dtype: torch.dtype, layout: str, num_planes: int = 2
-) -> list[torch.Tensor]:
-    """Planes of random bytes ``[BLOCKS, heads, tokens, width]``, laid out in some way."""
-    heads, tokens, width = shape
-    generator = torch.Generator().manual_seed(heads + 10 * tokens + 100 * width)
-    size = torch.empty(0, dtype=dtype).element_size()
-    planes = []
-    for _ in range(num_planes):
-        match layout:
-            case "dense":
-                whole, pick = (BLOCKS, heads, tokens, width), lambda t: t
-            case "tokens before heads":
-                whole, pick = (BLOCKS, tokens, heads, width), lambda t: t.transpose(1, 2)
-            case "keys beside values":
-                whole, pick = (BLOCKS, heads, tokens, 2 * width), lambda t: t[..., width:]
-            case "some of the heads":
-                whole, pick = (BLOCKS, heads + 3, tokens, width), lambda t: t[:, 2 : 2 + heads]
-            case _:  # every second block, and not from the start
-                whole, pick = (2 * BLOCKS + 1, heads, tokens, width), lambda t: t[1::2]
-        shape_in_bytes = (*whole[:-1], whole[-1] * size)
-        random = torch.randint(0, 256, shape_in_bytes, dtype=torch.uint8, generator=generator)
-        planes.append(pick(random.view(dtype)))
-    return planes
-
-
-LAYOUTS = [
-    "dense", "tokens before heads", "keys beside values", "some of the heads", "every second block",
-]  # fmt: skip
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
 
 
@@ -57,14 +28,14 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
     shape=SHAPES,
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
-    blocks=st.lists(st.integers(0, BLOCKS - 1), max_size=8),
+    blocks=st.lists(st.integers(0, NUM_BLOCKS - 1), max_size=8),
 )
 def test_a_digest_is_that_of_the_reference(
     shape: tuple[int, int, int], dtype: torch.dtype, layout: str, blocks: list[int]
 ) -> None:
-    planes = make_planes(shape, dtype, layout)
+    planes = make_planes(shape, dtype, layout).views
     chosen = torch.tensor(blocks, dtype=torch.int64)
-    expected = ops.digest_blocks_reference(planes, chosen)
+    expected = ops_reference.digest_blocks(planes, chosen)
     assert torch.equal(ops.digest_blocks(planes, chosen), expected)
     dense = [plane.contiguous() for plane in planes]
     assert torch.equal(ops.digest_blocks(dense, chosen), expected)
@@ -76,9 +47,9 @@ def test_a_digest_of_known_bytes_is_known() -> None:
     assert ops.digest_blocks([plane], torch.tensor([1, 0])).item() == 6716140276178703354
 
 
-@pytest.mark.parametrize("digest", [ops.digest_blocks, ops.digest_blocks_reference])
+@pytest.mark.parametrize("digest", [ops.digest_blocks, ops_reference.digest_blocks])
 def test_a_digest_sees_every_single_bit_and_every_swap(digest: object) -> None:
-    (plane,) = make_planes((2, 3, 16), torch.uint8, "dense", 1)
+    (plane,) = make_planes((2, 3, 16), torch.uint8, "dense", 1).views
     blocks = torch.tensor([4, 1])
     seen = {int(digest([plane], blocks))}  # type: ignore[operator]
     flat = plane[4].view(-1)
@@ -96,7 +67,7 @@ def test_a_digest_sees_every_single_bit_and_every_swap(digest: object) -> None:
 
 @native
 def test_the_op_is_registered_as_pytorch_wants_it() -> None:
-    planes = make_planes((2, 3, 8), torch.float32, "keys beside values")
+    planes = make_planes((2, 3, 8), torch.float32, "keys beside values").views
     arguments = (planes, torch.tensor([1, 2]))
     results = torch.library.opcheck(torch.ops.vllm_pd_plugin.digest_blocks.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
@@ -114,12 +85,12 @@ def test_the_op_is_registered_as_pytorch_wants_it() -> None:
         (lambda p, b: (p, b.float()), "int64"),
         (lambda p, b: (p, b[None]), "one contiguous dimension"),
         (lambda p, b: (p, torch.arange(4)[::2]), "one contiguous dimension"),
-        (lambda p, b: (p, torch.tensor([BLOCKS])), f"block {BLOCKS} lies outside"),
+        (lambda p, b: (p, torch.tensor([NUM_BLOCKS])), f"block {NUM_BLOCKS} lies outside"),
         (lambda p, b: (p, torch.tensor([-1])), "block -1 lies outside"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused(change: object, message: str) -> None:
-    planes, blocks = make_planes((2, 3, 8), torch.float32, "dense"), torch.tensor([1, 2])
+    planes, blocks = make_planes((2, 3, 8), torch.float32).views, torch.tensor([1, 2])
     with pytest.raises(RuntimeError, match=message):
         ops.digest_blocks(*change(planes, blocks))  # type: ignore[operator]
 
@@ -127,7 +98,7 @@ def test_arguments_that_do_not_fit_are_refused(change: object, message: str) -> 
 def test_without_the_extension_the_reference_is_used_and_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    planes, blocks = make_planes((2, 3, 8), torch.float32, "dense"), torch.tensor([1, 2])
+    planes, blocks = make_planes((2, 3, 8), torch.float32).views, torch.tensor([1, 2])
     expected = ops.digest_blocks(planes, blocks)
     monkeypatch.setattr(ops, "HAS_NATIVE", False)
     ops._say_that_the_reference_is_used.cache_clear()

@@ -78,8 +78,8 @@ def test_groups_that_interleave_are_streamed_layer_by_layer() -> None:
         assert consumer.transport.num_posted == written
     assert consumer.outcome("c") is None
     assert consumer.holds_kv(PROMPT, here, 8)
-    assert consumer.result("c").num_stretches == 4
-    assert consumer.result("c").num_bytes == 4 * 2 * BLOCK_BYTES
+    assert consumer.result("c").counts.stretches == 4
+    assert consumer.result("c").counts.wire_bytes == 4 * 2 * BLOCK_BYTES
 
 
 def test_a_sliding_window_is_streamed_with_full_attention() -> None:
@@ -120,8 +120,8 @@ def test_at_most_two_reads_are_under_way_and_what_is_announced_meanwhile_is_one(
     cluster.consumer.transport.finish_reads()
     cluster.settle()
     assert cluster.consumer.outcome("c") is None
-    assert cluster.consumer.result("c").num_stretches == 3
-    assert cluster.consumer.result("c").num_bytes == 2 * 4 * BLOCK_BYTES
+    assert cluster.consumer.result("c").counts.stretches == 3
+    assert cluster.consumer.result("c").counts.wire_bytes == 2 * 4 * BLOCK_BYTES
     assert cluster.has_arrived()
 
 
@@ -135,7 +135,7 @@ def test_only_the_missing_suffix_is_streamed(cluster: StreamingCluster) -> None:
     cluster.compute(range(8, TOKENS))
     cluster.settle()
     assert cluster.consumer.outcome("c") is None
-    assert cluster.consumer.result("c").num_bytes == 2 * 2 * BLOCK_BYTES
+    assert cluster.consumer.result("c").counts.wire_bytes == 2 * 2 * BLOCK_BYTES
     assert cluster.has_arrived()
 
 
@@ -204,7 +204,7 @@ def test_messages_that_come_twice_count_once_while_streaming(cluster: StreamingC
         cluster.compute(range(end - 8, end))
         cluster.settle_with_every_message_twice()
     assert cluster.consumer.outcome("c") is None
-    assert cluster.consumer.result("c").num_bytes == 2 * 4 * BLOCK_BYTES
+    assert cluster.consumer.result("c").counts.wire_bytes == 2 * 4 * BLOCK_BYTES
     assert cluster.has_arrived()
 
 
@@ -319,6 +319,6 @@ def test_the_control_traffic_of_a_handoff_is_two_kib_and_128_bytes_a_stretch(
     cluster.settle()
     result = consumer.result("c")
     assert result.reason is None
-    assert result.num_stretches == len(of_stretches)
+    assert result.counts.stretches == len(of_stretches)
     assert all(0 < num_bytes <= 128 for num_bytes in of_stretches[:-1])  # the last is committed
-    assert 0 < traffic() - before <= 2048 + 128 * result.num_stretches
+    assert 0 < traffic() - before <= 2048 + 128 * result.counts.stretches

@@ -34,7 +34,7 @@ def test_after_a_preemption_everything_is_read_again(cluster: StreamingCluster) 
     cluster.settle()
     assert cluster.consumer.outcome("c") is None
     assert cluster.has_arrived()
-    assert cluster.consumer.result("c").num_bytes == 2 * 6 * BLOCK_BYTES
+    assert cluster.consumer.result("c").counts.wire_bytes == 2 * 6 * BLOCK_BYTES
 
 
 def test_reads_of_an_earlier_epoch_end_before_new_ones_are_posted(

@@ -70,7 +70,12 @@ class Consumer:
 
     def taken(self) -> set[tuple[int, int]]:
         """Plan a stretch; return it as (layer by region, position in the block table)."""
-        return set(places(self.stretches.take()))
+        return set(places(self.plan()))
+
+    def plan(self) -> ReadPlan | None:
+        """Plan all that is final and was not planned before."""
+        stretch = self.stretches.take()
+        return None if stretch is None else self.stretches.plan(stretch)
 
     def everything(self) -> list[tuple[int, int]]:
         positions = [
@@ -225,7 +230,7 @@ def test_a_block_in_the_window_that_is_gone_is_refused() -> None:
     tables = (consumer.tables()[0], wire.TableSlice(0, (0, 0, 0, 53)))
     consumer.stretches.learn(wire.Seal(H, 0, 16, tables))
     with pytest.raises(HandoffError, match="remote KV cache group 1 no longer holds") as caught:
-        consumer.stretches.take()
+        consumer.plan()
     assert caught.value.reason is Reason.MISSING_BLOCKS
 
 
@@ -280,7 +285,7 @@ def test_a_block_table_that_is_shorter_than_its_tokens_is_refused() -> None:
     consumer = Consumer(FULL, 12)
     consumer.stretches.learn(wire.Seal(H, 0, 12, consumer.tables(2)))
     with pytest.raises(HandoffError, match="has 2 blocks, 3 are needed"):
-        consumer.stretches.take()
+        consumer.plan()
 
 
 def test_a_seal_of_fewer_tokens_than_were_offered_is_refused() -> None:
@@ -312,7 +317,7 @@ def test_a_newer_epoch_voids_everything() -> None:
     assert consumer.stretches.taken_tokens == 0
     assert consumer.stretches.take() is None
     consumer.stretches.learn(consumer.progress(12, 12, 2, epoch=1, shift=7))
-    plan = consumer.stretches.take()
+    plan = consumer.plan()
     assert set(places(plan, shift=7)) == blocks([0, 1], range(3))
 
 
@@ -323,7 +328,7 @@ def test_an_older_epoch_is_ignored() -> None:
     assert consumer.stretches.learn(consumer.seal(epoch=0))
     assert consumer.stretches.learn(consumer.seal(epoch=0, num_tokens=3))
     assert consumer.stretches.epoch == 2
-    plan = consumer.stretches.take()
+    plan = consumer.plan()
     assert set(places(plan, shift=7)) == blocks([0, 1], range(1))
 
 
@@ -373,7 +378,7 @@ def test_the_stretches_of_an_epoch_are_together_exactly_what_one_read_would_be(
         said.append(message)
 
     def take() -> None:
-        read.extend(places(stretches.take(), shift=stretches.epoch))
+        read.extend(places(consumer.plan(), shift=stretches.epoch))
         prefix = stretches.taken_tokens
         if prefix > first_token:
             wanted = {(layer, i) for layer, i in consumer.everything() if i * T < prefix}

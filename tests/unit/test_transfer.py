@@ -6,8 +6,9 @@ import pytest
 
 from tests.fakes.engines import PEER_TIMEOUT_S
 from tests.fakes.fetching import EMPTY, HERE, KV, LEASE_S, THERE, TOKENS, FetchingCluster
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.fetches import FetchResult
+from vllm_pd_plugin.fetches import FetchCounts, FetchResult
 from vllm_pd_plugin.transfer import SERVE_INTERVAL_S
 
 
@@ -45,7 +46,9 @@ def test_a_result_counts_bytes_descriptors_and_seconds(cluster: FetchingCluster)
     cluster.consumer.transport.finish_reads()
     cluster.settle()
     # Two layers of two blocks of 32 bytes; blocks 7 and 9 are no neighbours.
-    assert cluster.consumer.results == [FetchResult("c", None, 128, 4, 1, 2.5, TOKENS)]
+    counts = FetchCounts(wire_bytes=128, kv_bytes=128, descriptors=4, stretches=1, packed=0)
+    expected = FetchResult("c", None, counts, Codec.RAW, 2.5, TOKENS)
+    assert cluster.consumer.results == [expected]
 
 
 def test_a_fetch_that_begins_before_the_seal_reads_after_it(cluster: FetchingCluster) -> None:

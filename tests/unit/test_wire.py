@@ -8,24 +8,33 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.fakes.engines import make_layout
+from tests.fakes.engines import full_group, make_layout
 from vllm_pd_plugin import wire
+from vllm_pd_plugin.codecs import Codec, Part
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, new_handoff_id, new_incarnation
-from vllm_pd_plugin.layout import RankMemory, Region
+from vllm_pd_plugin.layout import RankMemory, Region, Span
 
 A, B = new_incarnation(), new_incarnation()
 H = new_handoff_id()
 RANK = RankMemory((Region(2**63, 10, 32, 48),), b"\x00meta\xff")
+STAGING_RANK = msgspec.structs.replace(RANK, staging=Span(2**63, 4096))
 TABLES = (
     wire.TableSlice(2, (1, 2, 3)),
     wire.TableSlice(0, ()),
     wire.TableSlice(0, (0, 9)),
 )
 CHECK = wire.Check(H, 1, 0, 400, 1000)
+PARTS = (Part("key", 0, 4), Part("value", 4, 4))
+LAYOUT = make_layout(
+    groups=[msgspec.structs.replace(full_group("a"), block_strides=(16, 4, 1), parts=PARTS)]
+)
+RUNS = (wire.LayerRun(2, 0, 3), wire.LayerRun(1, 0, 0))
+PACK = wire.Pack(H, 1, 0, 7, Codec.INT4, 100, RUNS, True)
+PACKED = wire.Packed(H, 1, 7, 256, 4096, 0.25, b"\x00\xff")
 EVERY_KIND: list[wire.Message] = [
     wire.Hello("engine"),
-    wire.Welcome("engine", make_layout(), (RANK, RANK), 30.0),
+    wire.Welcome("engine", LAYOUT, (RANK, STAGING_RANK), 30.0),
     wire.Want(H),
     wire.Offer(H, 1000, b"\x00\xff"),
     wire.Subscribe(H, 1),
@@ -35,6 +44,9 @@ EVERY_KIND: list[wire.Message] = [
     wire.Committed(H, 1, False),
     CHECK,
     wire.Checked(H, 1, b"\x00\xff"),
+    PACK,
+    PACKED,
+    wire.Unpacked(H, 0, 7),
     wire.Refuse(H, Reason.LEASE_EXPIRED),
     wire.Heartbeat((H, H)),
     wire.Alive({H: Reason.CANCELLED}),
@@ -42,6 +54,11 @@ EVERY_KIND: list[wire.Message] = [
     wire.Announce(7, 1, 2),
     wire.Examine(CHECK, ((1, 2), ())),
     wire.Examined(CHECK, b"\x00\xff"),
+    wire.Stage(PACK, ((1, 2), ())),
+    wire.Staged(H, 0, PACKED, None),
+    wire.Staged(H, 0, None, Reason.MISSING_BLOCKS),
+    wire.Unstage(H, 7),
+    wire.Unstage(H, None),
     wire.Nudge(),
 ]
 
@@ -168,6 +185,26 @@ def test_a_malformed_body_is_refused(body: bytes) -> None:
         wire.Committed(H, -1, True),
         wire.Announce(-1, 0, 0),
         wire.Announce(0, 0, -1),
+        *(
+            msgspec.structs.replace(PACK, **{field: -1})
+            for field in ("epoch", "rank", "number", "num_tokens")
+        ),
+        *(
+            msgspec.structs.replace(PACK, layers=(run,))
+            for run in (
+                wire.LayerRun(-1, 0, 1),
+                wire.LayerRun(1, -1, 1),
+                wire.LayerRun(1, 0, -1),
+            )
+        ),
+        *(
+            msgspec.structs.replace(PACKED, **{field: -1})
+            for field in ("epoch", "number", "offset", "num_bytes")
+        ),
+        wire.Unpacked(H, -1, 0),
+        wire.Unpacked(H, 0, -1),
+        wire.Staged(H, -1, None, None),
+        wire.Unstage(H, -1),
     ],
     ids=str,
 )
@@ -178,6 +215,41 @@ def test_a_negative_count_is_refused(message: wire.Message) -> None:
 def test_an_unknown_reason_is_refused() -> None:
     body = msgspec.msgpack.encode({"type": "refuse", "handoff_id": H, "reason": "boredom"})
     assert "malformed refuse" in refusal([header(kind="refuse"), body])
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_every_codec_can_be_asked_for(codec: Codec) -> None:
+    _, back = wire.decode(wire.encode(msgspec.structs.replace(PACK, codec=codec), A, B))
+    assert isinstance(back, wire.Pack)
+    assert back.codec is codec
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "int3"},
+        {"codec": None},
+        {"codec": 4},
+        {"layers": [[1, 0]]},
+        {"layers": [[1.5, 0, 1]]},
+        {"layers": 3},
+        {"digest": "yes"},
+        {"num_tokens": 1.5},
+    ],
+    ids=str,
+)
+def test_a_malformed_request_for_a_piece_is_refused(change: dict[str, object]) -> None:
+    fields = {"type": "pack"} | msgspec.structs.asdict(PACK)
+    _, message = wire.decode([header(kind="pack"), msgspec.msgpack.encode(list(fields.values()))])
+    assert message == PACK
+    body = msgspec.msgpack.encode(list((fields | change).values()))
+    assert "malformed pack" in refusal([header(kind="pack"), body])
+
+
+@pytest.mark.parametrize("seconds", ["1", None, b"1"])
+def test_a_piece_that_took_no_time_that_is_one_is_refused(seconds: object) -> None:
+    frames = wire.encode(msgspec.structs.replace(PACKED, seconds=seconds), A, B)
+    assert "malformed packed" in refusal(frames)
 
 
 # msgspec raises UnicodeDecodeError for it, which is no MsgspecError.
@@ -203,7 +275,7 @@ def test_a_deeply_nested_body_is_refused() -> None:
 # Heartbeats follow from it: one that is no time makes the consumer's control thread spin.
 @pytest.mark.parametrize("lease_s", [float("nan"), 0.0, -1.0, 1e-9, 86_401.0])
 def test_a_lease_that_is_no_time_is_refused(lease_s: float) -> None:
-    refusal(wire.encode(wire.Welcome("engine", make_layout(), (RANK,), lease_s), A, B))
+    refusal(wire.encode(wire.Welcome("engine", LAYOUT, (RANK,), lease_s), A, B))
 
 
 def decode_anything(frames: list[bytes]) -> None:

@@ -1,0 +1,131 @@
+"""Per process: a worker rank writes pieces of KV down for its consumers.
+
+A ``Packer`` is owned by the rank's transfer thread. Pieces wait, first come first served, until
+there is room: a consumer that does not read holds up others' pieces, and never the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from vllm_pd_plugin import wire
+from vllm_pd_plugin.codecs import Codec
+from vllm_pd_plugin.errors import HandoffError, Reason
+from vllm_pd_plugin.ids import HandoffId
+from vllm_pd_plugin.pieces import Piece, Pieces
+from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.staging import Staging
+
+logger = logging.getLogger(__name__)
+
+
+class Coder(Protocol):
+    """Moves KV between the cache and staging memory; each call returns when that is done."""
+
+    def encode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> None:
+        """Write a piece of the cache down at an offset of the outgoing staging memory."""
+
+    def decode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> None:
+        """Take a piece at an offset of the incoming staging memory into the cache."""
+
+    def digest_outgoing(self, offset: int, num_bytes: int) -> bytes:
+        """Return the digest of a piece that was written down."""
+
+    def digest_incoming(self, offset: int, num_bytes: int) -> bytes:
+        """Return the digest of a piece that was read."""
+
+
+class Packer:
+    """The pieces of one rank that consumers have asked for."""
+
+    def __init__(
+        self, pieces: Pieces, staging: Staging, coder: Coder, clock: Callable[[], float]
+    ) -> None:
+        self._pieces = pieces
+        self._staging = staging
+        self._coder = coder
+        self._clock = clock
+        self._waiting: deque[wire.Stage] = deque()
+        self._staged: dict[tuple[HandoffId, int], int] = {}
+
+    @property
+    def taken_bytes(self) -> int:
+        return self._staging.taken_bytes
+
+    def stage(self, stage: wire.Stage) -> None:
+        """A piece is wanted."""
+        self._waiting.append(stage)
+
+    def unstage(self, handoff_id: HandoffId, number: int | None) -> None:
+        """A piece is not needed any more, or none of a handoff's."""
+
+        def is_meant(other: tuple[HandoffId, int]) -> bool:
+            return other[0] == handoff_id and number in (None, other[1])
+
+        self._waiting = deque(w for w in self._waiting if not is_meant(_key(w)))
+        for key in [key for key in self._staged if is_meant(key)]:
+            self._staging.give_back(self._staged.pop(key))
+
+    def clear(self) -> None:
+        """This engine hands nothing off any more: no piece is needed."""
+        self._waiting.clear()
+        for offset in self._staged.values():
+            self._staging.give_back(offset)
+        self._staged.clear()
+
+    @property
+    def is_waited_for(self) -> bool:
+        return bool(self._waiting)
+
+    def turn(self) -> wire.Staged | None:
+        """Write down the next piece, and return the answer; None when it waits for room.
+
+        One at a time: the thread has other things to do as well."""
+        if not self._waiting:
+            return None
+        stage = self._waiting[0]
+        pack = stage.pack
+        try:
+            piece = self._measure(stage)
+            offset = self._staging.take(piece.num_bytes)
+            if offset is None:
+                return None
+            self._waiting.popleft()
+            self._staged[_key(stage)] = offset
+            return wire.Staged(pack.handoff_id, pack.rank, self._write(stage, piece, offset), None)
+        except (HandoffError, RuntimeError) as error:
+            logger.warning("handoff %s: a piece cannot be packed: %s", pack.handoff_id, error)
+            self.unstage(*_key(stage))
+            reason = error.reason if isinstance(error, HandoffError) else Reason.INTERNAL
+            return wire.Staged(pack.handoff_id, pack.rank, None, reason)
+
+    def _measure(self, stage: wire.Stage) -> Piece:
+        """Check what a peer asks for. Raises HandoffError."""
+        pack = stage.pack
+        piece = self._pieces.checked(pack.layers, pack.num_tokens, pack.codec, stage.tables)
+        if piece.num_bytes > self._staging.max_piece_bytes:
+            raise HandoffError(
+                Reason.INTERNAL,
+                f"a piece of {piece.num_bytes} bytes is wanted, at most "
+                f"{self._staging.max_piece_bytes} fit",
+            )
+        if _key(stage) in self._staged:
+            raise HandoffError(Reason.INTERNAL, f"piece {pack.number} is wanted a second time")
+        return piece
+
+    def _write(self, stage: wire.Stage, piece: Piece, offset: int) -> wire.Packed:
+        pack = stage.pack
+        began = self._clock()
+        self._coder.encode(piece, pack.codec, stage.tables, offset)
+        seconds = self._clock() - began
+        digest = self._coder.digest_outgoing(offset, piece.num_bytes) if pack.digest else b""
+        return wire.Packed(
+            pack.handoff_id, pack.epoch, pack.number, offset, piece.num_bytes, seconds, digest
+        )
+
+
+def _key(stage: wire.Stage) -> tuple[HandoffId, int]:
+    return stage.pack.handoff_id, stage.pack.number

@@ -1,0 +1,53 @@
+"""A stretch of memory that pieces of KV are put into, one beside the other; pure."""
+
+from __future__ import annotations
+
+import bisect
+
+ALIGNMENT = 256
+"""Pieces begin at multiples of it, for the sake of wide loads."""
+
+_PIECES_AT_ONCE = 4
+
+
+def max_piece_bytes(num_bytes: int) -> int:
+    """Return how large a piece may be in so much memory: one fetch has two under way, and should
+    not take all of it."""
+    return num_bytes // _PIECES_AT_ONCE // ALIGNMENT * ALIGNMENT
+
+
+class Staging:
+    """Which bytes of it are taken: first fit, neighbouring gaps are one."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._gaps: list[tuple[int, int]] = [(0, num_bytes)] if num_bytes else []
+        self._taken: dict[int, int] = {}
+        self.max_piece_bytes = max_piece_bytes(num_bytes)
+
+    @property
+    def taken_bytes(self) -> int:
+        return sum(self._taken.values())
+
+    def take(self, num_bytes: int) -> int | None:
+        """Return the offset of so many free bytes; None when there are none in one stretch."""
+        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        for index, (start, length) in enumerate(self._gaps):
+            if length >= size:
+                if length == size:
+                    del self._gaps[index]
+                else:
+                    self._gaps[index] = (start + size, length - size)
+                self._taken[start] = size
+                return start
+        return None
+
+    def give_back(self, offset: int) -> None:
+        """Free what ``take`` returned."""
+        start, end = offset, offset + self._taken.pop(offset)
+        index = bisect.bisect(self._gaps, (start, 0))
+        if index < len(self._gaps) and self._gaps[index][0] == end:
+            end += self._gaps.pop(index)[1]
+        if index and sum(self._gaps[index - 1]) == start:
+            index -= 1
+            start = self._gaps.pop(index)[0]
+        self._gaps.insert(index, (start, end - start))
