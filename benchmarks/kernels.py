@@ -32,7 +32,7 @@ from benchmarks import output, program
 from tests.engine import say
 from vllm_pd_plugin import ops
 from vllm_pd_plugin.codecs import Codec, Encoding, Part, encoding_of
-from vllm_pd_plugin.geometry import parts_of_cpu_kernel
+from vllm_pd_plugin.cpu_layout import parts_of_cpu_kernel
 
 HEADS, WIDTH = 8, 64
 BLOCK_TOKENS = (2, 8, 16, 128)

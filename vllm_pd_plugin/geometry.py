@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_pd_plugin.codecs import Codec, Part
+from vllm_pd_plugin.cpu_layout import parts_of_cpu_kernel
 from vllm_pd_plugin.errors import UnsupportedError
 from vllm_pd_plugin.layout import EngineLayout, Group, GroupKind
 
@@ -186,10 +187,7 @@ def _parts(vllm_config: VllmConfig, spec: KVCacheSpec, cache: torch.Tensor) -> t
 
 
 def _parts_on_cpu(vllm_config: VllmConfig, cache: torch.Tensor, width: int) -> tuple[Part, ...]:
-    """Return how the CPU backend's kernels keep a head's keys, and then its values, in a block.
-
-    ``tests/unit/test_cpu_layout.py`` compares it with what the kernels do.
-    """
+    """Return how the CPU backend's kernels keep a head's keys, and then its values, in a block."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     tokens = cache.shape[-2]
@@ -197,25 +195,6 @@ def _parts_on_cpu(vllm_config: VllmConfig, cache: torch.Tensor, width: int) -> t
         vllm_config.model_config.dtype, tokens, width, vllm_config.cache_config.cache_dtype
     )
     return parts_of_cpu_kernel(kernel, tokens, width)
-
-
-def parts_of_cpu_kernel(kernel: str, tokens: int, width: int) -> tuple[Part, ...]:
-    """Return a block's parts as one of vLLM's CPU attention kernels has them.
-
-    kernel: what vLLM calls its ISA. tokens: of a block. width: of a head.
-    """
-    values = tokens * width
-    if kernel in ("vec", "vec16"):
-        return (
-            Part.of_columns("key", width, 0, tokens),
-            Part.of_rows("value", width, values, width),
-        )
-    if kernel == "amx":  # tiles of 16 rows of 64 bytes, as the matrix unit wants bfloat16
-        return (
-            Part("key", width, 0, 16, 2, (16 * width, 2, 32, 1)),
-            Part("value", width, values, 2, 16, (32, 1, 16 * tokens, 2)),
-        )
-    return ()
 
 
 def _model_digest(vllm_config: VllmConfig) -> str:

@@ -1,0 +1,148 @@
+"""KV that is packed, or written down as small integers, between real engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import models
+from tests.engine import (
+    PRODUCE,
+    Completion,
+    Engine,
+    at_once,
+    connector_arguments,
+    free_port,
+    running,
+    start,
+)
+from tests.engines.conftest import ARGUMENTS, BLOCK_TOKENS, CHUNKED, STRETCH_BYTES, random_prompt
+from tests.parity import FLOAT32, compare
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = (1, 31, 127, 128, 129, 600, 1000, 3000)
+LARGEST_SHARE = {"int8": 0.27, "int4": 0.18, "int2": 0.13}
+"""Of float32's bytes. Heads of 32 channels have more scales than most, MLA's latent has 4 bits."""
+
+
+@pytest.fixture(scope="module", params=["tiny-llama", "tiny-mla"])
+def model(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def trio(model: str, logs: Path) -> Iterator[list[Engine]]:
+    """One engine alone, a producer, and a consumer for which everything is packed."""
+    path, common = models.MODELS[model](), ARGUMENTS[model]
+    port = free_port()
+    produce = connector_arguments("prefill", port=port, stretch_bytes=STRETCH_BYTES)
+    consume = connector_arguments(
+        "decode", packing="always", lossy_max="int2", integrity="digest", staging_bytes=8 * 2**20
+    )
+    chunked = () if model == "tiny-mla" else CHUNKED
+    flags = {"alone": common, "producer": (*common, *chunked, *produce)}
+    engines = [
+        start(name, path, more, cores="0", folder=logs, control_port=port)
+        for name, more in flags.items()
+    ]
+    engines.append(start("consumer", path, (*common, *consume), cores="1", folder=logs))
+    with running(engines):
+        yield engines
+
+
+def fetch(trio: list[Engine], prompt: list[int], codec: str | None, **more: Any) -> Completion:
+    """Ask producer and consumer at once, with a codec for the KV."""
+    _, producer, consumer = trio
+    produce, consume = at_once(producer)
+    wanted = {} if codec is None else {"codec": codec}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(producer.complete, prompt, 1, kv_transfer_params=produce)
+        answer = consumer.complete(prompt, 16, kv_transfer_params={**consume, **wanted}, **more)
+        first.exception(120)
+    return answer
+
+
+def counted(consumer: Engine, before: Mapping[str, float], series: str) -> float:
+    return consumer.metrics().get(series, 0.0) - before.get(series, 0.0)
+
+
+def test_packed_kv_gives_the_answers_of_one_engine(trio: list[Engine], model: str) -> None:
+    alone, _, consumer = trio
+    before = consumer.metrics()
+    for length in LENGTHS:
+        prompt = random_prompt(length, length)
+        compare(alone.complete(prompt), fetch(trio, prompt, None), FLOAT32)
+    stretches = counted(consumer, before, "pd_fetch_stretches_total")
+    assert stretches > len(LENGTHS)
+    assert counted(consumer, before, "pd_fetch_packed_stretches_total") == stretches
+    assert counted(consumer, before, "pd_fetch_descriptors_total") == stretches
+    for engine in trio:
+        engine.wait_until_at_rest()
+
+
+def test_sixteen_at_once_share_little_staging_memory(trio: list[Engine], model: str) -> None:
+    alone, *_ = trio
+    prompts = [random_prompt(200 + 61 * i, 300 + i) for i in range(16)]
+    expected = [alone.complete(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda prompt: fetch(trio, prompt, None), prompts))
+    for one, other in zip(expected, answers, strict=True):
+        compare(one, other, FLOAT32)
+    for engine in trio:
+        engine.wait_until_at_rest()
+
+
+@pytest.mark.parametrize("codec", LARGEST_SHARE)
+def test_a_lossy_codec_moves_few_bytes_and_changes_little(
+    trio: list[Engine], model: str, codec: str
+) -> None:
+    alone, _, consumer = trio
+    before = consumer.metrics()
+    prompt = random_prompt(8 * BLOCK_TOKENS[model], len(codec) + ord(codec[-1]))
+    expected, answer = alone.complete(prompt), fetch(trio, prompt, codec)
+    assert counted(consumer, before, f'pd_fetches_total{{codec="{codec}"}}') == 1
+    moved = counted(consumer, before, "pd_fetch_bytes_total")
+    share = moved / counted(consumer, before, "pd_fetch_kv_bytes_total")
+    assert 0 < share <= LARGEST_SHARE[codec]
+    # The first token's distribution: of random weights, which exaggerate every error.
+    first, other = expected.logprobs[0], answer.logprobs[0]
+    apart = max(abs(first[token] - other[token]) for token in first.keys() & other.keys())
+    assert apart > 0
+    assert apart < {"int8": 1.0, "int4": 4.0, "int2": 12.0}[codec]
+
+
+def test_what_the_codec_leaves_out_is_not_missed_in_a_short_prompt(
+    trio: list[Engine], model: str
+) -> None:
+    """All of it is tail, and so in int8."""
+    alone, *_ = trio
+    prompt = random_prompt(20, 77)
+    expected, answer = alone.complete(prompt), fetch(trio, prompt, "int2")
+    first, other = expected.logprobs[0], answer.logprobs[0]
+    assert max(abs(first[t] - other[t]) for t in first.keys() & other.keys()) < 1.0
+
+
+def test_auto_stays_bit_for_bit_where_engines_share_memory(trio: list[Engine], model: str) -> None:
+    alone, _, consumer = trio
+    before = consumer.metrics()
+    for seed in range(4):
+        prompt = random_prompt(900, 500 + seed)
+        compare(alone.complete(prompt), fetch(trio, prompt, "auto"), FLOAT32)
+    assert counted(consumer, before, 'pd_fetches_total{codec="raw"}') == 4
+
+
+def test_a_codec_that_is_not_known_fails_its_request_only(trio: list[Engine], model: str) -> None:
+    _, producer, consumer = trio
+    prompt = random_prompt(40, 9)
+    first = producer.complete(prompt, 1, kv_transfer_params=PRODUCE)
+    params = {**(first.kv_transfer_params or {}), "codec": "int1"}
+    with pytest.raises(httpx.HTTPStatusError, match="500"):
+        consumer.complete(prompt, kv_transfer_params=params)
+    assert fetch(trio, random_prompt(40, 10), "int8").finish_reason == "length"
