@@ -4,6 +4,7 @@
 #   make test    all tests (unit tests, then real engines)
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
+#   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
 #
 # PYTHON       interpreter that .venv is made with (3.11 or later)
 # TORCH_INDEX  URL of PyTorch's CPU wheel index, where pip does not find torch's +cpu wheel by itself
@@ -18,7 +19,7 @@ SETUP := .venv/.done
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models demo test check format bench lock clean
+.PHONY: help setup models demo test check format bench quality lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -52,12 +53,12 @@ check: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	@mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Werror \
-		csrc/cpu/*.cpp tests/native/kernels.cpp -o build/kernels && build/kernels
+	$(CXX) -std=c++17 -g -O1 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-Wall -Wextra -Werror csrc/cpu/*.cpp tests/native/*.cpp -o build/kernels && build/kernels
 	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled"
 	@! command -v nvcc >/dev/null || for source in csrc/cuda/*.cu; do \
 		echo "nvcc $$source for $(CUDA_ARCHITECTURES)"; \
-		nvcc -std=c++17 $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
+		nvcc -std=c++17 -fmad=false $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
 			-Werror all-warnings -c $$source -o build/kernel.o || exit 1; done
 
 format: setup
@@ -73,9 +74,16 @@ bench: setup
 	@$(BIN)/python -m tests.models bench-llama
 	$(BIN)/python -m benchmarks.handoff --prompts 512 --link-mbit 0 --repeat 7 --json benchmarks/results/handoff-unlimited.json
 	$(BIN)/python -m benchmarks.handoff --prompts 512,2048 --link-mbit 300,1000 --json benchmarks/results/handoff-limited.json
+	$(BIN)/python -m benchmarks.handoff --codec raw,int8,int4,int2,auto --dispatch concurrent --link-mbit 100,300 --prompts 512,2048 --json benchmarks/results/handoff-codecs.json
+	$(BIN)/python -m benchmarks.scattered --json benchmarks/results/scattered.json
+	$(BIN)/python -m benchmarks.kernels --json benchmarks/results/kernels.json
 	$(BIN)/python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
 	$(BIN)/python -m benchmarks.memory --handoffs 2000 --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
+
+quality: setup
+	@$(BIN)/python -m tests.models smollm2
+	$(BIN)/python -m benchmarks.quality --json benchmarks/results/quality.json --page docs/codecs.md
 
 lock:
 	$(PYTHON) requirements/lock.py

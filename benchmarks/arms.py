@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -29,8 +30,8 @@ ENGINE_FLAGS = (
 START_TIMEOUT_S = 900.0  # five engines import vLLM on two cores at the same time
 REST_TIMEOUT_S = 120.0
 
-_HTTP_PORTS = {"alone": 8000, "nixl": 8001, "pdplugin": 8002}
-_KV_PORTS = {"alone": 0, "nixl": 5600, "pdplugin": 5700}
+_PORTS = {"alone": (8000, 0), "nixl": (8001, 5600), "pdplugin": (8002, 5700)}
+"""Of HTTP and of KV; the namespaces are the benchmark's own."""
 
 _SERIES = {
     "alone": {},
@@ -47,9 +48,13 @@ _SERIES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arm:
-    """One engine, or a producer and a consumer, by role."""
+    """One engine, or a producer and a consumer, by role.
+
+    kind: alone, nixl or pdplugin.
+    """
 
     name: str
+    kind: str
     engines: Mapping[str, Engine]
     places: Mapping[str, Place]
 
@@ -68,7 +73,7 @@ class Arm:
 
     def counts(self) -> dict[str, float]:
         """Return what the consumer has counted so far, by name; without what it does not tell."""
-        wanted = _SERIES[self.name]
+        wanted = _SERIES[self.kind]
         if not wanted:
             return {}
         samples = self.engines["consumer"].metrics().items()
@@ -83,12 +88,14 @@ def start_arm(
     name: str, model: Path, network: Network, cores: Cores, folder: Path, running: list[Engine]
 ) -> Arm:
     """Start the engines of an arm and return at once; each is added to ``running``."""
+    if name == "pdplugin":  # each request says which codec it wants
+        options = {"lossy_max": "int2"}
+        return start_pair(name, _PORTS[name], options, (), model, network, cores, folder, running)
     roles = ("alone",) if name == "alone" else ("producer", "consumer")
     places = {
-        role: Place.on_host(host, _HTTP_PORTS[name], _KV_PORTS[name])
+        role: Place.on_host(host, *_PORTS[name])
         for role, host in zip(roles, network.hosts, strict=False)
     }
-    cluster_key = secrets.token_hex(32)
     engines: dict[str, Engine] = {}
     for role, place in places.items():
         environ = {"VLLM_CPU_OMP_THREADS_BIND": str(cores.compute)}
@@ -96,18 +103,43 @@ def start_arm(
         if name == "nixl":
             flags += nixl_arguments()
             environ |= nixl_settings(place)
-        elif name == "pdplugin":
-            pd_role = "prefill" if role == "producer" else "decode"
-            # Each request says which codec it wants.
-            flags += connector_arguments(
-                pd_role, host=place.kv_host, port=place.kv_port, lossy_max="int2"
-            )
-            environ["VLLM_PD_CLUSTER_KEY"] = cluster_key
         shown = name if role == name else f"{name} {role}"
         log = folder / f"{name}-{role}.log"
         engines[role] = launch(shown, model, place, flags, environ, log)
         running.append(engines[role])
-    return Arm(name, engines, places)
+    return Arm(name, name, engines, places)
+
+
+def start_pair(
+    name: str,
+    ports: tuple[int, int],
+    options: Mapping[str, Any],
+    flags: Sequence[str],
+    model: Path,
+    network: Network,
+    cores: Cores,
+    folder: Path,
+    running: list[Engine],
+) -> Arm:
+    """Start a producer and a consumer with pdplugin, with these options of the consumer's and flags
+    of both, and return at once; each is added to ``running``."""
+    cluster_key = secrets.token_hex(32)
+    engines: dict[str, Engine] = {}
+    places: dict[str, Place] = {}
+    for role, host in zip(("producer", "consumer"), network.hosts, strict=True):
+        place = places[role] = Place.on_host(host, *ports)
+        pd_role, more = ("prefill", {}) if role == "producer" else ("decode", options)
+        connector = connector_arguments(pd_role, host=place.kv_host, port=place.kv_port, **more)
+        environ = {
+            "VLLM_CPU_OMP_THREADS_BIND": str(cores.compute),
+            "VLLM_PD_CLUSTER_KEY": cluster_key,
+        }
+        log = folder / f"{name.replace(', ', '-')}-{role}.log"
+        engines[role] = launch(
+            f"{name} {role}", model, place, [*ENGINE_FLAGS, *flags, *connector], environ, log
+        )
+        running.append(engines[role])
+    return Arm(name, "pdplugin", engines, places)
 
 
 def stop_all(engines: Sequence[Engine]) -> None:

@@ -2,75 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from vllm_pd_plugin import ops
-from vllm_pd_plugin.codecs import SINK_TOKENS, Codec, Encoding, Part, encoding_of, row_bytes
+from vllm_pd_plugin.codecs import SINK_TOKENS, Codec, Part, encoding_of, row_bytes
 
 BLOCK_TOKENS = 128
 
 Kv = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, ``[sequences, heads, tokens, dim]``."""
 
-Trip = Callable[[list[torch.Tensor]], list[torch.Tensor]]
-"""What becomes of one part of one sequence's KV: ``[heads, tokens, dim]`` of each layer."""
-
-
-def hand_over(kv: Kv, key: Trip, value: Trip) -> Kv:
-    """Send each sequence for itself, keys and values each in one piece from token 0 on."""
-    sequences = []
-    for number in range(len(kv[0][0])):
-        keys = key([keys[number] for keys, _ in kv])
-        values = value([values[number] for _, values in kv])
-        sequences.append((keys, values))
-    return [
-        (
-            torch.stack([keys[layer] for keys, _ in sequences]),
-            torch.stack([values[layer] for _, values in sequences]),
-        )
-        for layer in range(len(kv))
-    ]
-
 
 def through(codec: Codec, kv: Kv) -> Kv:
-    """Return the KV as it comes out of a codec. Raises AssertionError if raw changes a bit."""
+    """Return the KV as decode engines get it that are sent each sequence for itself.
+
+    Raises AssertionError if raw changes a bit.
+    """
+    layers = [torch.cat(pair, 3) for pair in kv]
+    sequences = [
+        handed_over(codec, [layer[number] for layer in layers]) for number in range(len(layers[0]))
+    ]
+    after = [torch.stack(list(rows)) for rows in zip(*sequences, strict=True)]
     if codec is Codec.RAW:
-        out = hand_over(kv, packed, packed)
-        for before, after in zip(kv, out, strict=True):
-            assert all(map(_same_bits, before, after)), "raw is not bit-exact"
-        return out
-    key, value = (encoding_of(codec, part) for part in parts(kv[0][0].shape[3]))
-    return hand_over(kv, lambda rows: encoded(rows, key), lambda rows: encoded(rows, value))
+        assert all(map(_same_bits, layers, after)), "raw is not bit-exact"
+    return [(keys, values) for keys, values in (rows.chunk(2, 3) for rows in after)]
 
 
-def encoded(rows: Sequence[torch.Tensor], encoding: Encoding) -> list[torch.Tensor]:
-    """Encode ``[heads, tokens, dim]`` of each layer, and decode into other blocks."""
+def handed_over(codec: Codec, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Write each layer's ``[heads, tokens, key and value]`` down, and read it into other blocks."""
     heads, tokens, width = rows[0].shape
-    planes, blocks = _planes(rows)
-    size = len(rows) * heads * encoding.stripe_bytes(tokens, width, SINK_TOKENS)
-    slab = torch.empty(size, dtype=torch.uint8)
-    ops.encode_blocks(planes, blocks, tokens, encoding, SINK_TOKENS, slab)
-    remote, remote_blocks = _empty_planes(planes)
-    ops.decode_blocks(slab, remote_blocks, tokens, encoding, SINK_TOKENS, remote)
-    return [_rows(plane, remote_blocks, tokens) for plane in remote]
-
-
-def packed(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copy ``[heads, tokens, dim]`` of each layer into a slab, and out into other blocks."""
-    tokens = rows[0].shape[1]
-    planes, blocks = _planes(rows)
-    slab = torch.empty(sum(row.numel() * row.element_size() for row in rows), dtype=torch.uint8)
-    ops.pack_blocks(planes, blocks, tokens, slab)
-    remote, remote_blocks = _empty_planes(planes)
-    ops.unpack_blocks(slab, remote_blocks, tokens, remote)
-    return [_rows(plane, remote_blocks, tokens) for plane in remote]
+    local = [_in_blocks(row) for row in rows]
+    blocks = torch.arange(len(local[0]))
+    # Other blocks, full of NaN: what is not written there shows.
+    remote, remote_blocks = [torch.full_like(plane, torch.nan) for plane in local], blocks.flip(0)
+    if codec is Codec.RAW:
+        slab = torch.empty(sum(map(_num_bytes, local)), dtype=torch.uint8)
+        ops.pack_blocks(local, blocks, slab)
+        ops.unpack_blocks(slab, remote_blocks, remote)
+    else:
+        for part in parts(width // 2):
+            encoding = encoding_of(codec, part)
+            size = len(rows) * heads * encoding.stripe_bytes(tokens, part.width, SINK_TOKENS)
+            slab = torch.empty(size, dtype=torch.uint8)
+            source = [ops.part_of(plane, part) for plane in local]
+            ops.encode_blocks(source, blocks, tokens, encoding, SINK_TOKENS, slab)
+            target = [ops.part_of(plane, part) for plane in remote]
+            ops.decode_blocks(slab, remote_blocks, tokens, encoding, SINK_TOKENS, target)
+    return [plane[remote_blocks].transpose(0, 1).flatten(1, 2)[:, :tokens] for plane in remote]
 
 
 def parts(dim: int) -> list[Part]:
-    """Return the parts of a row that has a head's key and then its value."""
-    return [Part("key", 0, dim), Part("value", dim, dim)]
+    """Return the parts of rows that have a head's key and then its value."""
+    return [
+        Part.of_rows("key", dim, start=0, stride=2 * dim),
+        Part.of_rows("value", dim, start=dim, stride=2 * dim),
+    ]
 
 
 def bytes_ratio(codec: Codec, dim: int, lengths: Sequence[int], element_bytes: int) -> float:
@@ -81,26 +69,16 @@ def bytes_ratio(codec: Codec, dim: int, lengths: Sequence[int], element_bytes: i
     return sent / (2 * dim * sum(lengths) * element_bytes)
 
 
-def _planes(rows: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Lay each layer out as ``[num_blocks, heads, BLOCK_TOKENS, dim]``."""
-    heads, tokens, width = rows[0].shape
+def _in_blocks(row: torch.Tensor) -> torch.Tensor:
+    """Lay ``[heads, tokens, width]`` out as ``[num_blocks, heads, BLOCK_TOKENS, width]``."""
+    heads, tokens, width = row.shape
     count = -(-tokens // BLOCK_TOKENS)
-    planes = []
-    for row in rows:
-        filled = torch.nn.functional.pad(row, (0, 0, 0, count * BLOCK_TOKENS - tokens))
-        plane = filled.view(heads, count, BLOCK_TOKENS, width).transpose(0, 1).contiguous()
-        planes.append(plane)
-    return planes, torch.arange(count)
+    filled = torch.nn.functional.pad(row, (0, 0, 0, count * BLOCK_TOKENS - tokens))
+    return filled.view(heads, count, BLOCK_TOKENS, width).transpose(0, 1).contiguous()
 
 
-def _empty_planes(planes: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return what to decode into: in other blocks, and full of NaN, to show what is left out."""
-    remote = [torch.full_like(plane, torch.nan) for plane in planes]
-    return remote, torch.arange(len(planes[0])).flip(0)
-
-
-def _rows(plane: torch.Tensor, blocks: torch.Tensor, tokens: int) -> torch.Tensor:
-    return plane[blocks].transpose(0, 1).flatten(1, 2)[:, :tokens]
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

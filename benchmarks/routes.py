@@ -134,7 +134,7 @@ def start(
     routes: list[Route] = []
     for arm in started:
         arm.signal(signal.SIGCONT)
-        routes += _routes_of(arm, dispatches, codecs, cores, folder, stack)
+        routes += routes_of(arm, dispatches, codecs, cores, folder, stack)
         arm.pause()
     # Only now, because waking a route pins this process, and what it starts would be pinned too.
     prompts = Prompts(1)
@@ -146,7 +146,7 @@ def start(
     return routes
 
 
-def _routes_of(
+def routes_of(
     arm: Arm,
     dispatches: Sequence[str],
     codecs: Sequence[str],
@@ -155,12 +155,12 @@ def _routes_of(
     stack: ExitStack,
 ) -> list[Route]:
     """Return the ways to ask an arm, with their routers started. Its engines must be running."""
-    if arm.name == "alone":
+    if arm.kind == "alone":
         return [Route(arm, "serial", "raw", arm.engines["alone"].url, None, cores)]
     producer, consumer = arm.engines["producer"], arm.engines["consumer"]
     routes: list[Route] = []
     # NixlConnector's handoff gets its name in the prefill engine's answer: serial only.
-    for dispatch in ("serial",) if arm.name == "nixl" else dispatches:
+    for dispatch in ("serial",) if arm.kind == "nixl" else dispatches:
         if dispatch == "serial":
             log = folder / f"{arm.name}-router.log"
             router = start_vllm_router(producer.url, consumer.url, log, stack)

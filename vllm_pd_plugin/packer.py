@@ -49,15 +49,19 @@ class Packer:
         self._coder = coder
         self._clock = clock
         self._waiting: deque[wire.Stage] = deque()
-        self._staged: dict[tuple[HandoffId, int], int] = {}
+        self._staged: dict[tuple[HandoffId, int], wire.Packed] = {}
+        self._again: deque[wire.Stage] = deque()
 
     @property
     def taken_bytes(self) -> int:
         return self._staging.taken_bytes
 
     def stage(self, stage: wire.Stage) -> None:
-        """A piece is wanted."""
-        self._waiting.append(stage)
+        """A piece is wanted; or it was before, and one of the messages about it was lost."""
+        if _key(stage) in self._staged:
+            self._again.append(stage)
+        elif all(_key(stage) != _key(waiting) for waiting in self._waiting):
+            self._waiting.append(stage)
 
     def unstage(self, handoff_id: HandoffId, number: int | None) -> None:
         """A piece is not needed any more, or none of a handoff's."""
@@ -67,40 +71,44 @@ class Packer:
 
         self._waiting = deque(w for w in self._waiting if not is_meant(_key(w)))
         for key in [key for key in self._staged if is_meant(key)]:
-            self._staging.give_back(self._staged.pop(key))
+            self._staging.give_back(self._staged.pop(key).offset)
 
     def clear(self) -> None:
         """This engine hands nothing off any more: no piece is needed."""
         self._waiting.clear()
-        for offset in self._staged.values():
-            self._staging.give_back(offset)
+        for packed in self._staged.values():
+            self._staging.give_back(packed.offset)
         self._staged.clear()
-
-    @property
-    def is_waited_for(self) -> bool:
-        return bool(self._waiting)
 
     def turn(self) -> wire.Staged | None:
         """Write down the next piece, and return the answer; None when it waits for room.
 
         One at a time: the thread has other things to do as well."""
+        while self._again:
+            stage = self._again.popleft()
+            if packed := self._staged.get(_key(stage)):
+                return wire.Staged(stage.pack.handoff_id, stage.pack.rank, packed, None)
         if not self._waiting:
             return None
         stage = self._waiting[0]
         pack = stage.pack
+        offset = None
         try:
             piece = self._measure(stage)
             offset = self._staging.take(piece.num_bytes)
             if offset is None:
                 return None
-            self._waiting.popleft()
-            self._staged[_key(stage)] = offset
-            return wire.Staged(pack.handoff_id, pack.rank, self._write(stage, piece, offset), None)
-        except (HandoffError, RuntimeError) as error:
+            packed = self._write(stage, piece, offset)
+        except (HandoffError, RuntimeError) as error:  # the latter is PyTorch's
             logger.warning("handoff %s: a piece cannot be packed: %s", pack.handoff_id, error)
-            self.unstage(*_key(stage))
+            if offset is not None:
+                self._staging.give_back(offset)
+            self._waiting.popleft()
             reason = error.reason if isinstance(error, HandoffError) else Reason.INTERNAL
             return wire.Staged(pack.handoff_id, pack.rank, None, reason)
+        self._waiting.popleft()
+        self._staged[_key(stage)] = packed
+        return wire.Staged(pack.handoff_id, pack.rank, packed, None)
 
     def _measure(self, stage: wire.Stage) -> Piece:
         """Check what a peer asks for. Raises HandoffError."""
@@ -112,8 +120,6 @@ class Packer:
                 f"a piece of {piece.num_bytes} bytes is wanted, at most "
                 f"{self._staging.max_piece_bytes} fit",
             )
-        if _key(stage) in self._staged:
-            raise HandoffError(Reason.INTERNAL, f"piece {pack.number} is wanted a second time")
         return piece
 
     def _write(self, stage: wire.Stage, piece: Piece, offset: int) -> wire.Packed:

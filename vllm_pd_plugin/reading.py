@@ -8,6 +8,7 @@ nothing is written there any more.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -34,6 +35,7 @@ announced meanwhile gathers into one."""
 
 _MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
 _FOR_ROOM_S = 0.002
+_ASK_AGAIN_S = 2.0
 _MEASURABLE_BYTES = 128 * 2**10
 """What is smaller tells more of the delay than of the link."""
 
@@ -94,6 +96,8 @@ class _Read:
     kv_bytes: int
     is_void: bool = False
     handle: ReadHandle | None = None
+    pack: wire.Pack | None = None
+    asked_at: float = 0.0
     posted_at: float = 0.0
     piece: Piece | None = None
     number: int = 0
@@ -184,8 +188,10 @@ class Reading:
         """Return for how many seconds there is nothing to do."""
         if self._pending and len(self._reads) < MAX_READS:
             return _FOR_ROOM_S
-        if not self._reads or self._reads[0].handle is None:
-            return float("inf")
+        if not self._reads:
+            return math.inf
+        if self._reads[0].handle is None:
+            return self._reads[0].asked_at + _ASK_AGAIN_S - self._clock()
         elapsed = self._clock() - self._reads[0].posted_at
         return min(max(_POLL_SHARE * elapsed, _MIN_POLL_S), _MAX_POLL_S)
 
@@ -226,7 +232,9 @@ class Reading:
                 return
 
     def poll(self) -> bool:
-        """Take the reads that have ended; False when one has failed."""
+        """Take the reads that have ended, and ask again for what does not come; False when a read
+        has failed."""
+        self._ask_again()
         while self._reads and (handle := self._reads[0].handle) is not None:
             state = self._transport.poll_read(handle)
             if state is ReadState.PENDING:
@@ -239,10 +247,12 @@ class Reading:
 
     def packed(self, message: wire.Packed) -> None:
         """A piece that was asked for can be read."""
-        asked = (read for read in self._reads if read.piece and read.handle is None)
-        read = next((read for read in asked if read.number == message.number), None)
+        pieces = (read for read in self._reads if read.piece is not None)
+        read = next((read for read in pieces if read.number == message.number), None)
         if read is None:
             self._tell_unpacked(message.number)
+            return
+        if read.handle is not None:  # a message that came twice: the piece is still needed
             return
         assert self._incoming is not None
         assert self._remote is not None
@@ -296,18 +306,6 @@ class Reading:
         if offset is None:
             return False
         self._next_number += 1
-        self._reads.append(
-            _Read(
-                pending.prefix_tokens,
-                pending.descriptor_bytes,
-                self._clock(),
-                piece.num_bytes,
-                piece.kv_bytes,
-                piece=piece,
-                number=self._next_number,
-                offset=offset,
-            )
-        )
         pack = wire.Pack(
             self.spec.source.handoff_id,
             self.stretches.epoch,
@@ -318,8 +316,32 @@ class Reading:
             incoming.pieces.layer_runs(pending.stretch),
             self._digest is not None,
         )
-        self._connections.send(self._peer, pack)
+        read = _Read(
+            pending.prefix_tokens,
+            pending.descriptor_bytes,
+            self._clock(),
+            piece.num_bytes,
+            piece.kv_bytes,
+            pack=pack,
+            piece=piece,
+            number=self._next_number,
+            offset=offset,
+        )
+        self._reads.append(read)
+        self._send_pack(read, pack)
         return True
+
+    def _ask_again(self) -> None:
+        """Either message may have been lost with a connection, which ZeroMQ renews by itself."""
+        for read in self._reads:
+            overdue = self._clock() >= read.asked_at + _ASK_AGAIN_S
+            if read.handle is None and read.pack is not None and overdue:
+                self._send_pack(read, read.pack)
+
+    def _send_pack(self, read: _Read, pack: wire.Pack) -> None:
+        read.asked_at = self._clock()
+        # The answer comes when there is room for the piece; heartbeats tell that the peer lives.
+        self._connections.send(self._peer, pack, expects_answer=False)
 
     def _post(self, read: _Read, plan: ReadPlan) -> None:
         read.posted_at = self._clock()

@@ -12,7 +12,7 @@ from tests.fakes.memory import BLOCK_TOKENS, FakeMemory
 from tests.fakes.network import FakeNetwork
 from tests.fakes.transport import FakeFabric, FakeTransport
 from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
-from vllm_pd_plugin.codecs import Codec
+from vllm_pd_plugin.codecs import CodecChoice
 from vllm_pd_plugin.control import (
     Abandoned,
     ControlPlane,
@@ -23,7 +23,7 @@ from vllm_pd_plugin.control import (
     Released,
 )
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.fetches import CodecChoice, FetchResult, FetchSpec, Packing
+from vllm_pd_plugin.fetches import FetchResult, FetchSpec, Packing
 from vllm_pd_plugin.fetching import Rank, Timeouts
 from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory, Span
@@ -37,6 +37,8 @@ from vllm_pd_plugin.staging import Staging
 from vllm_pd_plugin.transfer import TransferPlane
 
 PEER_TIMEOUT_S = 5.0
+STAGING_BYTES = 4096
+BIT_FOR_BIT = CodecChoice()
 
 
 def full_group(*layers: str) -> Group:
@@ -71,6 +73,7 @@ class Settings:
     checks_bytes: fetches compare what they have read with what the producer holds.
     packing: whether fetches have the producer pack what they read; None: there is no staging
         memory.
+    staging_bytes: of each half of it.
     """
 
     lease_s: float
@@ -79,6 +82,7 @@ class Settings:
     layout: EngineLayout
     checks_bytes: bool
     packing: Packing | None = None
+    staging_bytes: int = STAGING_BYTES
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -114,8 +118,8 @@ class FakeEngine(FakeMemory):
         self._knows_control = False
         self.transport = FakeTransport(around.fabric, f"{name}-{self.identity.incarnation}")
         pieces = Pieces(settings.layout, self.regions)
-        self.coder = FakeCoder(self, pieces)
-        self.outgoing, self.incoming = (Staging(self.coder.num_bytes) for _ in range(2))
+        self.coder = FakeCoder(self, settings.staging_bytes)
+        self.outgoing, self.incoming = (Staging(settings.staging_bytes) for _ in range(2))
         spans = [*self.spans(), *self.coder.spans()]
         staging = Span(*self.coder.spans()[0]) if settings.packing else None
         memory = RankMemory(self.regions, self.transport.register(spans), staging)
@@ -134,6 +138,7 @@ class FakeEngine(FakeMemory):
 
     def turn(self) -> None:
         self.control.turn()
+        self.announcer.set_serving(len(self.control._producing) > 0)
         self.announcer.turn()
         self.plane.turn()
 
@@ -238,16 +243,10 @@ class FakeEngine(FakeMemory):
         blocks: Sequence[int] | BlockTables,
         num_tokens: int,
         first_token: int = 0,
-        codec: Codec = Codec.RAW,
+        choice: CodecChoice = BIT_FOR_BIT,
     ) -> None:
-        spec = FetchSpec(
-            request_id,
-            source,
-            first_token,
-            num_tokens,
-            self._tables(blocks),
-            codec=CodecChoice(codec, codec),
-        )
+        tables = self._tables(blocks)
+        spec = FetchSpec(request_id, source, first_token, num_tokens, tables, codec=choice)
         self.specs[request_id] = spec
         self.plane.fetch(spec)
 
@@ -344,6 +343,7 @@ class FakeCluster:
         layout: EngineLayout | None = None,
         checks_bytes: bool = False,
         packing: Packing | None = None,
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
         self.clock = FakeClock()
         self.network = FakeNetwork()
@@ -355,6 +355,7 @@ class FakeCluster:
             layout or make_layout(),
             checks_bytes,
             packing,
+            staging_bytes,
         )
         self.producer = self._engine("producer", self.producer_address)
         self.consumer = self._engine("consumer", self.consumer_address)

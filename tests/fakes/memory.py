@@ -90,10 +90,6 @@ class FakeMemory:
             digest.update(cache[[blocks[group][i] for i in needed]].tobytes())
         return digest.digest()
 
-    def rows(self, layer: int, block: int, num_tokens: int) -> NDArray[np.uint8]:
-        """The bytes of a block's first tokens in one layer."""
-        return self.caches[layer][block, : num_tokens * TOKEN_BYTES]
-
     def group_of(self, layer: int) -> int:
         """The KV cache group of a layer."""
         sizes = [len(group.layers) for group in self.layout.groups]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tests.fakes.engines import FakeCluster
+from tests.fakes.engines import STAGING_BYTES, FakeCluster
 from tests.fakes.memory import kv_of
+from vllm_pd_plugin.fetches import Packing
 from vllm_pd_plugin.fetching import Timeouts
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.layout import EngineLayout
@@ -22,8 +23,21 @@ class StreamingCluster(FakeCluster):
     """The producer computes ``PROMPT`` for its request ``p``, and the consumer fetches it to
     ``HERE`` for its request ``c``."""
 
-    def __init__(self, layout: EngineLayout | None = None) -> None:
-        super().__init__(lease_s=LEASE_S, timeouts=TIMEOUTS, layout=layout)
+    def __init__(
+        self,
+        layout: EngineLayout | None = None,
+        checks_bytes: bool = False,
+        packing: Packing | None = None,
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
+        super().__init__(
+            lease_s=LEASE_S,
+            timeouts=TIMEOUTS,
+            layout=layout,
+            checks_bytes=checks_bytes,
+            packing=packing,
+            staging_bytes=staging_bytes,
+        )
 
     # --- at the producer
 

@@ -3,6 +3,8 @@ green."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 
@@ -15,3 +17,14 @@ settings.load_profile("repeatable")
 @pytest.fixture
 def producer() -> Producer:
     return Producer()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch's threads wait for each other by spinning: where others work too, that is slow."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -6,6 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.clock import FakeClock
+from tests.fakes.coder import FakeCoder
+from tests.fakes.engines import make_layout
+from tests.fakes.memory import FakeMemory
 from tests.fakes.network import FakeNetwork
 from vllm_pd_plugin import wire
 from vllm_pd_plugin.announcer import (
@@ -15,8 +19,12 @@ from vllm_pd_plugin.announcer import (
     Mark,
     layers_worth_a_message,
 )
+from vllm_pd_plugin.codecs import Codec
 from vllm_pd_plugin.ids import Address, new_handoff_id, new_incarnation
+from vllm_pd_plugin.packer import Packer
+from vllm_pd_plugin.pieces import Pieces
 from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.staging import ALIGNMENT, Staging
 
 CONTROL: Address = ("127.0.0.1", 7001)
 ENGINE, WORKER = new_incarnation(), new_incarnation()
@@ -143,6 +151,119 @@ def test_an_engine_that_only_waits_is_woken(
     announcer.nudge()
     network.deliver()
     assert control.heard == [wire.Nudge()]
+
+
+# --- packing ---------------------------------------------------------------------------------
+
+HANDOFF = new_handoff_id()
+RUNS = (wire.LayerRun(2, 0, 2),)
+
+
+def stage_of(number: int) -> wire.Stage:
+    pack = wire.Pack(HANDOFF, 0, RANK, number, Codec.RAW, 8, RUNS, False)
+    return wire.Stage(pack, ((3, 4),))
+
+
+@pytest.fixture
+def staging() -> Staging:
+    return Staging(4 * ALIGNMENT)
+
+
+@pytest.fixture
+def packing(network: FakeNetwork, control: Control, staging: Staging) -> Announcer:
+    """An announcer with a packer."""
+    memory = FakeMemory(make_layout())
+    pieces = Pieces(memory.layout, memory.regions)
+    packer = Packer(pieces, staging, FakeCoder(memory, 4 * ALIGNMENT), FakeClock())
+    announcer = Announcer(WORKER, RANK, digest_of, packer, network.connect)
+    connect(announcer, network, control)
+    return announcer
+
+
+def say(network: FakeNetwork, control: Control, message: wire.ToWorker) -> None:
+    network.answer(control.worker, wire.encode(message, ENGINE, WORKER))
+    network.deliver()
+
+
+def packed_numbers(control: Control) -> list[int]:
+    numbers = []
+    for message in control.heard:
+        assert isinstance(message, wire.Staged)
+        assert message.packed is not None
+        numbers.append(message.packed.number)
+    return numbers
+
+
+def test_a_piece_is_packed_in_a_turn_and_the_next_at_once(
+    packing: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    for number in (1, 2):
+        say(network, control, stage_of(number))
+    assert packing.turn() == 0.0
+    network.deliver()
+    assert packed_numbers(control) == [1]
+    assert packing.turn() == 0.0
+    assert packing.turn() is None
+    network.deliver()
+    assert packed_numbers(control) == [1, 2]
+
+
+def test_what_is_reached_is_announced_before_a_piece_is_packed(
+    packing: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    say(network, control, stage_of(1))
+    packing.add(mark(7, 4, Stream(reached=True)))
+    packing.turn()
+    network.deliver()
+    assert [type(message) for message in control.heard] == [wire.Announce, wire.Staged]
+
+
+def test_marks_are_waited_for_while_a_piece_waits_for_room(
+    packing: Announcer, network: FakeNetwork, control: Control, staging: Staging
+) -> None:
+    staging.take(4 * ALIGNMENT)
+    say(network, control, stage_of(1))
+    assert packing.turn() is None
+    packing.add(mark(7, 4, Stream()))
+    assert packing.turn() == POLL_INTERVAL_S
+
+
+@pytest.mark.parametrize("number", [1, None])
+def test_a_piece_is_given_back_when_the_control_plane_says_so(
+    packing: Announcer,
+    network: FakeNetwork,
+    control: Control,
+    staging: Staging,
+    number: int | None,
+) -> None:
+    say(network, control, stage_of(1))
+    packing.turn()
+    assert staging.taken_bytes == ALIGNMENT
+    say(network, control, wire.Unstage(HANDOFF, number))
+    assert staging.taken_bytes == 0
+
+
+def test_everything_is_given_back_when_the_engine_hands_nothing_off_any_more(
+    packing: Announcer, network: FakeNetwork, control: Control, staging: Staging
+) -> None:
+    for number in (1, 2):
+        say(network, control, stage_of(number))
+    packing.turn()
+    packing.set_serving(True)
+    assert staging.taken_bytes == ALIGNMENT
+    packing.set_serving(False)
+    assert staging.taken_bytes == 0
+    assert packing.turn() is None
+
+
+def test_without_staging_memory_nothing_is_packed(
+    announcer: Announcer, network: FakeNetwork, control: Control
+) -> None:
+    say(network, control, stage_of(1))
+    say(network, control, wire.Unstage(HANDOFF, None))
+    announcer.set_serving(False)
+    assert announcer.turn() is None
+    assert network.deliver() == 0
 
 
 # --- how often -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tests.fakes.engines import (
 )
 from vllm_pd_plugin.control import Abandoned, Lost, Offered, Released
 from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.fetches import Packing
 from vllm_pd_plugin.fetching import Timeouts
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.plan import BlockTables
@@ -33,6 +34,8 @@ TIMEOUTS = Timeouts(queue_s=20.0, read_s=10.0, drain_s=4.0)
 LONGEST_S = CONTROL_QUEUE_S + TIMEOUTS.queue_s + TIMEOUTS.read_s + TIMEOUTS.drain_s + LEASE_S
 OVERWRITTEN, GIVEN_BACK = 0xEE, 0xDD
 MAX_PROMPTS = 18
+STAGING_BYTES = 1024
+"""For four pieces, and too small for a long prompt in one."""
 INDEX = st.integers(0, 999)
 
 
@@ -72,11 +75,18 @@ class AnyOrder(RuleBasedStateMachine):
     """What is usable is right, what was given back is not written to, and all ends in the end."""
 
     checks_bytes = False
+    packing: Packing | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.cluster = FakeCluster(
-            LEASE_S, CONTROL_QUEUE_S, TIMEOUTS, LAYOUT, checks_bytes=self.checks_bytes
+            LEASE_S,
+            CONTROL_QUEUE_S,
+            TIMEOUTS,
+            LAYOUT,
+            self.checks_bytes,
+            self.packing,
+            STAGING_BYTES,
         )
         self.consumer = self.cluster.consumer
         self.consumer.transport.holds_reads = True
@@ -429,17 +439,38 @@ class AnyOrderWithDigests(AnyOrder):
     checks_bytes = True
 
 
+class AnyOrderPacked(AnyOrder):
+    """The same where the producer packs everything, and has little room for it."""
+
+    packing = Packing.ALWAYS
+
+
+class AnyOrderPackedWithDigests(AnyOrderWithDigests):
+    """The same where it packs what is faster packed."""
+
+    packing = Packing.AUTO
+
+
 # Without shrinking, which takes minutes and cannot shorten what comes from a seed.
-for machine, examples in ((AnyOrder, 250), (AnyOrderWithDigests, 100)):
+for machine, examples in (
+    (AnyOrder, 250),
+    (AnyOrderWithDigests, 100),
+    (AnyOrderPacked, 150),
+    (AnyOrderPackedWithDigests, 100),
+):
     machine.TestCase.settings = settings(
         max_examples=examples, stateful_step_count=30, deadline=None, phases=[Phase.generate]
     )
 TestWhateverHappensWhatIsUsedIsRightAndEverythingEnds = AnyOrder.TestCase
 TestWhateverHappensItHoldsWithDigestsToo = AnyOrderWithDigests.TestCase
+TestWhateverHappensItHoldsOfPackedPiecesToo = AnyOrderPacked.TestCase
+TestWhateverHappensItHoldsOfPackedPiecesWithDigestsToo = AnyOrderPackedWithDigests.TestCase
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("machine", [AnyOrder, AnyOrderWithDigests])
+@pytest.mark.parametrize(
+    "machine", [AnyOrder, AnyOrderWithDigests, AnyOrderPacked, AnyOrderPackedWithDigests]
+)
 def test_while_nothing_goes_wrong_every_fetch_succeeds(machine: type[AnyOrder], seed: int) -> None:
     """The machines above would be content with an implementation that fails every fetch."""
     world, chance = machine(), random.Random(seed)

@@ -17,8 +17,13 @@ def make_row(*counts: Mapping[str, float], arm: str = "pdplugin") -> Row:
     return latency_row(Key(arm, "serial", "raw", 512, 0), [*samples, None])
 
 
-def told(control_bytes: float, stretches: float) -> dict[str, float]:
-    return {"descriptors": 8.0, "control_bytes": control_bytes, "stretches": stretches}
+def told(control_bytes: float, stretches: float, packed: float = 0) -> dict[str, float]:
+    return {
+        "descriptors": 8.0,
+        "control_bytes": control_bytes,
+        "stretches": stretches,
+        "packed": packed,
+    }
 
 
 def test_a_row_has_the_median_control_traffic_of_a_handoff() -> None:
@@ -35,8 +40,14 @@ def test_what_an_arm_does_not_count_is_unknown() -> None:
 
 
 def test_a_handoff_may_take_2_kib_and_128_bytes_a_stretch() -> None:
-    assert control_budget_bytes(1) == 2176
+    assert control_budget_bytes(1, 0) == 2176
     assert make_row(told(2176, 1), told(2177, 1), told(2177, 2))["over_control_budget"] == 1
+
+
+def test_a_packed_stretch_may_take_512_bytes_more() -> None:
+    assert control_budget_bytes(2, 1) == 2048 + 256 + 512
+    samples = told(2688, 1, packed=1), told(2689, 1, packed=1), told(2688, 1)
+    assert make_row(*samples)["over_control_budget"] == 2
 
 
 def test_the_tables_say_bytes_stretches_and_budget() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from vllm_pd_plugin.codecs import Codec, CodecChoice
 from vllm_pd_plugin.control import ControlPlane, Lost, Offered
 from vllm_pd_plugin.digest import prompt_digest
 from vllm_pd_plugin.errors import ParamsError, Reason
-from vllm_pd_plugin.fetches import CodecChoice
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 
 with warnings.catch_warnings():
@@ -349,6 +349,24 @@ def test_a_fetch_that_fails_is_begun_again_from_the_next_producer(consumer: Cons
     assert consumer.stats.data["retries"] == {"read_failed": 1}
     assert consumer.stats.data["failures"] == {}
     assert len(consumer.requests) == 0
+
+
+@pytest.mark.parametrize(
+    "codec", [BIT_FOR_BIT, CodecChoice(Codec.INT4, Codec.INT4), CodecChoice(None, Codec.INT8)]
+)
+def test_every_producer_is_asked_for_kv_written_down_in_the_same_way(
+    consumer: Consumer, codec: CodecChoice
+) -> None:
+    request = consumer.add("r", *elsewhere(), codec=codec)
+    consumer.offer(request)
+    consumer.match(request)
+    consumer.allocate(request, TOKENS)
+    (spec,) = consumer.requests.take_orders().fetches
+    assert spec.codec == codec
+    consumer.fail_on_a_rank(request, Reason.READ_FAILED, attempt=0)
+    consumer.offer(request)
+    (again,) = consumer.requests.take_orders().fetches
+    assert (again.attempt, again.codec) == (1, codec)
 
 
 def test_when_the_last_producer_is_lost_the_request_is_refused_through_the_workers(

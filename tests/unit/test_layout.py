@@ -67,14 +67,16 @@ def test_heads_are_the_first_of_three_dimensions(shape: tuple[int, ...], heads: 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_floats_whose_channels_are_known_can_be_encoded(dtype: str) -> None:
-    parts = (Part("key", 0, 4), Part("value", 4, 4))
+    parts = (Part.of_rows("key", 4, 0, 8), Part.of_rows("value", 4, 4, 8))
     assert msgspec.structs.replace(FULL, dtype=dtype, parts=parts).is_encodable
     assert not msgspec.structs.replace(FULL, dtype=dtype, parts=()).is_encodable
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "float64"])
 def test_other_types_cannot_be_encoded(dtype: str) -> None:
-    assert not msgspec.structs.replace(FULL, dtype=dtype, parts=(Part("key", 0, 8),)).is_encodable
+    assert not msgspec.structs.replace(
+        FULL, dtype=dtype, parts=(Part.of_rows("key", 8, 0, 8),)
+    ).is_encodable
 
 
 def layout_of(*groups: tuple[str, ...]) -> EngineLayout:
@@ -129,7 +131,7 @@ def test_the_first_difference_is_named_with_both_values(
         {"block_shape": (4, 2, 4)},
         {"dtype": "int8"},
         {"block_strides": (8, 16, 1)},
-        {"parts": (Part("key", 0, 4),)},
+        {"parts": (Part.of_rows("key", 4, 0, 8),)},
     ],
 )
 def test_any_difference_in_a_group_is_refused(change: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
 Run = tuple[Laid, list[int]]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 native = pytest.mark.skipif(not ops.HAS_NATIVE, reason="installed without the native extension")
 
 

@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 
+from vllm_pd_plugin.codecs import Codec, CodecChoice
+from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import ParamsError, Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation, Source
 from vllm_pd_plugin.params import (
     describe_handoff,
+    parse_codec,
     parse_handoff_id,
     parse_sources,
     wants_to_produce,
@@ -270,3 +273,68 @@ def test_too_many_alternatives_are_refused() -> None:
 def test_an_alternative_without_a_key_is_loopback_too() -> None:
     other = {"remote_host": "10.0.0.1", "remote_port": 7001}
     assert "not loopback" in refusal(FETCH | {"remote_alternatives": [other]})
+
+
+# --- codecs ----------------------------------------------------------------------------------
+
+
+def config_of(**options: object) -> PdConfig:
+    return PdConfig.parse(options, {})
+
+
+def allowing(narrowest: Codec) -> PdConfig:
+    lossy_max = "none" if narrowest is Codec.RAW else narrowest.value
+    return config_of(codec="raw", lossy_max=lossy_max)
+
+
+@pytest.mark.parametrize("params", [None, {}, {"codec": None}, FETCH], ids=["none", *"abc"])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (config_of(), CodecChoice(Codec.RAW, Codec.RAW)),
+        (config_of(codec="int4"), CodecChoice(Codec.INT4, Codec.INT4)),
+        (config_of(codec="int4", lossy_max="int2"), CodecChoice(Codec.INT4, Codec.INT2)),
+        (config_of(codec="auto"), CodecChoice(None, Codec.RAW)),
+        (config_of(codec="auto", lossy_max="int8"), CodecChoice(None, Codec.INT8)),
+    ],
+    ids=["raw", "int4", "int4 of 2", "auto", "auto of 8"],
+)
+def test_a_request_that_names_no_codec_gets_the_configured_one(
+    params: dict[str, Any] | None, config: PdConfig, expected: CodecChoice
+) -> None:
+    assert parse_codec(params, config) == expected
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("narrowest", Codec)
+def test_a_request_may_name_a_codec_up_to_the_narrowest_allowed(
+    codec: Codec, narrowest: Codec
+) -> None:
+    params, config = {"codec": codec.value}, allowing(narrowest)
+    if codec.rank <= narrowest.rank:
+        assert parse_codec(params, config) == CodecChoice(codec, narrowest)
+        return
+    with pytest.raises(ParamsError, match=f"codec='{codec}' is not allowed here") as caught:
+        parse_codec(params, config)
+    assert caught.value.reason is Reason.BAD_PARAMS
+    allowed = ", ".join(["auto", *(c for c in Codec if c.rank <= narrowest.rank)])
+    assert str(caught.value).endswith(f"allowed are {allowed}")
+
+
+@pytest.mark.parametrize("narrowest", Codec)
+def test_a_request_may_leave_the_choice_to_the_engine(narrowest: Codec) -> None:
+    assert parse_codec({"codec": "auto"}, allowing(narrowest)) == CodecChoice(None, narrowest)
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_codec_that_is_none_is_refused_in_few_words(value: object) -> None:
+    with pytest.raises(ParamsError) as caught:
+        parse_codec({"codec": value}, allowing(Codec.INT2))
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["INT4", "int3", " int4", "none"])
+def test_a_name_that_is_no_codec_s_is_refused(name: str) -> None:
+    with pytest.raises(ParamsError, match="allowed are auto, raw, int8, int4, int2"):
+        parse_codec({"codec": name}, allowing(Codec.INT2))

@@ -10,12 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import quality, quality_prompts
-from benchmarks.quality_handover import Kv, bytes_ratio, encoded, packed, through
+from benchmarks.quality_handover import Kv, bytes_ratio, handed_over, parts, through
 from vllm_pd_plugin import ops
-from vllm_pd_plugin.codecs import SINK_TOKENS, WIDE, Codec, Encoding, Part, encoding_of
-
-KEY = encoding_of(Codec.INT4, Part("key", 0, 64))
-VALUE = encoding_of(Codec.INT2, Part("value", 64, 64))
+from vllm_pd_plugin.codecs import SINK_TOKENS, Codec, encoding_of
 
 
 class Words:
@@ -86,26 +83,29 @@ def test_the_shortest_prompts_are_text_and_half_of_all_are_instructions() -> Non
 # --- what is handed over -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", [WIDE, KEY, VALUE], ids=["int8", "int4", "int2"])
+@pytest.mark.parametrize("codec", list(Codec)[1:])
 @pytest.mark.parametrize("tokens", [31, 128, 300])
-def test_planes_of_128_tokens_decode_as_one_long_block_does(
-    encoding: Encoding, tokens: int
-) -> None:
-    rows = [keys[0] for keys, _ in kv_of(1, tokens)]
+def test_blocks_of_128_tokens_decode_as_one_long_block_does(codec: Codec, tokens: int) -> None:
+    rows = [torch.cat(pair, 3)[0] for pair in kv_of(1, tokens)]
     planes, only = [row.unsqueeze(0) for row in rows], torch.tensor([0])
-    size = 2 * 3 * encoding.stripe_bytes(tokens, 64, SINK_TOKENS)
-    slab = torch.empty(size, dtype=torch.uint8)
-    ops.encode_blocks(planes, only, tokens, encoding, SINK_TOKENS, slab)
     expected = [torch.empty_like(plane) for plane in planes]
-    ops.decode_blocks(slab, only, tokens, encoding, SINK_TOKENS, expected)
-    for found, plane in zip(encoded(rows, encoding), expected, strict=True):
+    for part in parts(64):
+        encoding = encoding_of(codec, part)
+        slab = torch.empty(
+            2 * 3 * encoding.stripe_bytes(tokens, 64, SINK_TOKENS), dtype=torch.uint8
+        )
+        source = [ops.part_of(plane, part) for plane in planes]
+        ops.encode_blocks(source, only, tokens, encoding, SINK_TOKENS, slab)
+        target = [ops.part_of(plane, part) for plane in expected]
+        ops.decode_blocks(slab, only, tokens, encoding, SINK_TOKENS, target)
+    for found, plane in zip(handed_over(codec, rows), expected, strict=True):
         assert torch.equal(found, plane[0])
 
 
 def test_raw_is_bit_exact() -> None:
-    rows = [keys[0] for keys, _ in kv_of(1, 200)]
+    rows = [torch.cat(pair, 3)[0] for pair in kv_of(1, 200)]
     rows[0][0, 0, :3] = torch.tensor([-0.0, torch.inf, torch.nan])
-    for before, after in zip(rows, packed(rows), strict=True):
+    for before, after in zip(rows, handed_over(Codec.RAW, rows), strict=True):
         assert torch.equal(before.view(torch.int32), after.view(torch.int32))
     through(Codec.RAW, kv_of(2, 200))
 

@@ -37,6 +37,30 @@ def test_after_a_preemption_everything_is_read_again(cluster: StreamingCluster) 
     assert cluster.consumer.result("c").counts.wire_bytes == 2 * 6 * BLOCK_BYTES
 
 
+def test_no_block_is_written_by_a_new_read_while_an_old_one_may_still_write_to_it(
+    cluster: StreamingCluster,
+) -> None:
+    transport = cluster.consumer.transport
+    transport.holds_reads = True
+    cluster.start()
+    cluster.compute(range(8))
+    cluster.settle()
+    assert transport.num_posted == 1
+    cluster.producer.preempt("p")
+    cluster.overwrite()
+    cluster.compute(range(TOKENS), blocks=ELSEWHERE)
+    cluster.settle()
+    assert transport.num_posted == 1
+    transport.finish_reads()
+    cluster.settle()
+    assert cluster.holds_stale_bytes()
+    assert transport.num_posted == 2
+    transport.finish_reads()
+    cluster.settle()
+    assert cluster.consumer.outcome("c") is None
+    assert cluster.has_arrived()
+
+
 def test_reads_of_an_earlier_epoch_end_before_new_ones_are_posted(
     cluster: StreamingCluster,
 ) -> None:

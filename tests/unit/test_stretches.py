@@ -195,6 +195,19 @@ def test_what_is_announced_before_it_is_taken_gathers_into_one_plan() -> None:
     assert consumer.taken() == blocks([0, 1], range(2))
 
 
+def test_what_is_final_is_counted_whether_or_not_it_was_taken() -> None:
+    consumer = Consumer(FULL, 16, first_token=4)
+    assert consumer.stretches.final_bytes == 0
+    consumer.stretches.learn(consumer.progress(4, 8, 1))
+    assert consumer.stretches.final_bytes == BLOCK
+    consumer.stretches.take()
+    assert consumer.stretches.final_bytes == BLOCK
+    consumer.stretches.learn(consumer.seal())
+    assert consumer.stretches.final_bytes == 2 * 3 * BLOCK
+    consumer.stretches.learn(wire.Progress(H, 1, 0, 0, 0, consumer.tables(0)))
+    assert consumer.stretches.final_bytes == 0
+
+
 # --- sliding windows -------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ TABLES = (
     wire.TableSlice(0, (0, 9)),
 )
 CHECK = wire.Check(H, 1, 0, 400, 1000)
-PARTS = (Part("key", 0, 4), Part("value", 4, 4))
+PARTS = (Part.of_rows("key", 4, 0, 8), Part.of_rows("value", 4, 4, 8))
 LAYOUT = make_layout(
     groups=[msgspec.structs.replace(full_group("a"), block_strides=(16, 4, 1), parts=PARTS)]
 )

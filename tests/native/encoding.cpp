@@ -1,0 +1,406 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/codes.h"
+#include "../../csrc/cpu/isa.h"
+#include "../../csrc/ops.h"
+#include "tests.h"
+
+namespace {
+
+// How the elements of a block lie: [heads, tokens, channels], [tokens, heads, channels], [heads,
+// channels, tokens], or [heads, tiles of tokens, tiles of channels, tokens, channels].
+enum class Layout { kHeads, kTokens, kChannels, kTiles };
+
+struct Case {
+  pd::Element element;
+  pd::Encoding encoding;
+  int64_t width, tokens, block_tokens;
+  Layout layout;
+  int64_t gap, start;  // elements after each row, and before the first
+
+  std::string name() const {
+    char text[200];
+    std::snprintf(
+        text, sizeof(text),
+        "element %d, %d bits, by channel %d, group %d, %d sinks, %d wide, %d tokens in blocks of "
+        "%d, layout %d, gap %d",
+        int(element), int(encoding.bits), int(encoding.by_channel), int(encoding.group),
+        int(encoding.sinks), int(width), int(tokens), int(block_tokens), int(layout), int(gap));
+    return text;
+  }
+  pd::Stripe stripe() const { return {tokens, width, encoding}; }
+};
+
+// Two parts of a KV cache with two heads. A run has all blocks but block 0, the last one first.
+struct Cache {
+  static constexpr int64_t kParts = 2, kHeads = 2;
+
+  explicit Cache(const Case& of) : of(of) {
+    const int64_t size = pd::bytes_of(of.element), tokens = of.block_tokens, width = of.width;
+    const int64_t num_blocks = (of.tokens + tokens - 1) / tokens;
+    for (int64_t i = num_blocks; i > 0; --i) blocks.push_back(i);
+    tiling = {tokens, width, tokens, width, 0, 0, 0, size};
+    pd::Part part{nullptr, 0, 0};
+    switch (of.layout) {
+      case Layout::kHeads:
+        tiling.token_stride = (width + of.gap) * size;
+        part.head_stride = tokens * tiling.token_stride;
+        part.block_stride = kHeads * part.head_stride;
+        break;
+      case Layout::kTokens:
+        part.head_stride = (width + of.gap) * size;
+        tiling.token_stride = kHeads * part.head_stride;
+        part.block_stride = tokens * tiling.token_stride;
+        break;
+      case Layout::kChannels:
+        tiling.token_stride = size;
+        tiling.channel_stride = (tokens + of.gap) * size;
+        part.head_stride = width * tiling.channel_stride;
+        part.block_stride = kHeads * part.head_stride;
+        break;
+      case Layout::kTiles:
+        tiling.token_tile = tokens % 4 == 0 ? 4 : 1;
+        tiling.channel_tile = 2;
+        tiling.token_stride = 2 * size;
+        tiling.channel_tile_stride = tiling.token_tile * tiling.token_stride + of.gap * size;
+        tiling.token_tile_stride = width / 2 * tiling.channel_tile_stride;
+        part.head_stride = tokens / tiling.token_tile * tiling.token_tile_stride;
+        part.block_stride = kHeads * part.head_stride;
+        break;
+    }
+    const int64_t bytes = of.start * size + num_blocks * part.block_stride +
+                          (kHeads - 1) * part.head_stride + tiling.token_offset(tokens - 1) +
+                          tiling.channel_offset(width - 1) + size;
+    memory.resize(kParts, std::vector<char>(static_cast<size_t>(bytes), kSentinel));
+    for (std::vector<char>& each : memory) {
+      parts.push_back(part);
+      parts.back().base = each.data() + of.start * size;
+    }
+  }
+  Cache(const Cache&) = delete;  // `parts` point into `memory`
+
+  pd::TokenRun run() const {
+    const auto num_blocks = static_cast<int64_t>(blocks.size());
+    return {parts.data(), kParts, kHeads, of.element, tiling, blocks.data(), num_blocks, of.tokens};
+  }
+
+  char* at(int64_t stripe, int64_t token, int64_t channel) const {
+    const pd::Part& part = parts[static_cast<size_t>(stripe / kHeads)];
+    const int64_t block = blocks[static_cast<size_t>(token / of.block_tokens)];
+    const int64_t in_block = token % of.block_tokens;
+    return part.base + block * part.block_stride + stripe % kHeads * part.head_stride +
+           in_block / tiling.token_tile * tiling.token_tile_stride +
+           in_block % tiling.token_tile * tiling.token_stride +
+           channel / tiling.channel_tile * tiling.channel_tile_stride +
+           channel % tiling.channel_tile * tiling.channel_stride;
+  }
+
+  template <class Floats>
+  float get_as(int64_t stripe, int64_t token, int64_t channel) const {
+    typename Floats::Type element;
+    std::memcpy(&element, at(stripe, token, channel), sizeof(element));
+    return Floats::load(element);
+  }
+
+  float get(int64_t stripe, int64_t token, int64_t channel) const {
+    switch (of.element) {
+      case pd::Element::kFloat32:
+        return get_as<pd::Float32>(stripe, token, channel);
+      case pd::Element::kBFloat16:
+        return get_as<pd::BFloat16>(stripe, token, channel);
+      default:
+        return get_as<pd::Float16>(stripe, token, channel);
+    }
+  }
+
+  template <class Floats>
+  void put_as(int64_t stripe, int64_t token, int64_t channel, float value) {
+    const typename Floats::Type element = Floats::store(value);
+    std::memcpy(at(stripe, token, channel), &element, sizeof(element));
+  }
+
+  void put(int64_t stripe, int64_t token, int64_t channel, float value) {
+    switch (of.element) {
+      case pd::Element::kFloat32:
+        return put_as<pd::Float32>(stripe, token, channel, value);
+      case pd::Element::kBFloat16:
+        return put_as<pd::BFloat16>(stripe, token, channel, value);
+      case pd::Element::kFloat16:
+        return put_as<pd::Float16>(stripe, token, channel, value);
+    }
+  }
+
+  // Calls visit(stripe, token, channel) for every value of the run.
+  template <class Visit>
+  void for_each(Visit visit) const {
+    for (int64_t stripe = 0; stripe < kParts * kHeads; ++stripe) {
+      for (int64_t token = 0; token < of.tokens; ++token) {
+        for (int64_t channel = 0; channel < of.width; ++channel) visit(stripe, token, channel);
+      }
+    }
+  }
+
+  Case of;
+  std::vector<int64_t> blocks;
+  pd::Tiling tiling;
+  std::vector<pd::Part> parts;
+  std::vector<std::vector<char>> memory;
+};
+
+// Channels differ in magnitude and in sign, one has always the same value, and sinks are far off.
+void fill_with_values(Cache& cache) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  cache.for_each([&](int64_t stripe, int64_t token, int64_t channel) {
+    const float magnitude = std::exp2(static_cast<float>(channel % 7 - 3));
+    const float middle = static_cast<float>(channel % 3 - 1) * 2 * magnitude;
+    float value = middle + magnitude * normal(random);
+    if (channel % 16 == 5) value = 0.3f;
+    if (token < cache.of.encoding.sinks) value *= 100;
+    cache.put(stripe, token, channel, value);
+  });
+}
+
+// Infinities, NaNs, numbers of every magnitude: any bits.
+void fill_with_any_bits(Cache& cache) {
+  std::mt19937 random(1);
+  const auto size = static_cast<size_t>(pd::bytes_of(cache.of.element));
+  cache.for_each([&](int64_t stripe, int64_t token, int64_t channel) {
+    auto bits = static_cast<uint32_t>(random());
+    if (random() % 16 == 0) bits |= 0x7f807f80u;  // exponents of infinities and NaNs
+    std::memcpy(cache.at(stripe, token, channel), &bits, size);
+  });
+}
+
+std::vector<char> encoded(const Cache& cache) {
+  const pd::TokenRun run = cache.run();
+  const int64_t items = pd::encoding_items(run), bytes = items * cache.of.stripe().bytes();
+  std::vector<char> slab(static_cast<size_t>(bytes), kSentinel);
+  // In two shares, as two threads would.
+  pd::encode_blocks_cpu(run, cache.of.encoding, slab.data(), 1, items);
+  pd::encode_blocks_cpu(run, cache.of.encoding, slab.data(), 0, 1);
+  return slab;
+}
+
+void decode(const std::vector<char>& slab, const Cache& cache) {
+  const pd::TokenRun run = cache.run();
+  const int64_t items = pd::encoding_items(run);
+  pd::decode_blocks_cpu(run, cache.of.encoding, slab.data(), 1, items);
+  pd::decode_blocks_cpu(run, cache.of.encoding, slab.data(), 0, 1);
+}
+
+// What lies between the values and in block 0 is as it was.
+void require_no_stray_writes(Cache& cache) {
+  std::vector<char> sentinel(static_cast<size_t>(pd::bytes_of(cache.of.element)), kSentinel);
+  cache.for_each([&](int64_t stripe, int64_t token, int64_t channel) {
+    std::copy(sentinel.begin(), sentinel.end(), cache.at(stripe, token, channel));
+  });
+  for (const std::vector<char>& each : cache.memory) {
+    for (const char byte : each) REQUIRE(byte == kSentinel, "%s", cache.of.name().c_str());
+  }
+}
+
+// What has one scale: some channels of some tokens of a stripe.
+struct Area {
+  int64_t stripe, first_token, last_token, first_channel, last_channel;
+
+  template <class Visit>
+  void for_each(Visit visit) const {
+    for (int64_t token = first_token; token < last_token; ++token) {
+      for (int64_t channel = first_channel; channel < last_channel; ++channel)
+        visit(token, channel);
+    }
+  }
+};
+
+// How far apart a value and the element that it is rounded to may be.
+float rounding_error(pd::Element element, float magnitude) {
+  switch (element) {
+    case pd::Element::kFloat32:
+      return std::ldexp(magnitude, -24);
+    case pd::Element::kBFloat16:
+      return std::ldexp(magnitude, -8);
+    default:
+      return std::max(std::ldexp(magnitude, -11), std::ldexp(1.0f, -25));
+  }
+}
+
+// Values came back as half a scale and rounding allow. Zero point and scale are what codes.h says
+// of the values that count, and are in the slab where slab.h says.
+class Checker {
+ public:
+  Checker(const Cache& cache, const std::vector<char>& slab, const Cache& decoded)
+      : cache_(cache), slab_(slab), decoded_(decoded), stripe_(cache.of.stripe()) {}
+
+  void check() const {
+    const int64_t sinks = stripe_.sink_tokens(), tail = stripe_.tail_tokens();
+    for (int64_t stripe = 0; stripe < Cache::kParts * Cache::kHeads; ++stripe) {
+      const int64_t place = stripe * stripe_.bytes();
+      for (int64_t group = 0; group < stripe_.groups(); ++group) {
+        check_tile(stripe, group, place + stripe_.tile_offset(group));
+      }
+      check_wide_rows(stripe, 0, sinks, place + stripe_.sink_offset());
+      check_wide_rows(stripe, stripe_.tail_start(), tail, place + stripe_.tail_offset());
+    }
+  }
+
+ private:
+  void check_tile(int64_t stripe, int64_t group, int64_t place) const {
+    const int64_t first = group * 32, last = first + 32;
+    int64_t range = 0;
+    if (stripe_.encoding.by_channel) {
+      const int64_t sinks = group == 0 && stripe_.sink_tokens() < 32 ? stripe_.sink_tokens() : 0;
+      for (int64_t channel = 0; channel < stripe_.width; ++channel) {
+        check_range({stripe, first + sinks, last, channel, channel + 1}, place, range++);
+      }
+      return;
+    }
+    const int64_t step = stripe_.encoding.group;
+    for (int64_t token = first; token < last; ++token) {
+      for (int64_t channel = 0; channel < stripe_.width; channel += step) {
+        check_range({stripe, token, token + 1, channel, channel + step}, place, range++);
+      }
+    }
+  }
+
+  void check_range(const Area& area, int64_t tile, int64_t index) const {
+    float low = cache_.get(area.stripe, area.first_token, area.first_channel), high = low;
+    area.for_each([&](int64_t token, int64_t channel) {
+      low = std::min(low, cache_.get(area.stripe, token, channel));
+      high = std::max(high, cache_.get(area.stripe, token, channel));
+    });
+    const pd::Range range = pd::narrow_range(low, high, stripe_.levels());
+    const uint16_t zero = number(tile + 2 * index);
+    const uint16_t scale = number(tile + 2 * (stripe_.ranges() + index));
+    REQUIRE(zero == range.zero && scale == range.scale, "%s", cache_.of.name().c_str());
+    area.for_each([&](int64_t token, int64_t channel) {
+      if (token >= stripe_.sink_tokens()) check_value(area.stripe, token, channel, scale, zero);
+    });
+  }
+
+  void check_wide_rows(int64_t stripe, int64_t first, int64_t count, int64_t place) const {
+    for (int64_t token = first; token < first + count; ++token) {
+      for (int64_t channel = 0; channel < stripe_.width; channel += 128, place += 2) {
+        const int64_t end = std::min<int64_t>(channel + 128, stripe_.width);
+        const Area area{stripe, token, token + 1, channel, end};
+        float largest = 0;
+        area.for_each([&](int64_t, int64_t each) {
+          largest = std::max(largest, std::fabs(cache_.get(stripe, token, each)));
+        });
+        const uint16_t scale = number(place);
+        REQUIRE(scale == pd::wide_scale(largest), "%s", cache_.of.name().c_str());
+        area.for_each([&](int64_t, int64_t each) { check_value(stripe, token, each, scale, 0); });
+      }
+    }
+  }
+
+  void check_value(
+      int64_t stripe, int64_t token, int64_t channel, uint16_t scale, uint16_t zero) const {
+    const float value = cache_.get(stripe, token, channel);
+    const float back = decoded_.get(stripe, token, channel);
+    const float half = pd::BFloat16::load(scale) / 2;
+    const float magnitude = std::fabs(value) + std::fabs(pd::BFloat16::load(zero)) + half;
+    const float arithmetic = std::ldexp(magnitude, -21);  // a few operations in float32
+    const float allowed =
+        half + arithmetic + rounding_error(cache_.of.element, std::fabs(value) + half);
+    REQUIRE(
+        std::fabs(value - back) <= allowed, "%a became %a, token %d, channel %d: %s", value, back,
+        int(token), int(channel), cache_.of.name().c_str());
+  }
+
+  uint16_t number(int64_t place) const {
+    uint16_t bits;
+    std::memcpy(&bits, slab_.data() + place, 2);
+    return bits;
+  }
+
+  const Cache& cache_;
+  const std::vector<char>& slab_;
+  const Cache& decoded_;
+  pd::Stripe stripe_;
+};
+
+void test_values(const Case& of) {
+  Cache cache(of), decoded(of);
+  fill_with_values(cache);
+  const std::vector<char> slab = encoded(cache);
+  decode(slab, decoded);
+  Checker(cache, slab, decoded).check();
+  require_no_stray_writes(decoded);
+}
+
+// Also a slab that no encoder has written.
+void test_any_bits(const Case& of) {
+  Cache cache(of), decoded(of);
+  fill_with_any_bits(cache);
+  std::vector<char> slab = encoded(cache);
+  decode(slab, decoded);
+  std::mt19937 random(1);
+  for (char& byte : slab) byte = static_cast<char>(random());
+  decode(slab, decoded);
+  require_no_stray_writes(decoded);
+}
+
+void test_instruction_sets(const Case& of) {
+  Cache cache(of), decoded(of);
+  fill_with_any_bits(cache);
+  const pd::Isa best = pd::chosen_isa();
+  pd::chosen_isa() = pd::Isa::kPlain;
+  const std::vector<char> slab = encoded(cache);
+  decode(slab, decoded);
+  for (const pd::Isa isa : {pd::Isa::kAvx2, pd::Isa::kAvx512}) {
+    if (!pd::has_isa(isa)) continue;
+    pd::chosen_isa() = isa;
+    Cache other(of);
+    REQUIRE(encoded(cache) == slab, "set %d, %s", int(isa), of.name().c_str());
+    decode(slab, other);
+    REQUIRE(other.memory == decoded.memory, "set %d, %s", int(isa), of.name().c_str());
+  }
+  pd::chosen_isa() = best;
+}
+
+std::vector<Case> cases() {
+  const std::vector<pd::Encoding> encodings = {
+      {2, true, 0, 0}, {4, true, 0, 0}, {2, false, 32, 0}, {4, false, 16, 0}, {8, true, 0, 0}};
+  struct Shape {
+    int64_t width, tokens, block_tokens, sinks;
+    Layout layout;
+    int64_t gap, start;
+  };
+  const std::vector<Shape> shapes = {
+      {32, 5, 16, 4, Layout::kHeads, 0, 0},    {64, 96, 16, 4, Layout::kHeads, 3, 1},
+      {64, 33, 128, 0, Layout::kTiles, 0, 0},  {96, 70, 5, 40, Layout::kTokens, 0, 3},
+      {128, 65, 16, 1, Layout::kTokens, 8, 0}, {128, 129, 128, 0, Layout::kChannels, 0, 0},
+      {160, 63, 16, 31, Layout::kTiles, 1, 5}, {192, 32, 16, 32, Layout::kChannels, 2, 1},
+      {576, 37, 5, 2, Layout::kHeads, 0, 0},   {1024, 32, 16, 0, Layout::kTokens, 0, 0}};
+  std::vector<Case> all;
+  for (const auto element :
+       {pd::Element::kFloat32, pd::Element::kBFloat16, pd::Element::kFloat16}) {
+    for (pd::Encoding encoding : encodings) {
+      for (const Shape& shape : shapes) {
+        encoding.sinks = shape.sinks;
+        all.push_back(
+            {element, encoding, shape.width, shape.tokens, shape.block_tokens, shape.layout,
+             shape.gap, shape.start});
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+int test_encoding() {
+  const std::vector<Case> all = cases();
+  for (const Case& each : all) {
+    test_values(each);
+    test_any_bits(each);
+    test_instruction_sets(each);
+  }
+  return 3 * static_cast<int>(all.size());
+}
