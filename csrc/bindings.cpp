@@ -163,14 +163,16 @@ pd::Encoding check_encoding(
   return encoding;
 }
 
-// Stripes and packed blocks are worked on by as many threads as the caller's PyTorch uses.
+// Each thread gets so much that starting it pays. A connector's pieces are smaller, and it has one
+// core to itself at best: it is not to take those that the model computes on.
+constexpr int64_t kBytesPerThread = 16 << 20;
+
+// Works on items (blocks, or stripes) of `bytes` in all, on as many threads as the caller's PyTorch
+// has at the most.
 template <class Work>
-void in_parallel(int64_t items, const Work& work) {
-  if (torch::stable::get_num_threads() == 1) {
-    work(0, items);
-  } else {
-    torch::stable::parallel_for(0, items, 1, work);
-  }
+void in_parallel(int64_t items, int64_t bytes, const Work& work) {
+  const int64_t grain = bytes > 0 ? items * kBytesPerThread / bytes + 1 : items + 1;
+  torch::stable::parallel_for(0, items, grain, work);
 }
 
 void pack_blocks_cpu(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
@@ -180,7 +182,7 @@ void pack_blocks_cpu(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
   const pd::BlockRun run = checked.run(blocks);
   check_slab(slab, planes[0], packed_bytes(run));
   auto* const bytes = static_cast<char*>(slab.data_ptr());
-  in_parallel(pd::packing_items(run), [&](int64_t first, int64_t last) {
+  in_parallel(pd::packing_items(run), slab.numel(), [&](int64_t first, int64_t last) {
     pd::pack_blocks_cpu(run, bytes, first, last);
   });
 }
@@ -192,7 +194,7 @@ void unpack_blocks_cpu(Tensor slab, Tensor blocks, std::vector<Tensor> planes) {
   const pd::BlockRun run = checked.run(blocks);
   check_slab(slab, planes[0], packed_bytes(run));
   const auto* const bytes = static_cast<const char*>(slab.data_ptr());
-  in_parallel(pd::packing_items(run), [&](int64_t first, int64_t last) {
+  in_parallel(pd::packing_items(run), slab.numel(), [&](int64_t first, int64_t last) {
     pd::unpack_blocks_cpu(run, bytes, first, last);
   });
 }
@@ -208,7 +210,7 @@ void encode_blocks_cpu(
   const pd::Encoding encoding =
       check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
   auto* const bytes = static_cast<char*>(slab.data_ptr());
-  in_parallel(pd::encoding_items(run), [&](int64_t first, int64_t last) {
+  in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
     pd::encode_blocks_cpu(run, encoding, bytes, first, last);
   });
 }
@@ -224,7 +226,7 @@ void decode_blocks_cpu(
   const pd::Encoding encoding =
       check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
   const auto* const bytes = static_cast<const char*>(slab.data_ptr());
-  in_parallel(pd::encoding_items(run), [&](int64_t first, int64_t last) {
+  in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
     pd::decode_blocks_cpu(run, encoding, bytes, first, last);
   });
 }

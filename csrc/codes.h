@@ -22,8 +22,8 @@ PD_BOTH uint16_t wide_scale(float largest) { return bfloat16_above(largest / 127
 
 // Zero point and scale of values from `low` to `high`; `levels` is the largest code.
 PD_BOTH Range narrow_range(float low, float high, uint32_t levels) {
-  const uint16_t zero = bfloat16_below(low);
-  const float width = high - BFloat16::load(zero);
+  const uint16_t zero = bfloat16_below(low + 0.0f);  // no zero has a sign from here on
+  const float width = high - BFloat16::load(zero) + 0.0f;
   return {zero, bfloat16_above(width / static_cast<float>(levels))};
 }
 

@@ -28,6 +28,7 @@ PD_BOTH float float_of(uint32_t bits) {
 // Each has a type for integers in the order of its values, so that the smallest and the largest of
 // many are found without a floating-point compare: `order` and `at` convert.
 struct Float32 {
+  static constexpr float kLargest = 3.40282347e38f;
   using Type = float;
   using Order = int32_t;
   static PD_BOTH float load(float value) { return value; }
@@ -59,6 +60,7 @@ struct Half {
 };
 
 struct BFloat16 : Half {
+  static constexpr float kLargest = 3.38953139e38f;
   static PD_BOTH float at(int16_t order) { return load(bits_at(order)); }
   static PD_BOTH float load(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
   static PD_BOTH uint16_t store(float value) {
@@ -70,6 +72,7 @@ struct BFloat16 : Half {
 };
 
 struct Float16 : Half {
+  static constexpr float kLargest = 65504.0f;
   static PD_BOTH float at(int16_t order) { return load(bits_at(order)); }
   static PD_BOTH float load(uint16_t half) {
     const uint32_t sign = (half & 0x8000u) << 16;
@@ -104,6 +107,14 @@ PD_BOTH uint16_t bfloat16_above(float not_negative) {
 PD_BOTH uint16_t bfloat16_below(float value) {
   const uint32_t bits = bits_of(value);
   return static_cast<uint16_t>((bits + (value < 0 ? 0xffffu : 0u)) >> 16);
+}
+
+// A value that was decoded: half a scale may carry the largest of a type beyond it.
+template <class Floats>
+PD_BOTH typename Floats::Type store_within(float value) {
+  value = value > Floats::kLargest ? Floats::kLargest : value;
+  value = value < -Floats::kLargest ? -Floats::kLargest : value;
+  return Floats::store(value);
 }
 
 }  // namespace pd

@@ -72,10 +72,12 @@ def decode_blocks(
     size = encoding.stripe_bytes(tokens, width, sinks)
     _check_size(slab, size * heads * len(parts))
     stripes = iter(slab.view(-1, size))
+    largest = torch.finfo(parts[0].dtype).max
     for part in parts:
         values = torch.stack(
             [_decode(next(stripes), tokens, width, encoding, sinks) for _ in range(heads)]
-        ).to(part.dtype)
+        )
+        values = values.clamp(-largest, largest).to(part.dtype)
         for i, block in enumerate(blocks.tolist()):
             rows = _in_rows(part[block : block + 1]).clone()
             new = values[:, i * block_tokens : (i + 1) * block_tokens]
@@ -134,8 +136,8 @@ def _encode_tile(rows: torch.Tensor, encoding: Encoding, uncounted: int) -> list
     else:
         grouped = rows.view(len(rows), -1, encoding.group)
         low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
-    zeros = _bfloat16_below(low)
-    scales = _bfloat16_above((high - _float(zeros)) / levels)
+    zeros = _bfloat16_below(low + 0.0)
+    scales = _bfloat16_above((high - _float(zeros) + 0.0) / levels)
     codes = _rounded((grouped - _float(zeros)) * _inverse(_float(scales))) & levels
     codes = codes.reshape(rows.shape).to(torch.uint8)
     share = rows.shape[1] * encoding.bits // 8

@@ -54,7 +54,7 @@ def blocks_at(table: Sequence[BlockId], positions: range) -> list[BlockId]:
         HandoffError: the table does not reach so far, or no longer holds one of them.
     """
     blocks = list(table[positions.start : positions.stop])
-    if len(blocks) < len(positions) or NULL_BLOCK in blocks:
+    if len(blocks) < positions.stop - positions.start or NULL_BLOCK in blocks:
         raise HandoffError(
             Reason.MISSING_BLOCKS,
             f"a block table of {len(table)} does not hold positions {positions.start} to "
@@ -127,6 +127,8 @@ class Pieces:
             HandoffError: it is not.
         """
         stretch = self.stretch(runs)
+        if not any(positions.stop > positions.start for positions in stretch):
+            raise HandoffError(Reason.MISSING_BLOCKS, "a piece of nothing is wanted")
         for layer, positions in enumerate(stretch):
             index, group = self._group_of[layer], self._group(layer)
             if positions.start * group.block_tokens >= num_tokens and positions:
@@ -152,12 +154,13 @@ class Pieces:
         Raises:
             HandoffError: it is not one of this engine's layers.
         """
-        ordered = [range(run.start, run.stop) for run in runs for _ in range(run.num_layers)]
-        if len(ordered) != len(self._order):
+        num_layers = sum(run.num_layers for run in runs)
+        if num_layers != len(self._order):
             raise HandoffError(
                 Reason.MISSING_BLOCKS,
-                f"a piece of {len(ordered)} layers is wanted, there are {len(self._order)}",
+                f"a piece of {num_layers} layers is wanted, there are {len(self._order)}",
             )
+        ordered = [range(run.start, run.stop) for run in runs for _ in range(run.num_layers)]
         return self._filled(dict(zip(self._order, ordered, strict=True)))
 
     def _bytes(self, layer: int, positions: range, num_tokens: int, codec: Codec) -> int:

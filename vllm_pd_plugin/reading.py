@@ -275,20 +275,31 @@ class Reading:
         prefix = self.stretches.taken_tokens
         plan = self.stretches.plan(stretch)
         descriptor_bytes = plan.total_bytes / plan.num_descriptors
-        incoming = self._incoming
-        if incoming is None or not self._packs(incoming, descriptor_bytes):
+        cut = self._cut(stretch, descriptor_bytes)
+        if not cut:
             num_bytes = plan.total_bytes
             read = _Read(prefix, descriptor_bytes, self._clock(), num_bytes, num_bytes)
             self._reads.append(read)
             self._post(read, plan)
             return
-        assert self._remote is not None
-        theirs = max_piece_bytes(self._remote.num_bytes)
-        max_bytes = min(incoming.staging.max_piece_bytes, theirs)
-        cut = incoming.pieces.split(stretch, self.spec.num_tokens, self.codec, max_bytes)
         for part in cut[:-1]:  # only with the last of them has a longer prefix arrived
             self._pending.append(_Pending(part, 0, descriptor_bytes))
         self._pending.append(_Pending(cut[-1], prefix, descriptor_bytes))
+
+    def _cut(self, stretch: Stretch, descriptor_bytes: float) -> list[Stretch]:
+        """Return the pieces that a stretch is to be packed in; none if it is read as it lies."""
+        incoming = self._incoming
+        if incoming is None or not self._packs(incoming, descriptor_bytes):
+            return []
+        assert self._remote is not None
+        theirs = max_piece_bytes(self._remote.num_bytes)
+        max_bytes = min(incoming.staging.max_piece_bytes, theirs)
+        try:
+            return incoming.pieces.split(stretch, self.spec.num_tokens, self.codec, max_bytes)
+        except HandoffError:
+            if self.codec is not Codec.RAW:
+                raise
+            return []  # not even a block fits into the staging memory
 
     def _packs(self, incoming: Incoming, descriptor_bytes: float) -> bool:
         if self.codec is not Codec.RAW or incoming.packing is Packing.ALWAYS:

@@ -68,14 +68,14 @@ PD_BOTH void store_tile(
     for (int64_t t = 0; t < places.count; ++t) {
       auto* const to = element_at<Floats>(places.of[t]);
       const float* const row = tile.row(t, width);
-      for (int64_t c = 0; c < width; ++c) to[c] = Floats::store(row[c]);
+      for (int64_t c = 0; c < width; ++c) to[c] = store_within<Floats>(row[c]);
     }
     return;
   }
   for (int64_t c = 0; c < width; ++c) {
     const int64_t offset = tiling.channel_offset(c);
     for (int64_t t = 0; t < places.count; ++t) {
-      *element_at<Floats>(places.of[t] + offset) = Floats::store(tile.row(t, width)[c]);
+      *element_at<Floats>(places.of[t] + offset) = store_within<Floats>(tile.row(t, width)[c]);
     }
   }
 }

@@ -18,7 +18,7 @@ __device__ void decode_token(
     for (int shift = 0, channel = i; shift < 8; shift += bits, channel += count) {
       const int range = range_of(stripe, t, channel);
       const float zero = BFloat16::load(zeros[range]), scale = BFloat16::load(scales[range]);
-      row[channel] = Floats::store(narrow_value(byte >> shift & stripe.levels(), zero, scale));
+      row[channel] = store_within<Floats>(narrow_value(byte >> shift & stripe.levels(), zero, scale));
     }
   }
 }
@@ -33,7 +33,7 @@ __device__ void decode_wide_row(
       reinterpret_cast<const int8_t*>(place + stripe.wide_codes(all)) + index * stripe.width;
   for (int i = lane(); i < stripe.width; i += kWarp) {
     const float scale = BFloat16::load(scales[i / static_cast<int>(kWideChannels)]);
-    row[i] = Floats::store(wide_value(codes[i], scale));
+    row[i] = store_within<Floats>(wide_value(codes[i], scale));
   }
 }
 

@@ -278,6 +278,9 @@ class Checker {
     const uint16_t zero = number(tile + 2 * index);
     const uint16_t scale = number(tile + 2 * (stripe_.ranges() + index));
     REQUIRE(zero == range.zero && scale == range.scale, "%s", cache_.of.name().c_str());
+    const float lowest = pd::BFloat16::load(zero);
+    REQUIRE(lowest <= low, "%a is above %a", lowest, low);
+    check_span(scale, stripe_.levels(), high - lowest);
     area.for_each([&](int64_t token, int64_t channel) {
       if (token >= stripe_.sink_tokens()) check_value(area.stripe, token, channel, scale, zero);
     });
@@ -294,9 +297,18 @@ class Checker {
         });
         const uint16_t scale = number(place);
         REQUIRE(scale == pd::wide_scale(largest), "%s", cache_.of.name().c_str());
+        check_span(scale, 127, largest);
         area.for_each([&](int64_t, int64_t each) { check_value(stripe, token, each, scale, 0); });
       }
     }
+  }
+
+  // The codes reach as far as the values, and no bfloat16 further.
+  void check_span(uint16_t scale, uint32_t levels, float span) const {
+    const float reach = pd::BFloat16::load(scale) * static_cast<float>(levels);
+    REQUIRE(
+        reach >= span * 0.999999f && reach <= span * 1.008f, "%a, not %a: %s", reach, span,
+        cache_.of.name().c_str());
   }
 
   void check_value(

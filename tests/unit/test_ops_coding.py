@@ -197,6 +197,17 @@ def test_zeros_of_both_signs_are_written_down_as_the_reference_writes_them(
     assert torch.equal(run.encoded(), expected)
 
 
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_zeros_are_written_down_alike_whatever_their_sign(by_channel: bool) -> None:
+    slabs = []
+    for value in (0.0, -0.0):
+        parts = make_parts((1, 32, 8), lambda count, value=value: torch.full((count,), value))
+        run = Run(parts, (1, 32, 8), [1], 32, Encoding(4, by_channel, 8), 0)
+        slabs.append(run.encoded())
+    assert torch.equal(*slabs)
+    assert not slabs[0].any()
+
+
 @native
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_any_number_of_threads_writes_the_same(num_threads: int) -> None:
