@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
@@ -58,16 +60,22 @@ Handovers = Mapping[str, Callable[[Kv], Kv]]
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was measured with one codec."""
+    """What was measured with one codec.
 
-    window_losses: list[torch.Tensor] = field(default_factory=list)
+    Plain numbers: small tensors that are kept between large ones that are freed would stop malloc
+    from using that memory again, gigabytes of it.
+    """
+
+    window_losses: list[list[float]] = field(default_factory=list)
     """Of each window, nats of each scored token."""
-    equal_tokens: list[int] = field(default_factory=list)
-    """Of each prompt, how many tokens are raw's before the first that is not."""
-    divergences: list[torch.Tensor] = field(default_factory=list)
-    """Of each prompt, KL(raw || codec) in nats after each token of the answer but the last."""
-    agreements: list[torch.Tensor] = field(default_factory=list)
-    """Of each prompt, whether the likeliest next token is the one that raw said."""
+    divergences: list[list[float]] = field(default_factory=list)
+    """Of each prompt, KL(raw || codec) in nats before each token of the answer."""
+    agreements: list[list[bool]] = field(default_factory=list)
+    """Of each prompt, whether the likeliest token is the one that raw said."""
+
+    def equal_tokens(self) -> list[int]:
+        """Return for each prompt how many tokens are raw's before the first that is not."""
+        return [sum(takewhile(bool, agree)) for agree in self.agreements]
 
 
 class Model:
@@ -171,7 +179,7 @@ def score_windows(
         for name, hand_over in handovers.items():
             logits = model.logits(before_last(hand_over(prompt)), ids[:, half - 1 : -1])
             losses = torch.nn.functional.cross_entropy(logits[0], ids[0, half:], reduction="none")
-            findings[name].window_losses.append(losses)
+            findings[name].window_losses.append(losses.tolist())
         said = ", ".join(f"{name} {perplexity([f.window_losses[-1]]):.2f}"
                          for name, f in findings.items())  # fmt: skip
         say(f"window {number} of {len(windows)}: perplexity: {said}")
@@ -198,11 +206,9 @@ def compare_answers(
         for name, hand_over in handovers.items():
             logits = model.logits(before_last(hand_over(prompt)), said)
             found = findings[name]
-            agree = logits.argmax(2) == answer
-            found.equal_tokens.extend(equal_tokens(agree))
-            found.agreements.extend(agree)
-            found.divergences.extend(map(divergence, raw, logits))
-        equal = ", ".join(f"{name} {sum(f.equal_tokens[-len(batch):]) / len(batch):.1f}"
+            found.agreements.extend((logits.argmax(2) == answer).tolist())
+            found.divergences.extend(divergence(*pair) for pair in zip(raw, logits, strict=True))
+        equal = ", ".join(f"{name} {np.mean(f.equal_tokens()[-len(batch):]):.1f}"
                           for name, f in findings.items())  # fmt: skip
         say(f"{len(batch)} prompts of {len(batch[0])} tokens: mean of equal tokens: {equal}")
     return ended
@@ -213,19 +219,15 @@ def before_last(kv: Kv) -> Kv:
     return [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
 
 
-def perplexity(losses: Sequence[torch.Tensor]) -> float:
-    return float(torch.cat(list(losses)).double().mean().exp())
+def perplexity(losses: Sequence[Sequence[float]]) -> float:
+    return float(np.exp(np.mean(np.concatenate(losses))))
 
 
-def equal_tokens(agree: torch.Tensor) -> list[int]:
-    """Return for each row of ``[sequences, tokens]`` how many are true before one that is not."""
-    return [int(count) for count in agree.long().cumprod(1).sum(1)]
-
-
-def divergence(raw: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def divergence(raw: torch.Tensor, other: torch.Tensor) -> list[float]:
     """Return KL(raw || other) in nats of each row of logits ``[tokens, vocabulary]``."""
     log_raw, log_other = raw.double().log_softmax(1), other.double().log_softmax(1)
-    return (log_raw.exp() * (log_raw - log_other)).sum(1)
+    found: list[float] = (log_raw.exp() * (log_raw - log_other)).sum(1).tolist()
+    return found
 
 
 def rounded(kv: Kv) -> Kv:
@@ -255,29 +257,28 @@ def rows_of(findings: Mapping[str, Findings], dim: int) -> list[dict[str, Any]]:
 
 def measures(own: Findings, raw: Findings) -> dict[str, Any]:
     """Return what a row says of one codec, but for its name and its bytes."""
-    equal = torch.tensor(own.equal_tokens, dtype=torch.float64)
-    kl = torch.cat(own.divergences)
-    agree = torch.stack(own.agreements).double()
+    equal, agree = np.array(own.equal_tokens()), np.array(own.agreements)
+    kl = np.concatenate(own.divergences)
     own_perplexity = perplexity(own.window_losses)
     return {
         "perplexity": round(own_perplexity, 4),
         "perplexity_ratio": round(own_perplexity / perplexity(raw.window_losses), 5),
-        "identical_share": round(float((equal == agree.shape[1]).double().mean()), 4),
-        "mean_equal_tokens": round(float(equal.mean()), 2),
-        "median_equal_tokens": float(equal.quantile(0.5)),
-        "first_token_share": round(float(agree[:, 0].mean()), 4),
-        "kl_mean": _short(kl.mean()),
-        "kl_p50": _short(kl.quantile(0.5)),
-        "kl_p99": _short(kl.quantile(0.99)),
-        "top1_share": round(float(agree.mean()), 4),
-        "prompts": len(own.equal_tokens),
+        "identical_share": round(float(np.mean(equal == agree.shape[1])), 4),
+        "mean_equal_tokens": round(float(np.mean(equal)), 2),
+        "median_equal_tokens": float(np.median(equal)),
+        "first_token_share": round(float(np.mean(agree[:, 0])), 4),
+        "kl_mean": _short(np.mean(kl)),
+        "kl_p50": _short(np.quantile(kl, 0.5)),
+        "kl_p99": _short(np.quantile(kl, 0.99)),
+        "top1_share": round(float(np.mean(agree)), 4),
+        "prompts": len(own.agreements),
         "scored_tokens": sum(map(len, own.window_losses)),
         "window_perplexities": [round(perplexity([losses]), 3) for losses in own.window_losses],
     }
 
 
-def _short(value: torch.Tensor) -> float:
-    return float(f"{float(value):.3g}")
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -36,7 +36,7 @@ announced meanwhile gathers into one."""
 _MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
 _FOR_ROOM_S = 0.002
 _ASK_AGAIN_S = 2.0
-_MEASURABLE_BYTES = 128 * 2**10
+_MEASURABLE_BYTES = 512 * 2**10
 """What is smaller tells more of the delay than of the link."""
 
 

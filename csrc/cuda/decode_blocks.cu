@@ -18,7 +18,8 @@ __device__ void decode_token(
     for (int shift = 0, channel = i; shift < 8; shift += bits, channel += count) {
       const int range = range_of(stripe, t, channel);
       const float zero = BFloat16::load(zeros[range]), scale = BFloat16::load(scales[range]);
-      row[channel] = store_within<Floats>(narrow_value(byte >> shift & stripe.levels(), zero, scale));
+      row[channel] =
+          store_within<Floats>(narrow_value(byte >> shift & stripe.levels(), zero, scale));
     }
   }
 }

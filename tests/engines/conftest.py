@@ -22,8 +22,13 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     # In bfloat16 it would answer many times slower on a CPU without AVX512-BF16.
     "smollm2": FLOAT32,
     "tiny-llama": FLOAT32,
-    # vLLM's CPU kernel for rotary embeddings is wrong for MLA's strided queries.
-    "tiny-mla": (*FLOAT32, "--compilation-config", '{"custom_ops": ["-rotary_embedding"]}'),
+    # vLLM's CPU kernel for rotary embeddings is wrong for MLA's strided queries; and where there is
+    # a matrix unit (AMX), vLLM takes a backend for MLA that cannot do float32.
+    "tiny-mla": (
+        *FLOAT32,
+        *("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}'),
+        *("--attention-backend", "CPU_MLA"),
+    ),
     "tiny-gemma3": FLOAT32,
 }
 # For a producer, after the above: longer prompts are computed in several steps. MLA cannot do that.

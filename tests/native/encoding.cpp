@@ -152,7 +152,8 @@ struct Cache {
   std::vector<std::vector<char>> memory;
 };
 
-// Channels differ in magnitude and in sign, one has always the same value, and sinks are far off.
+// Channels differ in magnitude and in sign, some have always the same value or zeros of both signs,
+// and sinks are far off.
 void fill_with_values(Cache& cache) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
@@ -161,8 +162,34 @@ void fill_with_values(Cache& cache) {
     const float middle = static_cast<float>(channel % 3 - 1) * 2 * magnitude;
     float value = middle + magnitude * normal(random);
     if (channel % 16 == 5) value = 0.3f;
+    if (channel % 16 == 6) value = -0.0f;
+    if (channel % 16 == 7) value = token % 2 == 0 ? 0.0f : -0.0f;
     if (token < cache.of.encoding.sinks) value *= 100;
     cache.put(stripe, token, channel, value);
+  });
+}
+
+// Up to the largest of the type: half a scale more would be an infinity.
+void fill_with_largest(Cache& cache) {
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> below(0.98f, 1.0f);
+  float largest = pd::Float32::kLargest;
+  if (cache.of.element == pd::Element::kBFloat16) largest = pd::BFloat16::kLargest;
+  if (cache.of.element == pd::Element::kFloat16) largest = pd::Float16::kLargest;
+  cache.for_each([&](int64_t stripe, int64_t token, int64_t channel) {
+    cache.put(stripe, token, channel, random() % 4 == 0 ? largest : below(random) * largest);
+  });
+}
+
+// Multiples of half the scale, which is 3: fusing a multiplication with an addition rounds them
+// another way.
+void fill_with_ties(Cache& cache) {
+  std::mt19937 random(1);
+  const uint32_t halves = cache.of.encoding.bits == 8 ? 254 : 2 * cache.of.stripe().levels();
+  cache.for_each([&](int64_t stripe, int64_t token, int64_t channel) {
+    const bool is_highest = channel % 16 == 0 || random() % 16 == 0;
+    const auto count = is_highest ? halves : static_cast<uint32_t>(random() % (halves + 1));
+    cache.put(stripe, token, channel, 1.5f * static_cast<float>(count));
   });
 }
 
@@ -219,14 +246,14 @@ struct Area {
 };
 
 // How far apart a value and the element that it is rounded to may be.
-float rounding_error(pd::Element element, float magnitude) {
+double rounding_error(pd::Element element, double magnitude) {
   switch (element) {
     case pd::Element::kFloat32:
       return std::ldexp(magnitude, -24);
     case pd::Element::kBFloat16:
       return std::ldexp(magnitude, -8);
     default:
-      return std::max(std::ldexp(magnitude, -11), std::ldexp(1.0f, -25));
+      return std::max(std::ldexp(magnitude, -11), std::ldexp(1.0, -25));
   }
 }
 
@@ -304,22 +331,22 @@ class Checker {
   }
 
   // The codes reach as far as the values, and no bfloat16 further.
-  void check_span(uint16_t scale, uint32_t levels, float span) const {
-    const float reach = pd::BFloat16::load(scale) * static_cast<float>(levels);
+  void check_span(uint16_t scale, uint32_t levels, double span) const {
+    const double reach = static_cast<double>(pd::BFloat16::load(scale)) * levels;
     REQUIRE(
-        reach >= span * 0.999999f && reach <= span * 1.008f, "%a, not %a: %s", reach, span,
+        reach >= span * 0.999999 && reach <= span * 1.008, "%a, not %a: %s", reach, span,
         cache_.of.name().c_str());
   }
 
   void check_value(
       int64_t stripe, int64_t token, int64_t channel, uint16_t scale, uint16_t zero) const {
-    const float value = cache_.get(stripe, token, channel);
-    const float back = decoded_.get(stripe, token, channel);
-    const float half = pd::BFloat16::load(scale) / 2;
-    const float magnitude = std::fabs(value) + std::fabs(pd::BFloat16::load(zero)) + half;
-    const float arithmetic = std::ldexp(magnitude, -21);  // a few operations in float32
-    const float allowed =
-        half + arithmetic + rounding_error(cache_.of.element, std::fabs(value) + half);
+    const double value = cache_.get(stripe, token, channel);
+    const double back = decoded_.get(stripe, token, channel);
+    const double half = pd::BFloat16::load(scale) / 2.0;
+    const double magnitude = std::fabs(value) + half;
+    const double arithmetic =  // a few operations in float32
+        std::ldexp(magnitude + std::fabs(pd::BFloat16::load(zero)), -21);
+    const double allowed = half + arithmetic + rounding_error(cache_.of.element, magnitude);
     REQUIRE(
         std::fabs(value - back) <= allowed, "%a became %a, token %d, channel %d: %s", value, back,
         int(token), int(channel), cache_.of.name().c_str());
@@ -337,9 +364,11 @@ class Checker {
   pd::Stripe stripe_;
 };
 
-void test_values(const Case& of) {
+using Fill = void (*)(Cache&);
+
+void test_values(const Case& of, Fill fill) {
   Cache cache(of), decoded(of);
-  fill_with_values(cache);
+  fill(cache);
   const std::vector<char> slab = encoded(cache);
   decode(slab, decoded);
   Checker(cache, slab, decoded).check();
@@ -358,9 +387,9 @@ void test_any_bits(const Case& of) {
   require_no_stray_writes(decoded);
 }
 
-void test_instruction_sets(const Case& of) {
+void test_instruction_sets(const Case& of, Fill fill) {
   Cache cache(of), decoded(of);
-  fill_with_any_bits(cache);
+  fill(cache);
   const pd::Isa best = pd::chosen_isa();
   pd::chosen_isa() = pd::Isa::kPlain;
   const std::vector<char> slab = encoded(cache);
@@ -410,9 +439,12 @@ std::vector<Case> cases() {
 int test_encoding() {
   const std::vector<Case> all = cases();
   for (const Case& each : all) {
-    test_values(each);
+    test_values(each, fill_with_values);
+    test_values(each, fill_with_largest);
+    test_values(each, fill_with_ties);
     test_any_bits(each);
-    test_instruction_sets(each);
+    test_instruction_sets(each, fill_with_any_bits);
+    test_instruction_sets(each, fill_with_ties);
   }
-  return 3 * static_cast<int>(all.size());
+  return 6 * static_cast<int>(all.size());
 }

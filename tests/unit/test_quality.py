@@ -146,20 +146,20 @@ def test_bytes_are_told_against_both_element_types() -> None:
 
 
 def test_tokens_are_equal_up_to_the_first_difference() -> None:
-    agree = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]]).bool()
-    assert quality.equal_tokens(agree) == [2, 0, 4]
+    agree = [[True, True, False, True], [False, True, True, True], [True] * 4]
+    assert quality.Findings(agreements=agree).equal_tokens() == [2, 0, 4]
 
 
 def test_divergence_is_in_nats_and_from_raw() -> None:
     raw, other = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert quality.divergence(raw, other + 3).tolist() == pytest.approx([expected])
-    assert quality.divergence(other, raw).tolist() != pytest.approx([expected])
-    assert quality.divergence(raw, raw).tolist() == [0]
+    assert quality.divergence(raw, other + 3) == pytest.approx([expected])
+    assert quality.divergence(other, raw) != pytest.approx([expected])
+    assert quality.divergence(raw, raw) == [0]
 
 
 def test_perplexity_counts_tokens_and_not_windows() -> None:
-    losses = [torch.full((3,), math.log(2)), torch.full((1,), math.log(32))]
+    losses = [[math.log(2)] * 3, [math.log(32)]]
     assert quality.perplexity(losses) == pytest.approx(4)
 
 
@@ -197,8 +197,9 @@ def test_raw_scores_a_window_as_a_model_that_was_never_interrupted(network: Any)
     quality.score_windows(quality.Model(network), window.tolist(), handovers, findings)
     logits = network(window).logits[0, 127:-1]
     expected = torch.nn.functional.cross_entropy(logits, window[0, 128:], reduction="none")
-    torch.testing.assert_close(findings["raw"].window_losses, [expected])
-    assert not torch.allclose(findings["int2"].window_losses[0], expected)
+    (raw,), (int2,) = findings["raw"].window_losses, findings["int2"].window_losses
+    torch.testing.assert_close(torch.tensor(raw), expected)
+    assert not torch.allclose(torch.tensor(int2), expected)
 
 
 @torch.inference_mode()
@@ -215,8 +216,9 @@ def test_answers_of_raw_are_equal_and_a_codec_parts_where_it_would_by_itself(net
     kv, last = model.prefill(batch), batch[:, -1:]
     by_raw = model.greedy(quality.before_last(kv), last, quality.ANSWER_TOKENS)
     by_int2 = model.greedy(quality.before_last(through(Codec.INT2, kv)), last, 64)
-    assert findings["int2"].equal_tokens == quality.equal_tokens(by_raw == by_int2)
-    assert min(findings["int2"].equal_tokens) < quality.ANSWER_TOKENS
+    alone = quality.Findings(agreements=(by_raw == by_int2).tolist())
+    assert findings["int2"].equal_tokens() == alone.equal_tokens()
+    assert min(alone.equal_tokens()) < quality.ANSWER_TOKENS
 
     assert quality.table([raw, int2]).count("\n") == 3
     assert "| raw | 2.72 | 2.72 to 2.72 |" in quality.window_table([raw, int2])
@@ -224,5 +226,5 @@ def test_answers_of_raw_are_equal_and_a_codec_parts_where_it_would_by_itself(net
 
 def with_losses(findings: dict[str, quality.Findings]) -> dict[str, quality.Findings]:
     for found in findings.values():
-        found.window_losses.append(torch.ones(1))
+        found.window_losses.append([1.0])
     return findings
