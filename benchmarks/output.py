@@ -51,6 +51,16 @@ def write(
     path.with_suffix(".md").write_text(as_text(tables, facts))
 
 
+def write_between(page: Path, name: str, text: str) -> None:
+    """Replace what a page of the documentation has between `<!-- name -->` and `<!-- /name -->`."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = page.read_text().partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} has no place for {name!r}: {start.strip()} and {end}")
+    page.write_text(f"{before}{start}\n{text}\n\n{end}{after}")
+
+
 def as_text(tables: Tables, facts: Sequence[str]) -> str:
     parts = [f"## {title}\n\n{table}\n" for title, table in tables]
     return "\n".join([*parts, "\n".join(f"- {fact}" for fact in facts), ""])

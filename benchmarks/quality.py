@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,9 @@ def main() -> int:
     parser.add_argument(
         "--prompts", type=int, default=200, help=f"a multiple of {len(LENGTHS)} (%(default)s)"
     )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="write the table into this page as well"
+    )
     args = parser.parse_args()
     if args.prompts < len(LENGTHS) or args.prompts % len(LENGTHS):
         parser.error(f"--prompts must be a multiple of {len(LENGTHS)}")
@@ -163,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
     print(output.as_text(tables, facts))
     if args.json:
         output.write(args.json, rows, tables, facts)
+    if args.page:
+        output.write_between(args.page, "quality", tables[0][1])
     return 0
 
 
