@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol
 
 from vllm_pd_plugin import wire
@@ -41,13 +40,10 @@ class Coder(Protocol):
 class Packer:
     """The pieces of one rank that consumers have asked for."""
 
-    def __init__(
-        self, pieces: Pieces, staging: Staging, coder: Coder, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, pieces: Pieces, staging: Staging, coder: Coder) -> None:
         self._pieces = pieces
         self._staging = staging
         self._coder = coder
-        self._clock = clock
         self._waiting: deque[wire.Stage] = deque()
         self._staged: dict[tuple[HandoffId, int], wire.Packed] = {}
         self._again: deque[wire.Stage] = deque()
@@ -124,12 +120,10 @@ class Packer:
 
     def _write(self, stage: wire.Stage, piece: Piece, offset: int) -> wire.Packed:
         pack = stage.pack
-        began = self._clock()
         self._coder.encode(piece, pack.codec, stage.tables, offset)
-        seconds = self._clock() - began
         digest = self._coder.digest_outgoing(offset, piece.num_bytes) if pack.digest else b""
         return wire.Packed(
-            pack.handoff_id, pack.epoch, pack.number, offset, piece.num_bytes, seconds, digest
+            pack.handoff_id, pack.epoch, pack.number, offset, piece.num_bytes, digest
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -51,8 +51,8 @@ class Slabs:
         coder = BlockCoder(layout, pieces, caches, outgoing, incoming)
         return cls(pieces, coder, *(Span(t.data_ptr(), half) for t in (outgoing, incoming)))
 
-    def packer(self, clock: Callable[[], float]) -> Packer:
-        return Packer(self.pieces, Staging(self.outgoing.num_bytes), self.coder, clock)
+    def packer(self) -> Packer:
+        return Packer(self.pieces, Staging(self.outgoing.num_bytes), self.coder)
 
     def for_reads(self, config: PdConfig) -> Incoming:
         """Return the half that fetches use. The lossy codecs that are allowed are tried on the

@@ -202,7 +202,6 @@ class Packed(msgspec.Struct, frozen=True, array_like=True, tag="packed"):
     or until the handoff is over.
 
     offset, num_bytes: where in ``RankMemory.staging``.
-    seconds: how long the producer wrote.
     digest: as ``slab_digest`` has it; empty if it was not asked for.
     """
 
@@ -211,7 +210,6 @@ class Packed(msgspec.Struct, frozen=True, array_like=True, tag="packed"):
     number: Count
     offset: Count
     num_bytes: Count
-    seconds: float
     digest: bytes
 
 

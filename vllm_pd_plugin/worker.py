@@ -86,7 +86,7 @@ class WorkerSide:
             self._identity.incarnation,
             self._rank,
             digest,
-            slabs.packer(time.monotonic) if slabs else None,
+            slabs.packer() if slabs else None,
             self._connect,
         )
         incoming = slabs.for_reads(config) if slabs else None

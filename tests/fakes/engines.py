@@ -128,7 +128,7 @@ class FakeEngine(FakeMemory):
             self.worker.incarnation,
             0,
             self.digest,
-            Packer(pieces, self.outgoing, self.coder, around.clock) if settings.packing else None,
+            Packer(pieces, self.outgoing, self.coder) if settings.packing else None,
             around.network.connect,
         )
         self.control = self._make_control_plane(settings, memory)

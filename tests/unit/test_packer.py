@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.fakes.clock import FakeClock
 from tests.fakes.coder import FakeCoder
 from tests.fakes.engines import make_layout
 from tests.fakes.memory import BLOCK_BYTES, FakeMemory
@@ -23,18 +22,6 @@ ROOM = 4 * ALIGNMENT
 TABLE = tuple(range(1, 9))
 
 
-class SlowCoder(FakeCoder):
-    """Takes a quarter of a second for each piece."""
-
-    def __init__(self, memory: FakeMemory, num_bytes: int, clock: FakeClock) -> None:
-        super().__init__(memory, num_bytes)
-        self._clock = clock
-
-    def encode(self, *args: object) -> None:
-        self._clock.advance(0.25)
-        super().encode(*args)  # type: ignore[arg-type]
-
-
 class Rank:
     """A packer, with two layers of KV to pack."""
 
@@ -43,11 +30,10 @@ class Rank:
         self.memory = FakeMemory(layout)
         for block in TABLE:
             self.memory.fill([block], block)
-        self.clock = FakeClock()
         self.staging = Staging(ROOM)
-        self.coder = SlowCoder(self.memory, ROOM, self.clock)
+        self.coder = FakeCoder(self.memory, ROOM)
         pieces = Pieces(layout, self.memory.regions)
-        self.packer = Packer(pieces, self.staging, self.coder, self.clock)
+        self.packer = Packer(pieces, self.staging, self.coder)
 
     def want(self, handoff_id: HandoffId, number: int, **changes: object) -> wire.Stage:
         """A consumer wants the first of two blocks in both layers, unless told."""
@@ -81,7 +67,7 @@ def test_a_piece_is_written_down_and_its_place_told(rank: Rank) -> None:
     rank.want(A, 7)
     staged = rank.packer.turn()
     size = 2 * 2 * BLOCK_BYTES
-    packed = wire.Packed(A, 3, 7, 0, size, 0.25, b"")
+    packed = wire.Packed(A, 3, 7, 0, size, b"")
     assert staged == wire.Staged(A, 0, packed, None)
     content = rank.coder.outgoing[:size].reshape(4, BLOCK_BYTES)
     assert content.tolist() == [[block] * BLOCK_BYTES for block in (1, 2, 1, 2)]

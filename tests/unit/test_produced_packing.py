@@ -30,7 +30,7 @@ def pack_of(handoff: HandoffId, **changes: object) -> wire.Pack:
 
 
 def packed_of(pack: wire.Pack) -> wire.Packed:
-    return wire.Packed(pack.handoff_id, pack.epoch, pack.number, 256, 100, 0.1, b"")
+    return wire.Packed(pack.handoff_id, pack.epoch, pack.number, 256, 100, b"")
 
 
 def staged_of(pack: wire.Pack) -> wire.Staged:

@@ -6,7 +6,6 @@ import msgspec
 import pytest
 import torch
 
-from tests.fakes.clock import FakeClock
 from tests.fakes.engines import make_layout
 from vllm_pd_plugin.codecs import Codec, Part
 from vllm_pd_plugin.config import PdConfig
@@ -107,4 +106,4 @@ def test_a_cache_that_no_codec_knows_has_staging_memory_for_raw_pieces() -> None
     assert slabs is not None
     piece = slabs.pieces.piece((range(1), range(1)), 16, Codec.RAW)
     slabs.coder.encode(piece, Codec.RAW, [[1]], 0)
-    assert slabs.packer(FakeClock()).taken_bytes == 0
+    assert slabs.packer().taken_bytes == 0

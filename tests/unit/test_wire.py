@@ -31,7 +31,7 @@ LAYOUT = make_layout(
 )
 RUNS = (wire.LayerRun(2, 0, 3), wire.LayerRun(1, 0, 0))
 PACK = wire.Pack(H, 1, 0, 7, Codec.INT4, 100, RUNS, True)
-PACKED = wire.Packed(H, 1, 7, 256, 4096, 0.25, b"\x00\xff")
+PACKED = wire.Packed(H, 1, 7, 256, 4096, b"\x00\xff")
 EVERY_KIND: list[wire.Message] = [
     wire.Hello("engine"),
     wire.Welcome("engine", LAYOUT, (RANK, STAGING_RANK), 30.0),
