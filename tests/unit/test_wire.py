@@ -246,9 +246,9 @@ def test_a_malformed_request_for_a_piece_is_refused(change: dict[str, object]) -
     assert "malformed pack" in refusal([header(kind="pack"), body])
 
 
-@pytest.mark.parametrize("seconds", ["1", None, b"1"])
-def test_a_piece_that_took_no_time_that_is_one_is_refused(seconds: object) -> None:
-    frames = wire.encode(msgspec.structs.replace(PACKED, seconds=seconds), A, B)
+@pytest.mark.parametrize("offset", ["1", None, -1])
+def test_a_piece_that_lies_nowhere_is_refused(offset: object) -> None:
+    frames = wire.encode(msgspec.structs.replace(PACKED, offset=offset), A, B)
     assert "malformed packed" in refusal(frames)
 
 
