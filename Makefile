@@ -55,6 +55,8 @@ check: setup
 	@mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
 		-Wall -Wextra -Werror csrc/cpu/*.cpp tests/native/*.cpp -o build/kernels && build/kernels
+	$(CXX) -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math \
+		-Wall -Wextra -Werror csrc/cpu/*.cpp tests/native/*.cpp -o build/kernels && build/kernels
 	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled"
 	@! command -v nvcc >/dev/null || for source in csrc/cuda/*.cu; do \
 		echo "nvcc $$source for $(CUDA_ARCHITECTURES)"; \

@@ -33,7 +33,7 @@ def extension() -> dict:
     module = kind(
         "vllm_pd_plugin._C",
         sources,
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])),
         define_macros=defines,
         extra_compile_args={"cxx": [*OPTIMIZED, "-Wall"], "nvcc": ["-O3", "-fmad=false"]},
         py_limited_api=True,

@@ -39,9 +39,10 @@ struct Parts {
   pd::Tiling tiling;
 
   pd::TokenRun run(const Tensor& blocks, int64_t tokens) const {
-    return {
-        parts.data(), static_cast<int64_t>(parts.size()), heads, element, tiling,
-        static_cast<const int64_t*>(blocks.data_ptr()), blocks.numel(), tokens};
+    return {parts.data(),   static_cast<int64_t>(parts.size()),
+            heads,          element,
+            tiling,         static_cast<const int64_t*>(blocks.data_ptr()),
+            blocks.numel(), tokens};
   }
 };
 
@@ -61,18 +62,22 @@ Planes check_planes(const std::vector<Tensor>& planes) {
     STD_TORCH_CHECK(
         plane.size(3) == 1 || plane.stride(3) == 1, "elements of a row must touch each other");
     result.planes.push_back(
-        {static_cast<char*>(plane.data_ptr()), plane.stride(0) * element,
-         plane.stride(1) * element, plane.stride(2) * element});
+        {static_cast<char*>(plane.data_ptr()), plane.stride(0) * element, plane.stride(1) * element,
+         plane.stride(2) * element});
   }
   return result;
 }
 
 pd::Element element_of(const Tensor& plane) {
   switch (plane.scalar_type()) {
-    case ScalarType::Float: return pd::Element::kFloat32;
-    case ScalarType::BFloat16: return pd::Element::kBFloat16;
-    case ScalarType::Half: return pd::Element::kFloat16;
-    default: STD_TORCH_CHECK(false, "only float32, bfloat16 and float16 can be encoded");
+    case ScalarType::Float:
+      return pd::Element::kFloat32;
+    case ScalarType::BFloat16:
+      return pd::Element::kBFloat16;
+    case ScalarType::Half:
+      return pd::Element::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "only float32, bfloat16 and float16 can be encoded");
   }
 }
 
@@ -84,8 +89,13 @@ Parts check_parts(const std::vector<Tensor>& parts) {
   STD_TORCH_CHECK(first.dim() == 6, "a part has 6 dimensions, not ", first.dim());
   const auto size = static_cast<int64_t>(first.element_size());
   const pd::Tiling tiling{
-      first.size(2) * first.size(3), first.size(4) * first.size(5), first.size(3), first.size(5),
-      first.stride(2) * size, first.stride(3) * size, first.stride(4) * size,
+      first.size(2) * first.size(3),
+      first.size(4) * first.size(5),
+      first.size(3),
+      first.size(5),
+      first.stride(2) * size,
+      first.stride(3) * size,
+      first.stride(4) * size,
       first.stride(5) * size};
   Parts result{{}, first.size(1), element_of(first), tiling};
   for (const Tensor& part : parts) {
@@ -154,9 +164,12 @@ pd::Encoding check_encoding(
   STD_TORCH_CHECK(
       width % (8 / bits) == 0, width, " channels of ", bits, " bits do not fill whole bytes");
   STD_TORCH_CHECK(
-      bits == 8 || by_channel || (group > 0 && width % group == 0), "groups of ", group,
+      by_channel || (group > 0 && (bits == 8 || width % group == 0)), "groups of ", group,
       " channels do not divide ", width);
   STD_TORCH_CHECK(sinks >= 0, "sinks must not be negative");
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(slab.data_ptr()) % pd::kAlignment == 0,
+      "a slab begins at a multiple of ", pd::kAlignment, " bytes");
   const pd::Encoding encoding{bits, by_channel, group, sinks};
   const pd::Stripe stripe{run.tokens, width, encoding};
   check_slab(slab, part, run.num_parts * run.heads * stripe.bytes());
@@ -207,8 +220,7 @@ void encode_blocks_cpu(
   check_bounds(blocks, parts);
   check_tokens(tokens, blocks, checked.tiling.tokens);
   const pd::TokenRun run = checked.run(blocks, tokens);
-  const pd::Encoding encoding =
-      check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
+  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
   auto* const bytes = static_cast<char*>(slab.data_ptr());
   in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
     pd::encode_blocks_cpu(run, encoding, bytes, first, last);
@@ -223,8 +235,7 @@ void decode_blocks_cpu(
   check_bounds(blocks, parts);
   check_tokens(tokens, blocks, checked.tiling.tokens);
   const pd::TokenRun run = checked.run(blocks, tokens);
-  const pd::Encoding encoding =
-      check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
+  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
   const auto* const bytes = static_cast<const char*>(slab.data_ptr());
   in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
     pd::decode_blocks_cpu(run, encoding, bytes, first, last);
@@ -248,8 +259,9 @@ class OnDevice {
   explicit OnDevice(const Tensor& blocks)
       : blocks_(blocks),
         guard_(blocks.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(blocks.get_device_index())
-                    .nativeHandle()) {}
+        stream_(
+            torch::stable::accelerator::getCurrentStream(blocks.get_device_index())
+                .nativeHandle()) {}
 
   void* stream() const { return stream_; }
 
@@ -310,8 +322,7 @@ void encode_blocks_cuda(
   check_tokens(tokens, blocks, checked.tiling.tokens);
   OnDevice device(blocks);
   const pd::TokenRun run = device.with(checked, tokens);
-  const pd::Encoding encoding =
-      check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
+  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
   pd::encode_blocks_cuda(run, encoding, static_cast<char*>(slab.data_ptr()), device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -324,10 +335,8 @@ void decode_blocks_cuda(
   check_tokens(tokens, blocks, checked.tiling.tokens);
   OnDevice device(blocks);
   const pd::TokenRun run = device.with(checked, tokens);
-  const pd::Encoding encoding =
-      check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
-  pd::decode_blocks_cuda(
-      run, encoding, static_cast<const char*>(slab.data_ptr()), device.stream());
+  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
+  pd::decode_blocks_cuda(run, encoding, static_cast<const char*>(slab.data_ptr()), device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

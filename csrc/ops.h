@@ -35,8 +35,7 @@ void encode_blocks_cpu(
     const TokenRun& run, const Encoding& encoding, char* slab, int64_t first, int64_t last);
 void decode_blocks_cpu(
     const TokenRun& run, const Encoding& encoding, const char* slab, int64_t first, int64_t last);
-void encode_blocks_cuda(
-    const TokenRun& run, const Encoding& encoding, char* slab, void* stream);
+void encode_blocks_cuda(const TokenRun& run, const Encoding& encoding, char* slab, void* stream);
 void decode_blocks_cuda(
     const TokenRun& run, const Encoding& encoding, const char* slab, void* stream);
 

@@ -1,8 +1,8 @@
 // Where the rows of a block lie, for the CPU and for CUDA.
 //
-// A *plane* is one layer's KV cache seen as [num_blocks, heads, tokens, width], with any strides but
-// in the last dimension, whose elements touch. A *row* is that last dimension: what one head has of
-// one token. Rows of a block are numbered head * tokens + token.
+// A *plane* is one layer's KV cache seen as [num_blocks, heads, tokens, width], with any strides
+// but in the last dimension, whose elements touch. A *row* is that last dimension: what one head
+// has of one token. Rows of a block are numbered head * tokens + token.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,7 @@ PD_BOTH char* row_address(const Plane& plane, int64_t block, int64_t head, int64
          token * plane.token_stride;
 }
 
-PD_BOTH char* row_address(
-    const Plane& plane, const BlockShape& shape, int64_t block, int64_t row) {
+PD_BOTH char* row_address(const Plane& plane, const BlockShape& shape, int64_t block, int64_t row) {
   const int64_t head = row / shape.tokens;
   return row_address(plane, block, head, row - head * shape.tokens);
 }

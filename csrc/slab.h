@@ -24,7 +24,9 @@ constexpr int64_t kWideChannels = 128;
 constexpr int64_t kAlignment = 16;
 constexpr int64_t kMaxWidth = 1024;  // of a row that is encoded, in channels
 
-PD_BOTH int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+PD_BOTH int64_t aligned(int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 struct Encoding {
   int64_t bits;  // 2, 4 or 8
@@ -49,7 +51,7 @@ struct Stripe {
   PD_BOTH uint32_t levels() const { return (1u << encoding.bits) - 1; }  // the largest code
   PD_BOTH int64_t codes_per_byte() const { return 8 / encoding.bits; }
   PD_BOTH int64_t row_codes() const { return width / codes_per_byte(); }  // bytes of a tile's row
-  PD_BOTH int64_t ranges() const {  // of a tile
+  PD_BOTH int64_t ranges() const {                                        // of a tile
     return encoding.by_channel ? width : kTokenGroup * (width / encoding.group);
   }
   PD_BOTH int64_t tile_codes() const { return 4 * ranges(); }  // where a tile's codes begin

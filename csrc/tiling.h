@@ -1,8 +1,8 @@
 // Where the channels of a token lie, for the CPU and for CUDA.
 //
 // Attention kernels keep a head's keys and values in a block as they need them: token by token,
-// channel by channel, or in tiles of some tokens by some channels (for matrix units). All of that is
-// [token tiles, tokens of a tile, channel tiles, channels of a tile], with any strides.
+// channel by channel, or in tiles of some tokens by some channels (for matrix units). All of that
+// is [token tiles, tokens of a tile, channel tiles, channels of a tile], with any strides.
 #pragma once
 
 #include "floats.h"

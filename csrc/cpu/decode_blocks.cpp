@@ -12,14 +12,16 @@ struct Ranges {
 };
 
 // The values of one token; see `put_codes`.
+template <int64_t kBits>
 PD_BOTH void put_values(
     const uint8_t* __restrict codes, const Stripe& stripe, const Ranges& ranges,
     float* __restrict row) {
-  const int64_t bits = stripe.encoding.bits, count = stripe.row_codes();
-  for (int64_t part = 0; part < stripe.codes_per_byte(); ++part) {
+  constexpr uint32_t kLevels = (1u << kBits) - 1;
+  const int64_t count = stripe.width * kBits / 8;
+  for (int64_t part = 0; part < 8 / kBits; ++part) {
     const int64_t first = part * count;
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t code = static_cast<uint32_t>(codes[i]) >> (part * bits) & stripe.levels();
+      const uint32_t code = static_cast<uint32_t>(codes[i]) >> (part * kBits) & kLevels;
       row[first + i] = narrow_value(code, ranges.zeros[first + i], ranges.scales[first + i]);
     }
   }
@@ -41,7 +43,12 @@ PD_BOTH void decode_tile(const char* tile, const Stripe& stripe, Tile& rows) {
         ranges.scales[i] = scale;
       }
     }
-    put_values(codes, stripe, ranges, rows.row(t, stripe.width));
+    float* const row = rows.row(t, stripe.width);
+    if (stripe.encoding.bits == 4) {
+      put_values<4>(codes, stripe, ranges, row);
+    } else {
+      put_values<2>(codes, stripe, ranges, row);
+    }
   }
 }
 
@@ -65,8 +72,8 @@ PD_BOTH void decode_wide_rows(
 }
 
 PD_BOTH void decode_stripe(
-    const TokenRun& run, const Stripe& stripe, const Part& part, int64_t head, const char* place) {
-  Tile rows;
+    const TokenRun& run, const Stripe& stripe, const Part& part, int64_t head, Tile& rows,
+    const char* place) {
   const int64_t sinks = stripe.sink_tokens(), tail = stripe.tail_tokens();
   for (int64_t g = 0; g < stripe.groups(); ++g) {
     decode_tile(place + stripe.tile_offset(g), stripe, rows);
@@ -82,14 +89,14 @@ PD_BOTH void decode_stripe(
 }
 
 PD_BOTH void decode(
-    const TokenRun& run, const Encoding& encoding, const char* slab, int64_t first,
-    int64_t last) {
+    const TokenRun& run, const Encoding& encoding, const char* slab, int64_t first, int64_t last) {
   const Stripe whole{run.tokens, run.tiling.width, encoding};
+  Tile rows;  // one for all shapes: it is large
   for_known_shapes(whole, [&](const Stripe& stripe) PD_INLINED {
     for (int64_t item = first; item < last; ++item) {
       const int64_t index = item / run.heads;
       const int64_t head = item - index * run.heads;
-      decode_stripe(run, stripe, run.parts[index], head, slab + item * stripe.bytes());
+      decode_stripe(run, stripe, run.parts[index], head, rows, slab + item * stripe.bytes());
     }
   });
 }
@@ -98,8 +105,7 @@ PD_BOTH void decode(
 
 PD_FOR_EACH_ISA(
     decode_blocks_cpu, decode,
-    (const TokenRun& run, const Encoding& encoding, const char* slab, int64_t first,
-     int64_t last),
+    (const TokenRun& run, const Encoding& encoding, const char* slab, int64_t first, int64_t last),
     (run, encoding, slab, first, last))
 
 }  // namespace pd

@@ -19,12 +19,13 @@ PD_BOTH void put_codes(
   const auto code = [&](int64_t i) PD_INLINED {
     return narrow_code(row[i], ranges.zeros[i], ranges.inverses[i], levels);
   };
-  const int64_t count = stripe.row_codes();
   if (stripe.encoding.bits == 4) {
+    const int64_t count = stripe.width / 2;
     for (int64_t i = 0; i < count; ++i) {
       codes[i] = static_cast<uint8_t>(code(i) | code(i + count) << 4);
     }
   } else {
+    const int64_t count = stripe.width / 4;
     for (int64_t i = 0; i < count; ++i) {
       codes[i] = static_cast<uint8_t>(
           code(i) | code(i + count) << 2 | code(i + 2 * count) << 4 | code(i + 3 * count) << 6);
@@ -52,8 +53,7 @@ PD_BOTH void encode_tile_by_channel(
   auto* const zeros = reinterpret_cast<uint16_t*>(tile);
   auto* const scales = zeros + width;
   for (int64_t i = 0; i < width; ++i) {
-    const Range range =
-        narrow_range(Float32::at(low[i]), Float32::at(high[i]), stripe.levels());
+    const Range range = narrow_range(Float32::at(low[i]), Float32::at(high[i]), stripe.levels());
     zeros[i] = range.zero;
     scales[i] = range.scale;
     ranges.zeros[i] = BFloat16::load(range.zero);
@@ -103,8 +103,7 @@ PD_BOTH void encode_wide_row(
     uint8_t* __restrict codes) {
   for (int64_t s = 0; s < stripe.wide_scales(); ++s) {
     const int64_t begin = s * kWideChannels;
-    const int64_t end =
-        begin + kWideChannels < stripe.width ? begin + kWideChannels : stripe.width;
+    const int64_t end = begin + kWideChannels < stripe.width ? begin + kWideChannels : stripe.width;
     typename Floats::Order largest = 0;
     for (int64_t i = begin; i < end; ++i) {
       const typename Floats::Order magnitude = Floats::magnitude(row[i]);
@@ -121,10 +120,10 @@ PD_BOTH void encode_wide_row(
 // The tokens of a group as rows of 8 bits a channel: rows `first` on of the `all` at `place`.
 PD_BOTH void encode_wide_rows(
     const TokenRun& run, const TokenPlaces& places, const Stripe& stripe, int64_t first,
-    int64_t count, int64_t all, char* place) {
+    int64_t count, int64_t all, Tile& copy, char* place) {
   auto* scales = reinterpret_cast<uint16_t*>(place) + first * stripe.wide_scales();
   auto* codes = reinterpret_cast<uint8_t*>(place + stripe.wide_codes(all)) + first * stripe.width;
-  for_rows(run, places, stripe.width, count, [&](auto floats, auto* row) PD_INLINED {
+  for_rows(run, places, stripe.width, count, copy, [&](auto floats, auto* row) PD_INLINED {
     encode_wide_row<decltype(floats)>(row, stripe, scales, codes);
     scales += stripe.wide_scales();
     codes += stripe.width;
@@ -132,8 +131,8 @@ PD_BOTH void encode_wide_rows(
 }
 
 PD_BOTH void encode_stripe(
-    const TokenRun& run, const Stripe& stripe, const Part& part, int64_t head, char* place) {
-  Tile rows;
+    const TokenRun& run, const Stripe& stripe, const Part& part, int64_t head, Tile& rows,
+    char* place) {
   const int64_t sinks = stripe.sink_tokens(), tail = stripe.tail_tokens();
   for (int64_t g = 0; g < stripe.groups(); ++g) {
     const TokenPlaces places(run, part, head, g * kTokenGroup);
@@ -147,24 +146,25 @@ PD_BOTH void encode_stripe(
       encode_tile_by_token(rows, stripe, tile);
     }
     if (g == 0) {
-      encode_wide_rows(run, places, stripe, 0, sinks, sinks, place + stripe.sink_offset());
+      encode_wide_rows(run, places, stripe, 0, sinks, sinks, rows, place + stripe.sink_offset());
     }
   }
   for (int64_t t = 0; t < tail; t += kTokenGroup) {
     const TokenPlaces places(run, part, head, stripe.tail_start() + t);
     encode_wide_rows(
-        run, places, stripe, t, places.count, tail, place + stripe.tail_offset());
+        run, places, stripe, t, places.count, tail, rows, place + stripe.tail_offset());
   }
 }
 
 PD_BOTH void encode(
     const TokenRun& run, const Encoding& encoding, char* slab, int64_t first, int64_t last) {
   const Stripe whole{run.tokens, run.tiling.width, encoding};
+  Tile rows;  // one for all shapes: it is large
   for_known_shapes(whole, [&](const Stripe& stripe) PD_INLINED {
     for (int64_t item = first; item < last; ++item) {
       const int64_t index = item / run.heads;
       const int64_t head = item - index * run.heads;
-      encode_stripe(run, stripe, run.parts[index], head, slab + item * stripe.bytes());
+      encode_stripe(run, stripe, run.parts[index], head, rows, slab + item * stripe.bytes());
     }
   });
 }

@@ -32,20 +32,23 @@ inline Isa& chosen_isa() {
 
 }  // namespace pd
 
-// Defines `name parameters`, which calls the inline function `body arguments` as it was compiled for
-// the chosen instruction set.
+// Defines `name parameters`, which calls the inline function `body arguments` as it was compiled
+// for the chosen instruction set.
 #ifdef __x86_64__
-#define PD_FOR_EACH_ISA(name, body, parameters, arguments)        \
-  namespace {                                                     \
-  PD_AVX2 void name##_avx2 parameters { body arguments; }         \
-  PD_AVX512 void name##_avx512 parameters { body arguments; }     \
-  }                                                               \
-  void name parameters {                                          \
-    switch (chosen_isa()) {                                       \
-      case Isa::kAvx512: return name##_avx512 arguments;          \
-      case Isa::kAvx2: return name##_avx2 arguments;              \
-      case Isa::kPlain: body arguments;                           \
-    }                                                             \
+#define PD_FOR_EACH_ISA(name, body, parameters, arguments)    \
+  namespace {                                                 \
+  PD_AVX2 void name##_avx2 parameters { body arguments; }     \
+  PD_AVX512 void name##_avx512 parameters { body arguments; } \
+  }                                                           \
+  void name parameters {                                      \
+    switch (chosen_isa()) {                                   \
+      case Isa::kAvx512:                                      \
+        return name##_avx512 arguments;                       \
+      case Isa::kAvx2:                                        \
+        return name##_avx2 arguments;                         \
+      case Isa::kPlain:                                       \
+        body arguments;                                       \
+    }                                                         \
   }
 #else
 #define PD_FOR_EACH_ISA(name, body, parameters, arguments) \

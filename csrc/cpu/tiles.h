@@ -80,21 +80,26 @@ PD_BOTH void store_tile(
   }
 }
 
-PD_BOTH void load_tile(
-    const TokenRun& run, const TokenPlaces& places, int64_t width, Tile& tile) {
+PD_BOTH void load_tile(const TokenRun& run, const TokenPlaces& places, int64_t width, Tile& tile) {
   switch (run.element) {
-    case Element::kFloat32: return load_tile<Float32>(places, run.tiling, width, tile);
-    case Element::kBFloat16: return load_tile<BFloat16>(places, run.tiling, width, tile);
-    case Element::kFloat16: return load_tile<Float16>(places, run.tiling, width, tile);
+    case Element::kFloat32:
+      return load_tile<Float32>(places, run.tiling, width, tile);
+    case Element::kBFloat16:
+      return load_tile<BFloat16>(places, run.tiling, width, tile);
+    case Element::kFloat16:
+      return load_tile<Float16>(places, run.tiling, width, tile);
   }
 }
 
 PD_BOTH void store_tile(
     const TokenRun& run, const TokenPlaces& places, int64_t width, const Tile& tile) {
   switch (run.element) {
-    case Element::kFloat32: return store_tile<Float32>(places, run.tiling, width, tile);
-    case Element::kBFloat16: return store_tile<BFloat16>(places, run.tiling, width, tile);
-    case Element::kFloat16: return store_tile<Float16>(places, run.tiling, width, tile);
+    case Element::kFloat32:
+      return store_tile<Float32>(places, run.tiling, width, tile);
+    case Element::kBFloat16:
+      return store_tile<BFloat16>(places, run.tiling, width, tile);
+    case Element::kFloat16:
+      return store_tile<Float16>(places, run.tiling, width, tile);
   }
 }
 
@@ -102,7 +107,8 @@ PD_BOTH void store_tile(
 // where it does not lie in a row, with a copy.
 template <class Floats, class Work>
 PD_BOTH void for_rows(
-    const TokenPlaces& places, const Tiling& tiling, int64_t width, int64_t count, Work work) {
+    const TokenPlaces& places, const Tiling& tiling, int64_t width, int64_t count, Tile& tile,
+    Work work) {
   constexpr int64_t kSize = sizeof(typename Floats::Type);
   if (tiling.has_rows(kSize)) {
     for (int64_t t = 0; t < count; ++t) {
@@ -111,7 +117,6 @@ PD_BOTH void for_rows(
     }
     return;
   }
-  Tile tile;
   load_tile<Floats>(places, tiling, width, tile);
   for (int64_t t = 0; t < count; ++t) {
     work(Float32(), static_cast<const float*>(tile.row(t, width)));
@@ -120,30 +125,31 @@ PD_BOTH void for_rows(
 
 template <class Work>
 PD_BOTH void for_rows(
-    const TokenRun& run, const TokenPlaces& places, int64_t width, int64_t count, Work work) {
+    const TokenRun& run, const TokenPlaces& places, int64_t width, int64_t count, Tile& tile,
+    Work work) {
   switch (run.element) {
-    case Element::kFloat32: return for_rows<Float32>(places, run.tiling, width, count, work);
-    case Element::kBFloat16: return for_rows<BFloat16>(places, run.tiling, width, count, work);
-    case Element::kFloat16: return for_rows<Float16>(places, run.tiling, width, count, work);
+    case Element::kFloat32:
+      return for_rows<Float32>(places, run.tiling, width, count, tile, work);
+    case Element::kBFloat16:
+      return for_rows<BFloat16>(places, run.tiling, width, count, tile, work);
+    case Element::kFloat16:
+      return for_rows<Float16>(places, run.tiling, width, count, tile, work);
   }
 }
 
-// Calls work(stripe) for a stripe whose bits and (where it is a usual one) width the compiler knows
-// when it compiles `work`: loops of a known length are several times as fast.
+// Calls work(stripe) for a stripe whose width, where it is a usual one, the compiler knows when it
+// compiles `work`: loops of a known length are several times as fast.
 template <class Work>
 PD_BOTH void for_known_shapes(Stripe stripe, Work work) {
-  const auto with_bits = [&](int64_t width) PD_INLINED {
-    stripe.width = width;
-    switch (stripe.encoding.bits) {
-      case 2: stripe.encoding.bits = 2; return work(stripe);
-      case 4: stripe.encoding.bits = 4; return work(stripe);
-      default: stripe.encoding.bits = 8; return work(stripe);
-    }
-  };
   switch (stripe.width) {
-    case 64: return with_bits(64);
-    case 128: return with_bits(128);
-    default: return with_bits(stripe.width);
+    case 64:
+      stripe.width = 64;
+      return work(stripe);
+    case 128:
+      stripe.width = 128;
+      return work(stripe);
+    default:
+      return work(stripe);
   }
 }
 
