@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes.clock import FakeClock
 from tests.fakes.coder import FakeCoder
 from tests.fakes.engines import make_layout
 from tests.fakes.memory import FakeMemory
@@ -174,7 +173,7 @@ def packing(network: FakeNetwork, control: Control, staging: Staging) -> Announc
     """An announcer with a packer."""
     memory = FakeMemory(make_layout())
     pieces = Pieces(memory.layout, memory.regions)
-    packer = Packer(pieces, staging, FakeCoder(memory, 4 * ALIGNMENT), FakeClock())
+    packer = Packer(pieces, staging, FakeCoder(memory, 4 * ALIGNMENT))
     announcer = Announcer(WORKER, RANK, digest_of, packer, network.connect)
     connect(announcer, network, control)
     return announcer
