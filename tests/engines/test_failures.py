@@ -6,11 +6,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from threading import Event, Thread
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests import models
@@ -120,6 +123,36 @@ def cluster(logs: Path) -> Iterator[Cluster]:
     with running(cluster.engines()):
         yield cluster
         cluster.producer.stop()  # perhaps not the one that was started first
+
+
+@pytest.fixture(autouse=True)
+def _living_producer(cluster: Cluster) -> None:
+    """A test that failed may have left a dead one."""
+    if cluster.producer.process.poll() is not None:
+        cluster.restart_producer()
+
+
+@contextmanager
+def slowed(engine: Engine) -> Iterator[None]:
+    """Let an engine compute a fifth of the time, so that its prefill has a middle on any machine."""
+    worker, ended = psutil.Process(engine.worker_pid()), Event()
+
+    def hold_back() -> None:
+        try:
+            while not ended.wait(0.01):
+                worker.suspend()
+                ended.wait(0.04)
+                worker.resume()
+        except psutil.NoSuchProcess:
+            return  # the test has killed it
+
+    thread = Thread(target=hold_back)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def failures(engine: Engine) -> dict[str, float]:
@@ -352,7 +385,7 @@ def test_a_producer_stops_computing_what_nobody_wants_any_more(cluster: Cluster)
     prompt = random_prompt(4000, 31)
     before = cluster.producer.metrics().get(name, 0)
     produce, consume = at_once(cluster.producer)
-    with ThreadPoolExecutor(1) as pool:
+    with slowed(cluster.producer), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)
         leave_after(cluster.failing, prompt, 4, consume, 0.3)
         error = answer.exception(60)
@@ -387,8 +420,8 @@ def test_a_preempted_producer_computes_afresh_and_nothing_stale_is_used(cluster:
 def test_a_producer_killed_in_the_middle_costs_only_what_is_missing(cluster: Cluster) -> None:
     prompt = random_prompt(4000, 50)
     expected = cluster.producer.complete(prompt, 4)
-    prefill_s = cluster.prefill_s(4000, 51)
-    with ThreadPoolExecutor(4) as pool:
+    with slowed(cluster.producer), ThreadPoolExecutor(4) as pool:
+        prefill_s = cluster.prefill_s(4000, 51)
         produce, consume = at_once(cluster.producer)
         pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce)
         answer = pool.submit(assert_recomputes, cluster.recomputing, prompt, consume, expected)
@@ -425,7 +458,7 @@ def test_a_consumer_turns_to_another_producer_when_one_is_killed_in_the_middle(
     expected = other.complete(prompt, 4)
     produce_params, consume = at_once(cluster.producer)
     failed, retried = failures(cluster.failing), retries(cluster.failing)
-    with ThreadPoolExecutor(2) as pool:
+    with slowed(cluster.producer), ThreadPoolExecutor(2) as pool:
         first = pool.submit(cluster.producer.complete, prompt, 1, kv_transfer_params=produce_params)
         params = {**consume, "remote_alternatives": [address_of(other)]}
         answer = pool.submit(cluster.failing.complete, prompt, 4, kv_transfer_params=params)
