@@ -1,8 +1,8 @@
 """The control channel over ZeroMQ: one loop thread, one listening socket, one link a peer.
 
-The only module that imports zmq. With a cluster key every connection is CURVE-encrypted and
-authenticated: both sides derive the same two key pairs from it, and the listening side accepts
-no other client key.
+With ``async_channel`` the only module that imports zmq. With a cluster key every connection is
+CURVE-encrypted and authenticated: both sides derive the same two key pairs from it, and the
+listening side accepts no other client key.
 """
 
 from __future__ import annotations
@@ -228,8 +228,7 @@ class Link:
             self._socket.curve_serverkey = keys.server_public
             self._socket.curve_publickey = keys.client_public
             self._socket.curve_secretkey = keys.client_secret
-        host, port = address
-        self._socket.connect(f"tcp://{_bracketed(host)}:{port}")
+        self._socket.connect(endpoint(address))
         loop.add(self._socket, on_message)
 
     def send(self, frames: list[bytes]) -> None:
@@ -245,13 +244,23 @@ class Link:
 
 
 def _socket(loop: Loop, kind: int) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = loop.context.socket(kind)
+    return configure(loop.context.socket(kind))
+
+
+def configure(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """Set what all sockets of the control channel have in common."""
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = _QUEUE_LENGTH
     socket.ipv6 = True
     socket.maxmsgsize = 64 * 2**20
     socket.reconnect_ivl_max = 1000
     return socket
+
+
+def endpoint(address: Address) -> str:
+    """Return what a socket connects to."""
+    host, port = address
+    return f"tcp://{_bracketed(host)}:{port}"
 
 
 def _bracketed(host: str) -> str:

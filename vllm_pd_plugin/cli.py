@@ -16,6 +16,18 @@ _EPILOG = """examples:
   vllm-pd check                      say whether this machine can run the connector
   vllm serve MODEL --kv-connector pdplugin --kv-role prefill --port 8100
   vllm serve MODEL --kv-connector pdplugin --kv-role decode --port 8200
+  vllm-pd serve MODEL --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
+"""
+_SERVE = """One OpenAI endpoint over prefill and decode engines.
+
+The engines are vLLM servers that were started with --kv-connector pdplugin. Besides the options
+below, `vllm-pd serve` takes those of `vllm serve` (--help=all lists them): what concerns the API
+counts (chat template, tool and reasoning parser, API keys, TLS), what concerns an engine does not.
+
+examples:
+  vllm-pd serve MODEL --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
+  vllm-pd serve MODEL --prefill http://p1:8000 http://p2:8000 --decode http://d1:8000 --port 8080
+  vllm-pd serve MODEL --both http://127.0.0.1:8100 http://127.0.0.1:8200 --local-below 256
 """
 
 
@@ -32,8 +44,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "check", help="check the installation: vLLM, NIXL, the registration, the extension, the key"
     )
-    parser.parse_args(argv)
+    commands.add_parser("serve", help="serve one OpenAI endpoint over engines", add_help=False)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["serve"]:  # the rest is for vLLM's own parser
+        return serve(arguments[1:])
+    parser.parse_args(arguments)
     return check()
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve one OpenAI endpoint; returns the exit status."""
+    import uvloop
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_pd_plugin.frontend import options
+    from vllm_pd_plugin.frontend.app import serve as serve_frontend
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(
+        prog="vllm-pd serve",
+        description=_SERVE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser = make_arg_parser(parser)
+    options.add_engine_options(parser)
+    options.add_frontend_options(parser)
+    parser.set_defaults(host="127.0.0.1")
+    args = parser.parse_args(list(arguments))
+    args.model = args.model_tag or args.model
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    if not (args.decode or args.both):
+        parser.error("name at least one engine that decodes: --decode URL, or --both URL")
+    try:
+        uvloop.run(serve_frontend(args, options.parse_options(args)))
+    except PdError as error:
+        print(f"vllm-pd serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0
 
 
 def check() -> int:

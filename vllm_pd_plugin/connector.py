@@ -25,7 +25,11 @@ from vllm_pd_plugin.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdPromMetrics, PdStats
 from vllm_pd_plugin.nixl_transport import NixlTransport
 from vllm_pd_plugin.scheduler import EngineRole, SchedulerSide
-from vllm_pd_plugin.vllm_hooks import call_on_arrival, end_abandoned_requests
+from vllm_pd_plugin.vllm_hooks import (
+    call_on_arrival,
+    end_abandoned_requests,
+    serve_frontends,
+)
 from vllm_pd_plugin.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
@@ -64,6 +69,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = SchedulerSide(config, engine_id, engine_role)
             end_abandoned_requests()
             call_on_arrival(self._scheduler.wake)
+            serve_frontends()
         else:
             rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(config, engine_id, rank)
@@ -140,6 +146,14 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Return running requests to be ended; see ``vllm_hooks.end_abandoned_requests``."""
         return self._scheduler.take_abandoned()
 
+    def serve_frontends(self, core: EngineCoreProc) -> None:
+        """Be a client of this engine's core; see ``vllm_hooks.serve_frontends``."""
+        self._scheduler.serve_frontends(core)
+
+    def describe_engine(self) -> dict[str, Any]:
+        """Say where frontends attach; see ``vllm_hooks.add_description_route``."""
+        return self._scheduler.describe_engine()
+
     # --- in the worker ---------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -163,7 +177,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker.take_results()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return self._worker.take_failures()
+        return self._worker.take_report()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Nothing to do: loads start when the step's metadata arrives."""

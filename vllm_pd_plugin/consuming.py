@@ -17,7 +17,7 @@ from vllm_pd_plugin.digest import prompt_digest
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.fetches import FetchSpec
 from vllm_pd_plugin.ids import HandoffId, RequestId, Source
-from vllm_pd_plugin.metadata import FetchFailures
+from vllm_pd_plugin.metadata import FetchReport
 from vllm_pd_plugin.metrics import PdStats
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class _Consuming:
     """What the workers were last told to fetch."""
     attempt: int = 0
     codec: CodecChoice = CodecChoice()
+    seeds: bool = False
+    """It is to go on after the token that the producer has sampled."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,14 +80,20 @@ class ConsumingRequests:
         self._fetches: list[FetchSpec] = []
         self._refused: list[RequestId] = []
         self._cancels: dict[RequestId, Reason] = {}
-        self._failures = FetchFailures({}, {}, {})
+        self._hopeless: list[RequestId] = []
+        self._report = FetchReport({}, {}, {}, {})
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, request: Request, sources: Sequence[Source], codec: CodecChoice) -> None:
-        """Begin to fetch, or to follow the request that already fetches the same handoff."""
-        consuming = _Consuming(request, list(sources), codec=codec)
+    def add(
+        self, request: Request, sources: Sequence[Source], codec: CodecChoice, seeds: bool = False
+    ) -> None:
+        """Begin to fetch, or to follow the request that already fetches the same handoff.
+
+        seeds: go on after the token that the producer has sampled.
+        """
+        consuming = _Consuming(request, list(sources), codec=codec, seeds=seeds)
         self._open[request.request_id] = consuming
         if self._is_led(consuming):
             consuming.stage = _Stage.FOLLOWING
@@ -112,8 +120,8 @@ class ConsumingRequests:
             # token, whose load the workers report as failed without starting it.
             return (0, False) if self._recomputes else (1, True)
         missing = consuming.missing = consuming.num_tokens - num_computed_tokens
-        # The last token of a prompt is computed again in any case.
-        return (missing, True) if missing > 1 else (0, False)
+        # The last token of a prompt is computed again in any case, unless the next one is known.
+        return (missing, True) if missing > 1 or consuming.seeds else (0, False)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has blocks, for so many tokens that are to come from elsewhere."""
@@ -174,15 +182,16 @@ class ConsumingRequests:
 
     def collect(self, output: KVConnectorOutput) -> None:
         """Take the workers' results of a step."""
-        failures = output.kv_connector_worker_meta
-        if isinstance(failures, FetchFailures):  # a rank may say so before the last has finished
-            self._failures = self._failures.aggregate(failures)
-            for request_id, attempt in failures.attempts.items():
+        report = output.kv_connector_worker_meta
+        if isinstance(report, FetchReport):  # a rank may say so before the last has finished
+            self._report = self._report.aggregate(report)
+            for request_id, attempt in report.attempts.items():
                 self._failed_on_a_rank(request_id, attempt)
         for request_id in output.finished_recving or ():
-            reason = self._failures.reasons.pop(request_id, Reason.INTERNAL)
-            valid_tokens = self._failures.valid_tokens.pop(request_id, 0)
-            self._failures.attempts.pop(request_id, None)
+            reason = self._report.reasons.pop(request_id, Reason.INTERNAL)
+            valid_tokens = self._report.valid_tokens.pop(request_id, 0)
+            sampled = self._report.sampled.pop(request_id, None)
+            self._report.attempts.pop(request_id, None)
             self._cancels.pop(request_id, None)
             consuming = self._open.get(request_id)
             if consuming is None:
@@ -190,6 +199,8 @@ class ConsumingRequests:
             failed = request_id in output.failed_recving
             if consuming.stage is _Stage.FINISHED and reason is Reason.INTERNAL:
                 reason = Reason.ABORTED  # it was refused for that, see ``finish``
+            if not failed and consuming.seeds and consuming.stage is _Stage.FETCHING:
+                self._seed(consuming, sampled)
             retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
             if failed and consuming.stage is not _Stage.FAILED:
                 self._fail(request_id, reason, "the fetch failed")
@@ -221,6 +232,25 @@ class ConsumingRequests:
         else:
             self._forget(request_id, cancel=True)
 
+    def take_hopeless(self) -> list[RequestId]:
+        """Return requests that vLLM would compute afresh here, and must not."""
+        hopeless, self._hopeless = self._hopeless, []
+        return hopeless
+
+    def _seed(self, consuming: _Consuming, sampled: int | None) -> None:
+        """Let a request that has not been scheduled yet begin after the producer's token."""
+        request = consuming.request
+        if sampled is None:
+            self._hopeless.append(request.request_id)
+            self._stats.record_failure(Reason.PRODUCER_ENDED)
+            return
+        # vLLM must take it for a part of the prompt; what is sampled next is the first output.
+        assert request.prompt_token_ids is not None
+        request.prompt_token_ids.append(sampled)
+        request._all_token_ids.append(sampled)
+        request.num_prompt_tokens += 1
+        request.update_block_hashes()
+
     def _is_led(self, consuming: _Consuming) -> bool:
         return self._leaders.get(consuming.sources[0].handoff_id) in self._open
 
@@ -240,6 +270,7 @@ class ConsumingRequests:
             attempt=consuming.attempt,
             is_last=len(consuming.sources) == 1,
             codec=consuming.codec,
+            seeds=consuming.seeds,
         )
         self._fetches.append(consuming.spec)
 
@@ -267,9 +298,9 @@ class ConsumingRequests:
         consuming = self._open.get(request_id)
         if consuming is not None and attempt == consuming.attempt and len(consuming.sources) < 2:
             return  # the last chance: its end is reported when all ranks have ended
-        reason = self._failures.reasons.pop(request_id)
-        self._failures.valid_tokens.pop(request_id)
-        self._failures.attempts.pop(request_id)
+        reason = self._report.reasons.pop(request_id)
+        self._report.valid_tokens.pop(request_id)
+        self._report.attempts.pop(request_id)
         if consuming is None or attempt != consuming.attempt:
             return  # another rank has said so before
         if consuming.stage is _Stage.FETCHING:
@@ -277,6 +308,10 @@ class ConsumingRequests:
             self._lose(consuming, reason, "the fetch failed")
 
     def _fail(self, request_id: RequestId, reason: Reason, message: str) -> None:
+        recomputes = self._recomputes
+        if self._open[request_id].seeds and recomputes:
+            recomputes = False
+            self._hopeless.append(request_id)
         self._open[request_id].stage = _Stage.FAILED
         self._stats.record_failure(reason)
         logger.warning(
@@ -284,7 +319,7 @@ class ConsumingRequests:
             request_id,
             reason,
             message,
-            "computing its prompt here" if self._recomputes else "failing the request",
+            "computing its prompt here" if recomputes else "failing the request",
         )
 
     def _forget(self, request_id: RequestId, cancel: bool) -> None:

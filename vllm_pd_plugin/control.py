@@ -152,9 +152,15 @@ class ControlPlane:
         """Its request was preempted; what was announced is no longer true."""
         self._tell(self._producing.withdraw(handoff_id, epoch))
 
-    def seal(self, handoff_id: HandoffId, num_tokens: int, blocks: BlockTables) -> None:
+    def seal(
+        self,
+        handoff_id: HandoffId,
+        num_tokens: int,
+        blocks: BlockTables,
+        sampled: int | None = None,
+    ) -> None:
         """Its KV is final; the blocks are held until a ``Released`` event."""
-        self._tell(self._producing.seal(handoff_id, num_tokens, blocks))
+        self._tell(self._producing.seal(handoff_id, num_tokens, blocks, sampled))
 
     def drop(self, handoff_id: HandoffId) -> None:
         """It ended without KV to hand off."""

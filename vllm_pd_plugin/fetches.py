@@ -43,6 +43,7 @@ class FetchSpec:
     attempt: how many sources were tried before this one.
     is_last: whether there is no other source to turn to when this one fails.
     codec: how it is to be written down.
+    seeds: whether it is of use only together with the token that the producer samples.
     """
 
     request_id: RequestId
@@ -53,6 +54,7 @@ class FetchSpec:
     attempt: int = 0
     is_last: bool = True
     codec: CodecChoice = CodecChoice()
+    seeds: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -85,6 +87,7 @@ class FetchResult:
     seconds: from the worker's first knowledge of the fetch to its end.
     valid_tokens: length of the prompt's prefix whose KV is usable all the same, when it failed.
     attempt, is_last: those of the ``FetchSpec``.
+    sampled: the token that the producer sampled after the prompt; None until it was sealed.
     """
 
     request_id: RequestId
@@ -95,6 +98,7 @@ class FetchResult:
     valid_tokens: int
     attempt: int = 0
     is_last: bool = True
+    sampled: int | None = None
 
     @property
     def is_final(self) -> bool:

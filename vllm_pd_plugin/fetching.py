@@ -100,6 +100,7 @@ class Fetch:
         self._next_vouch_at = self._started_at + _VOUCH_INTERVAL_S
         self._ask_again_at = math.inf
         self._heard_at: float | None = None
+        self._sampled: int | None = None
         self._reason: Reason | None = None
 
     # --- what its plane asks of it -----------------------------------------------------------
@@ -209,6 +210,11 @@ class Fetch:
     def _learn(self, peer: Peer, reading: Reading, message: wire.Progress | wire.Seal) -> None:
         stretches = reading.stretches
         epoch, before = stretches.epoch, stretches.final_bytes
+        if isinstance(message, wire.Seal):
+            self._sampled = message.sampled
+            if self._sampled is None and self.spec.seeds:
+                self.fail(Reason.PRODUCER_ENDED)
+                return
         self._ask_again_at = self._clock() + _ASK_AGAIN_S
         try:
             is_complete = stretches.learn(message)
@@ -269,7 +275,7 @@ class Fetch:
         except HandoffError as error:
             self.fail(error.reason, error)
             return
-        if reading.is_done:
+        if reading.is_done and (self._sampled is not None or not self.spec.seeds):
             # What a lossy codec brought is not what the producer has; each piece was compared.
             if self._rank.digest is None or reading.codec is not Codec.RAW:
                 self._commit(peer)
@@ -376,5 +382,6 @@ class Fetch:
             spec.num_tokens if reason is None else self._vouched_tokens,
             spec.attempt,
             spec.is_last,
+            self._sampled,
         )
         self._on_end(self, result)

@@ -39,22 +39,25 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class FetchFailures(KVConnectorWorkerMetadata):
+class FetchReport(KVConnectorWorkerMetadata):
     """Workers to scheduler: why fetches failed, how many of the prompt's first tokens have usable
-    KV all the same, and which attempt it was."""
+    KV all the same, and which attempt it was; and of those that went well, the token that the
+    producer sampled."""
 
     reasons: dict[RequestId, Reason]
     valid_tokens: dict[RequestId, int]
     attempts: dict[RequestId, int]
+    sampled: dict[RequestId, int]
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchFailures:
-        assert isinstance(other, FetchFailures)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchReport:
+        assert isinstance(other, FetchReport)
         valid, attempts = dict(other.valid_tokens), dict(other.attempts)
         for request_id, tokens in self.valid_tokens.items():
             valid[request_id] = min(tokens, valid.get(request_id, tokens))
         for request_id, attempt in self.attempts.items():
             attempts[request_id] = max(attempt, attempts.get(request_id, attempt))
-        return FetchFailures({**other.reasons, **self.reasons}, valid, attempts)
+        reasons, sampled = {**other.reasons, **self.reasons}, {**other.sampled, **self.sampled}
+        return FetchReport(reasons, valid, attempts, sampled)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,6 +11,11 @@ producer with ``do_remote_decode`` and ``handoff_id``, the consumer with ``do_re
 is used once: a request with one that has ended before is ended with an error. With
 ``remote_alternatives``, a list of further places, the consumer turns to the next when one fails;
 the dispatcher sends the producer's request there, with the same id.
+
+With ``seed_first_token`` the consumer goes on after the token that the producer has sampled: its
+first output is the second token, and ``max_tokens`` counts from there. Only the dispatcher knows
+whether the request's sampling allows that. Such a request is never computed afresh here when its
+handoff fails: it ends with an error, whatever the failure policy, and the dispatcher decides.
 """
 
 from __future__ import annotations
@@ -65,6 +70,12 @@ def parse_sources(params: Mapping[str, Any] | None, trusted_network: bool) -> tu
     if not all(isinstance(other, Mapping) for other in others):
         raise ParamsError(f"remote_alternatives={_short(others)} is not a list of objects")
     return tuple(_source(each, handoff_id, trusted_network) for each in (params, *others))
+
+
+def wants_seed(params: Mapping[str, Any] | None) -> bool:
+    """Say whether a consumer is to go on after the token that the producer sampled, instead of
+    sampling that one again. Raises ParamsError."""
+    return _flag(params, "seed_first_token")
 
 
 def parse_codec(params: Mapping[str, Any] | None, config: PdConfig) -> CodecChoice:

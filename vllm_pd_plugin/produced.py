@@ -96,6 +96,8 @@ class Produced:
     committed_ranks: set[int] = dataclasses.field(default_factory=set)
     packing_ranks: set[int] = dataclasses.field(default_factory=set)
     """Which were asked to pack some of it: they are told when it is over."""
+    sampled: int | None = None
+    """The token that follows the prompt, once it is sealed."""
 
     @property
     def is_sealed(self) -> bool:
@@ -217,9 +219,16 @@ class ProducerTable:
             answers.append((subscriber.who, self._state(handoff, rank, subscriber)))
         return answers
 
-    def seal(self, handoff_id: HandoffId, num_tokens: int, blocks: BlockTables) -> list[Answer]:
+    def seal(
+        self,
+        handoff_id: HandoffId,
+        num_tokens: int,
+        blocks: BlockTables,
+        sampled: int | None = None,
+    ) -> list[Answer]:
         """All KV is final: SEALED. Returns what is to be told to whom."""
         handoff = self._open[handoff_id]
+        handoff.sampled = sampled
         handoff.state = ProducerState.SEALED
         handoff.num_tokens = num_tokens
         self._set_blocks(handoff, blocks)
@@ -428,7 +437,9 @@ class ProducerTable:
         )
         subscriber.told = [len(table) for table in handoff.blocks]
         if handoff.is_sealed:
-            return wire.Seal(handoff.handoff_id, handoff.epoch, handoff.num_tokens, tables)
+            return wire.Seal(
+                handoff.handoff_id, handoff.epoch, handoff.num_tokens, tables, handoff.sampled
+            )
         written = handoff.written.get(rank, _Written())
         return wire.Progress(
             handoff.handoff_id,

@@ -155,8 +155,9 @@ class ProducingRequests:
             self._stats.record_ended(producing.ending)
             return None
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        sampled = next(iter(request.output_token_ids), None)
         self._sealed.add(request_id)
-        self._call(lambda control: control.seal(handoff_id, num_tokens, blocks))
+        self._call(lambda control: control.seal(handoff_id, num_tokens, blocks, sampled))
         return SealedHandoff(handoff_id, num_tokens)
 
     def released(self, event: Released) -> None:

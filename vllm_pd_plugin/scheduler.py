@@ -11,6 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+from vllm.version import __version__ as vllm_version
+
+from vllm_pd_plugin import tokens
 from vllm_pd_plugin.channel import CurveKeys, Link, Listener, Loop
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.consuming import ConsumingRequests
@@ -31,14 +35,19 @@ from vllm_pd_plugin.params import (
     describe_handoff,
     parse_codec,
     parse_sources,
+    wants_seed,
     wants_to_produce,
 )
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.producing import ProducingRequests
+from vllm_pd_plugin.token_server import DivertedQueue, TokenServer
+from vllm_pd_plugin.tokens import EngineDescription
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -55,6 +64,12 @@ class EngineRole:
     consumes: bool
     recomputes: bool
 
+    @property
+    def name(self) -> str:
+        if self.produces and self.consumes:
+            return "both"
+        return "prefill" if self.produces else "decode"
+
 
 class SchedulerSide:
     """Owns the control thread; every other method runs on the engine's own thread."""
@@ -64,13 +79,14 @@ class SchedulerSide:
         self._role = role
         self._identity = Identity(engine_id, new_incarnation())
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
-        self._loop = Loop("pd-control", lambda: self._control.turn())
+        self._loop = Loop("pd-control", self._turn)
         self._listener = Listener(
             self._loop,
             (config.host, config.port),
             self._keys,
-            lambda who, frames: self._control.receive(who, frames),
+            self._receive,
         )
+        self._tokens: TokenServer | None = None
         self._control: ControlPlane
         self._events: deque[Event] = deque()
         self._has_news = threading.Event()
@@ -116,6 +132,40 @@ class SchedulerSide:
             self._identity.incarnation,
         )
 
+    def serve_frontends(self, core: EngineCoreProc) -> None:
+        """Let frontends add requests to this engine, now that it is complete."""
+        server = self._tokens = TokenServer(
+            core,
+            self._describe(core.vllm_config),
+            self._identity.incarnation,
+            self._loop.call,
+            self._listener.send,
+            time.monotonic,
+        )
+        core.output_queue = DivertedQueue(server, core.output_queue)
+
+    def describe_engine(self) -> dict[str, Any]:
+        """Return what a frontend has to know before it can attach."""
+        assert self._tokens is not None
+        description: dict[str, Any] = msgspec.to_builtins(self._tokens.description)
+        return description | {"incarnation": self._identity.incarnation}
+
+    def _describe(self, config: VllmConfig) -> EngineDescription:
+        served = config.model_config.served_model_name
+        return EngineDescription(
+            engine_id=self._identity.engine_id,
+            role=self._role.name,
+            model=served if isinstance(served, str) else served[0],
+            vllm_version=vllm_version,
+            control_host=self._config.advertise_host,
+            control_port=self._listener.port,
+            max_model_len=config.model_config.max_model_len,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_tokens=config.cache_config.kv_cache_size_tokens or 0,
+            block_tokens=config.cache_config.block_size,
+        )
+
     def close(self) -> None:
         self._loop.call(lambda: self._control.shut_down())
         self._loop.close()
@@ -132,6 +182,7 @@ class SchedulerSide:
             sources = parse_sources(request.kv_transfer_params, self._keys is not None)
             produces = wants_to_produce(request.kv_transfer_params)
             codec = parse_codec(request.kv_transfer_params, self._config)
+            seeds = wants_seed(request.kv_transfer_params)
             self._check_role(request, bool(sources), produces)
             handoff_id = self._producing.choose_id(request) if produces else None
         except HandoffError as error:
@@ -141,7 +192,7 @@ class SchedulerSide:
         if handoff_id is not None:
             self._producing.add(request, handoff_id)
         elif sources:
-            self._consuming.add(request, sources, codec)
+            self._consuming.add(request, sources, codec, seeds)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""
@@ -172,9 +223,10 @@ class SchedulerSide:
         )
 
     def take_abandoned(self) -> list[RequestId]:
-        """Return requests that compute what nobody wants any more; they are to be ended."""
+        """Return requests to be ended: nobody wants any more what they compute, or they must not
+        be computed here."""
         self._take_events()
-        return self._producing.take_abandoned()
+        return self._producing.take_abandoned() + self._consuming.take_hopeless()
 
     def collect(self, output: KVConnectorOutput) -> None:
         """Take the workers' results of a step."""
@@ -215,6 +267,22 @@ class SchedulerSide:
         stats = PdStats(self._stats.data)
         self._stats.reset()
         return stats
+
+    # --- on the control thread -----------------------------------------------------------------
+
+    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+        if self._tokens is not None and tokens.is_ours(frames):
+            self._tokens.receive(identity, frames)
+        else:
+            self._control.receive(identity, frames)
+
+    def _turn(self) -> float | None:
+        wait_s = self._control.turn()
+        expiry = self._tokens.turn() if self._tokens else None
+        if expiry is None:
+            return wait_s
+        until = max(0.0, expiry - time.monotonic())
+        return until if wait_s is None else min(wait_s, until)
 
     # --- inside --------------------------------------------------------------------------------
 

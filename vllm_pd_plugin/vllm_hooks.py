@@ -1,5 +1,6 @@
 """The places where vLLM offers no hook: its command line, the check of a finished config, ending a
-request that nobody wants, and the arrival of a request.
+request that nobody wants, the arrival of a request, the way of frontends into the engine core, and
+the page that tells them where it is.
 
 Each wraps a method of vLLM's once. ``--kv-connector`` and ``--kv-role`` are merged into
 ``--kv-transfer-config`` while the arguments are parsed, because API server processes build their
@@ -13,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from vllm_pd_plugin import CONNECTOR
 from vllm_pd_plugin.compat import require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import ConfigError, PdError
+from vllm_pd_plugin.tokens import DESCRIPTION_PATH
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +51,9 @@ def install() -> None:
     @functools.wraps(create_engine_config)
     def with_check(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         config: VllmConfig = create_engine_config(self, *args, **kwargs)
-        refuse_bad_config(config)
+        if uses_pdplugin(config):
+            refuse_bad_config(config)
+            add_description_route()
         return config
 
     EngineArgs.add_cli_args = staticmethod(with_flags)
@@ -107,6 +112,61 @@ def log_like_vllm() -> None:
     ours.propagate = theirs.propagate
 
 
+def serve_frontends() -> None:
+    """Let a connector that can (``serve_frontends``) be a client of its engine core.
+
+    Its output thread starts when the core is complete, and before any request can have come.
+    """
+    from vllm.v1.engine.core import EngineCoreProc
+
+    if _MARK in vars(EngineCoreProc):
+        return
+    process_output_sockets = EngineCoreProc.process_output_sockets
+
+    @functools.wraps(process_output_sockets)
+    def and_frontends(self: EngineCoreProc, *args: Any, **kwargs: Any) -> None:
+        if serve := getattr(self.scheduler.get_kv_connector(), "serve_frontends", None):
+            serve(self)
+        process_output_sockets(self, *args, **kwargs)
+
+    EngineCoreProc.process_output_sockets = and_frontends
+    EngineCoreProc.pd_describe_engine = _describe_engine
+    setattr(EngineCoreProc, _MARK, True)
+
+
+def _describe_engine(core: Any) -> dict[str, Any]:
+    """A utility method of the engine core, that API servers may call."""
+    description: dict[str, Any] = core.scheduler.get_kv_connector().describe_engine()
+    return description
+
+
+def add_description_route() -> None:
+    """Let an API server of this process say, at ``DESCRIPTION_PATH``, where frontends attach."""
+    launcher: Any = sys.modules.get("vllm.entrypoints.launchers.app")
+    if launcher is None or getattr(launcher, _MARK, False):
+        return  # no API server: ``LLM()``, or a worker process
+    register_api_routers = launcher.register_api_routers
+
+    @functools.wraps(register_api_routers)
+    def with_description(args: Any, app: Any, *more: Any, **kwargs: Any) -> None:
+        register_api_routers(args, app, *more, **kwargs)
+
+        async def describe() -> dict[str, Any]:
+            core = app.state.engine_client.engine_core
+            description: dict[str, Any] = await core.call_utility_async("pd_describe_engine")
+            return description
+
+        app.add_api_route(DESCRIPTION_PATH, describe, methods=["GET"])
+
+    launcher.register_api_routers = with_description
+    setattr(launcher, _MARK, True)
+
+
+def uses_pdplugin(vllm_config: VllmConfig) -> bool:
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
+
+
 def refuse_bad_config(vllm_config: VllmConfig) -> None:
     """Refuse what cannot work with pdplugin, before anything is loaded.
 
@@ -114,8 +174,7 @@ def refuse_bad_config(vllm_config: VllmConfig) -> None:
         PdError: one line that names the option and what is allowed.
     """
     transfer = vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector != CONNECTOR:
-        return
+    assert transfer is not None
     from vllm_pd_plugin import geometry
 
     require_supported_vllm()

@@ -16,7 +16,7 @@ from vllm_pd_plugin.errors import PdError, Reason
 from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
 from vllm_pd_plugin.layout import EngineLayout, RankMemory
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_BODY_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 512
 
@@ -121,12 +121,16 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
 
 class Seal(msgspec.Struct, frozen=True, array_like=True, tag="seal"):
-    """All KV of the handoff is final: tokens [0, num_tokens) of every layer."""
+    """All KV of the handoff is final: tokens [0, num_tokens) of every layer.
+
+    sampled: the token that the producer sampled after them; None if it sampled none.
+    """
 
     handoff_id: HandoffId
     epoch: Count
     num_tokens: Count
     tables: tuple[TableSlice, ...]
+    sampled: Count | None = None
 
 
 class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):

@@ -21,7 +21,7 @@ from vllm_pd_plugin.fetches import FetchResult
 from vllm_pd_plugin.fetching import Rank, Timeouts
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
 from vllm_pd_plugin.layout import EngineLayout
-from vllm_pd_plugin.metadata import FetchFailures, RankHandshake, StepMetadata
+from vllm_pd_plugin.metadata import FetchReport, RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.reading import LocalRank
@@ -50,6 +50,7 @@ class WorkerSide:
         self._results: deque[FetchResult] = deque()
         self._finished: list[RequestId] = []
         self._failed: dict[RequestId, FetchResult] = {}
+        self._sampled: dict[RequestId, int] = {}
         self._released: list[RequestId] = []
         self._serving = False
         self._places: dict[str, int] = {}
@@ -176,6 +177,8 @@ class WorkerSide:
                 self._finished.append(result.request_id)
             if result.reason is None:
                 self._stats.record_fetch(result)
+                if result.sampled is not None:
+                    self._sampled[result.request_id] = result.sampled
             else:
                 self._failed[result.request_id] = result
         finished, self._finished = set(self._finished), []
@@ -186,16 +189,18 @@ class WorkerSide:
             failed_recving=finished & self._failed.keys(),
         )
 
-    def take_failures(self) -> FetchFailures | None:
-        """Return why the fetches of the last ``take_results`` failed."""
+    def take_report(self) -> FetchReport | None:
+        """Return what there is to say about the fetches of the last ``take_results``."""
         failed, self._failed = self._failed, {}
-        if not failed:
+        sampled, self._sampled = self._sampled, {}
+        if not failed and not sampled:
             return None
         reasons = {i: result.reason for i, result in failed.items() if result.reason}
-        return FetchFailures(
+        return FetchReport(
             reasons,
             {i: r.valid_tokens for i, r in failed.items()},
             {i: r.attempt for i, r in failed.items()},
+            sampled,
         )
 
     def take_stats(self) -> PdStats | None:

@@ -134,7 +134,7 @@ def _living_producer(cluster: Cluster) -> None:
 
 @contextmanager
 def slowed(engine: Engine) -> Iterator[None]:
-    """Let an engine compute a fifth of the time, so that its prefill has a middle on any machine."""
+    """Let an engine compute a fifth of the time, so that a prefill has a middle on any machine."""
     worker, ended = psutil.Process(engine.worker_pid()), Event()
 
     def hold_back() -> None:

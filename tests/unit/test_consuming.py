@@ -19,7 +19,7 @@ from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from vllm_pd_plugin.consuming import ConsumingRequests
-    from vllm_pd_plugin.metadata import FetchFailures
+    from vllm_pd_plugin.metadata import FetchReport
     from vllm_pd_plugin.metrics import PdStats
 
 TOKENS = 40
@@ -97,7 +97,7 @@ class Consumer:
         failures = None
         if reason is not None:
             name = request.request_id
-            failures = FetchFailures({name: reason}, {name: valid_tokens}, {name: 0})
+            failures = FetchReport({name: reason}, {name: valid_tokens}, {name: 0}, {})
         output = SimpleNamespace(
             kv_connector_worker_meta=failures,
             finished_recving=ended,
@@ -109,7 +109,7 @@ class Consumer:
         """A rank reports that an attempt has failed."""
         name = request.request_id
         output = SimpleNamespace(
-            kv_connector_worker_meta=FetchFailures({name: reason}, {name: 0}, {name: attempt}),
+            kv_connector_worker_meta=FetchReport({name: reason}, {name: 0}, {name: attempt}, {}),
             finished_recving=None,
             failed_recving=None,
         )

@@ -46,6 +46,7 @@ class FakeRequest:
     status: RequestStatus = RequestStatus.FINISHED_LENGTH_CAPPED
     lora_request: None = None
     mm_features: None = None
+    output_token_ids: list[int] = dataclasses.field(default_factory=lambda: [7])
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -187,7 +188,7 @@ def test_a_request_that_ends_well_is_sealed_and_its_blocks_are_held(
     handoff = producer.add(request)
     sealed = producer.finish(request)
     assert (sealed.handoff_id, sealed.num_tokens) == (handoff, TOKENS)
-    assert producer.control.calls == [("seal", handoff, TOKENS, TABLE)]
+    assert producer.control.calls == [("seal", handoff, TOKENS, TABLE, 7)]
     assert producer.requests.holds_blocks
     producer.requests.released(Released("r", ProducerState.COMMITTED))
     assert producer.requests.take_released() == ("r",)

@@ -1,0 +1,127 @@
+"""The options of a frontend, beside those of ``vllm serve``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from typing import Any
+from urllib.parse import urlsplit
+
+from vllm_pd_plugin.channel import CurveKeys
+from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.frontend.dispatch import Limits
+from vllm_pd_plugin.frontend.routing import EngineKey, NoPrefill, Policy, Role, Strategy
+
+_TIMEOUTS = Limits()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrontendOptions:
+    """What an operator says of a frontend."""
+
+    engines: tuple[tuple[EngineKey, Role], ...]
+    policy: Policy
+    limits: Limits
+    wait_s: float
+    keys: CurveKeys | None
+
+
+def add_frontend_options(parser: Any) -> None:
+    """Add what both ``vllm-pd serve`` and ``vllm-pd up`` take."""
+    group = parser.add_argument_group(
+        title="vllm-pd frontend", description="How requests find their way over the engines."
+    )
+    strategies = [strategy.value for strategy in Strategy]
+    group.add_argument(
+        "--prefill-strategy",
+        choices=strategies,
+        default=Strategy.BEST.value,
+        help="How a prefill engine is chosen. best: the one whose first token is predicted to come "
+        "first. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--decode-strategy",
+        choices=strategies,
+        default=Strategy.BEST.value,
+        help="How a decode engine is chosen. best: most headroom, and the prompt's prefix. "
+        "Default: %(default)s.",
+    )
+    group.add_argument(
+        "--no-prefill",
+        choices=[policy.value for policy in NoPrefill],
+        default=NoPrefill.LOCAL.value,
+        help="What becomes of a request while no prefill engine is up: fail it, compute its prompt "
+        "on a decode engine, or let it wait. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--local-below",
+        type=int,
+        metavar="TOKENS",
+        help="Compute prompts with fewer uncached tokens on the decode engine; 0 hands off every "
+        "prompt. Default: decided for each request, by what is measured.",
+    )
+    for name, seconds, text in (
+        ("request", _TIMEOUTS.request_s, "a whole request may take"),
+        ("first-token", _TIMEOUTS.first_token_s, "one attempt may take to its first token"),
+        ("stall", _TIMEOUTS.stall_s, "may pass between two tokens"),
+        ("queue", _TIMEOUTS.queue_s, "a request waits for an engine that can take it"),
+    ):
+        group.add_argument(
+            f"--{name}-timeout",
+            type=float,
+            default=seconds,
+            metavar="SECONDS",
+            help=f"How long {text}. Default: %(default)s.",
+        )
+    group.add_argument(
+        "--wait-for-engines",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="How long to wait at the start for engines that can serve. Default: %(default)s.",
+    )
+
+
+def add_engine_options(parser: Any) -> None:
+    """Add what says where the engines are."""
+    group = parser.add_argument_group(
+        title="vllm-pd engines",
+        description="vLLM servers with --kv-connector pdplugin, by their HTTP address.",
+    )
+    for role, text in (
+        (Role.PREFILL, "Engines that compute prompts."),
+        (Role.DECODE, "Engines that write answers."),
+        (Role.BOTH, "Engines of role both, for either."),
+    ):
+        group.add_argument(
+            f"--{role.value}", nargs="+", type=engine_url, default=[], metavar="URL", help=text
+        )
+
+
+def parse_options(args: argparse.Namespace) -> FrontendOptions:
+    """Read what ``add_frontend_options`` and ``add_engine_options`` have added."""
+    engines = [(url, role) for role in Role for url in getattr(args, role.value)]
+    cluster_key = PdConfig.parse({}, os.environ).cluster_key
+    return FrontendOptions(
+        engines=tuple(engines),
+        policy=Policy(
+            Strategy(args.prefill_strategy),
+            Strategy(args.decode_strategy),
+            NoPrefill(args.no_prefill),
+            args.local_below,
+        ),
+        limits=Limits(
+            args.request_timeout, args.first_token_timeout, args.stall_timeout, args.queue_timeout
+        ),
+        wait_s=args.wait_for_engines,
+        keys=CurveKeys.derive(cluster_key) if cluster_key else None,
+    )
+
+
+def engine_url(text: str) -> EngineKey:
+    """Read an engine's address: http://HOST:PORT."""
+    parts = urlsplit(text if "://" in text else f"http://{text}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an engine's address (http://HOST:PORT)")
+    return f"{parts.scheme}://{parts.netloc}"

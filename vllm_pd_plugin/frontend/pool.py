@@ -1,0 +1,132 @@
+"""The engines of a frontend, and what is known of each now."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from vllm_pd_plugin.frontend.course import Leg
+from vllm_pd_plugin.frontend.legs import LegKind
+from vllm_pd_plugin.frontend.link import Link
+from vllm_pd_plugin.frontend.routing import Engine, EngineKey, Role
+from vllm_pd_plugin.tokens import EngineLoad
+
+_FAILURES_TO_OPEN = 3
+_COOL_DOWN_S = 5.0
+_NEW_RATE_WEIGHT = 0.2
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Member:
+    """One engine of the pool.
+
+    role: as the operator has sorted it in. is_draining: it gets nothing new.
+    load: what it has said last; ``own`` was this frontend's part in it.
+    """
+
+    key: EngineKey
+    role: Role
+    link: Link
+    is_draining: bool = False
+    load: EngineLoad = EngineLoad()
+    legs: set[Leg] = dataclasses.field(default_factory=set)
+    prefill_rate: float | None = None
+    _own_tokens_then: int = 0
+    _own_running_then: int = 0
+    _failures: int = 0
+    _open_until: float = 0.0
+
+    @property
+    def is_up(self) -> bool:
+        return self.link.is_attached
+
+    @property
+    def own_tokens(self) -> int:
+        """Prompt tokens of this frontend's requests that it still has to compute."""
+        return sum(
+            leg.num_tokens
+            for leg in self.legs
+            if leg.kind is not LegKind.DECODE and not leg.has_output
+        )
+
+    @property
+    def own_running(self) -> int:
+        return sum(leg.kind is not LegKind.PREFILL for leg in self.legs)
+
+    def is_broken(self, now: float) -> bool:
+        """Whether its circuit breaker is open: it has failed requests one after another."""
+        return now < self._open_until
+
+    def failed(self, now: float) -> None:
+        """A request has failed on it, though it is there."""
+        self._failures += 1
+        if self._failures >= _FAILURES_TO_OPEN:
+            self._open_until = now + _COOL_DOWN_S  # the first failure after that opens it again
+
+    def worked(self) -> None:
+        self._failures, self._open_until = 0, 0.0
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """It was seen to compute so much of a prompt."""
+        if num_tokens < 16 or seconds <= 0:
+            return
+        rate = num_tokens / seconds
+        before = self.prefill_rate
+        self.prefill_rate = rate if before is None else before + _NEW_RATE_WEIGHT * (rate - before)
+
+    def set_load(self, load: EngineLoad) -> None:
+        self.load = load
+        self._own_tokens_then, self._own_running_then = self.own_tokens, self.own_running
+
+    def snapshot(self) -> Engine:
+        """Return what routing may know: own requests exactly, those of others as last told."""
+        others_tokens = max(0, self.load.waiting_tokens - self._own_tokens_then)
+        others_running = max(0, self.load.running + self.load.waiting - self._own_running_then)
+        return Engine(
+            self.key,
+            self.role,
+            others_tokens + self.own_tokens,
+            self.prefill_rate,
+            others_running + self.own_running,
+            max(1, self.link.description.max_num_seqs),
+            1.0 - self.load.kv_usage,
+        )
+
+
+class Pool:
+    """Every engine that a frontend was told of."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._members: dict[EngineKey, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._members.values()))
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def get(self, key: EngineKey) -> Member | None:
+        return self._members.get(key)
+
+    def __getitem__(self, key: EngineKey) -> Member:
+        return self._members[key]
+
+    def add(self, member: Member) -> None:
+        self._members[member.key] = member
+
+    def remove(self, key: EngineKey) -> Member:
+        return self._members.pop(key)
+
+    def usable(self, excluded: set[EngineKey]) -> list[Engine]:
+        """Return the engines that take requests. Those that have failed are left out, where there
+        are others of their role."""
+        now = self._clock()
+        up = [m for m in self._members.values() if m.is_up and not m.is_draining]
+        good = [m for m in up if m.key not in excluded and not m.is_broken(now)]
+        chosen = list(good)
+        if not any(m.role.prefills for m in good):
+            chosen += [m for m in up if m.role.prefills and m not in chosen]
+        if not any(m.role.decodes for m in good):
+            chosen += [m for m in up if m.role.decodes and m not in chosen]
+        return [member.snapshot() for member in chosen]

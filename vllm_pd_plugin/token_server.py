@@ -1,0 +1,243 @@
+"""An engine's side of a frontend: requests go straight into vLLM's engine core, and what a step
+gives out goes straight back.
+
+vLLM's own API server talks to the engine core through two queues, and is told apart from other
+clients by an index. A frontend is one client more: the engine's own API server, with its HTTP,
+tokenizer and detokenizer, has no part in its requests.
+
+Owned by the engine's control thread, but for ``take_outputs``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+    FinishReason,
+)
+from vllm.v1.request import RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from vllm_pd_plugin import tokens
+from vllm_pd_plugin.ids import Incarnation, RequestId
+from vllm_pd_plugin.wire import VersionError, WireError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCoreProc
+
+logger = logging.getLogger(__name__)
+
+_FIRST_CLIENT_INDEX = 1_000_000
+"""Above any index that vLLM gives to its own API servers."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Frontend:
+    """identity: where its messages come from now; another one after it has reconnected."""
+
+    name: str
+    incarnation: Incarnation
+    client_index: int
+    identity: bytes
+    expires_at: float
+    num_outputs: int = 0
+    open: set[RequestId] = dataclasses.field(default_factory=set)
+
+
+class TokenServer:
+    """The frontends that are attached to this engine.
+
+    call: runs a function on the control thread.
+    send: sends frames to an identity.
+    """
+
+    def __init__(
+        self,
+        core: EngineCoreProc,
+        description: tokens.EngineDescription,
+        incarnation: Incarnation,
+        call: Callable[[Callable[[], None]], None],
+        send: Callable[[bytes, list[bytes]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._core = core
+        self._description = description
+        self._incarnation = incarnation
+        self._call = call
+        self._send_frames = send
+        self._clock = clock
+        self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._encoder = MsgpackEncoder()
+        self._by_incarnation: dict[Incarnation, _Frontend] = {}
+        self._by_index: dict[int, _Frontend] = {}
+        self._next_index = _FIRST_CLIENT_INDEX
+        self._dropped = 0
+
+    @property
+    def description(self) -> tokens.EngineDescription:
+        return self._description
+
+    @property
+    def dropped_messages(self) -> int:
+        return self._dropped
+
+    def receive(self, identity: bytes, frames: list[bytes]) -> None:
+        """Handle a message from a frontend."""
+        try:
+            header, message, payload = tokens.decode(frames)
+        except VersionError as error:
+            # Answered in our own version: the header tells the frontend what is wrong.
+            logger.warning("refused a frontend: %s", error)
+            self._dropped += 1
+            self._reply(identity, Incarnation(""), tokens.Unknown())
+            return
+        except WireError as error:
+            logger.warning("dropped a message: %s", error)
+            self._dropped += 1
+            return
+        if isinstance(message, tokens.Attach):
+            self._attach(identity, header.sender, message.frontend)
+            return
+        frontend = self._by_incarnation.get(header.sender)
+        if frontend is None or header.target != self._incarnation:
+            self._reply(identity, header.sender, tokens.Unknown())
+            return
+        frontend.identity = identity
+        frontend.expires_at = self._clock() + tokens.LEASE_S
+        match message:
+            case tokens.Add(request_id):
+                self._add(frontend, request_id, payload)
+            case tokens.Abort(request_ids):
+                self._abort(frontend, request_ids)
+            case tokens.Ping():
+                state = tokens.State(self._load(), frontend.num_outputs)
+                self._reply(identity, frontend.incarnation, state)
+            case _:
+                self._dropped += 1
+
+    def take_outputs(self, client_index: int, outputs: EngineCoreOutputs) -> None:
+        """Take what a step gave out for a frontend; from the engine's own thread."""
+        self._call(lambda: self._send_outputs(client_index, outputs))
+
+    def turn(self) -> float | None:
+        """Forget frontends that are silent; return when to look again."""
+        now = self._clock()
+        for frontend in list(self._by_index.values()):
+            if now >= frontend.expires_at:
+                text = "frontend %s is silent for %.0f s: its %d requests are ended"
+                logger.warning(text, frontend.name, tokens.LEASE_S, len(frontend.open))
+                self._forget(frontend)
+        return min((f.expires_at for f in self._by_index.values()), default=None)
+
+    def _attach(self, identity: bytes, incarnation: Incarnation, name: str) -> None:
+        if before := self._by_incarnation.get(incarnation):
+            self._forget(before)
+        frontend = _Frontend(
+            name, incarnation, self._next_index, identity, self._clock() + tokens.LEASE_S
+        )
+        self._next_index += 1
+        self._by_incarnation[incarnation] = self._by_index[frontend.client_index] = frontend
+        logger.info("frontend %s has attached", name)
+        self._reply(identity, incarnation, tokens.Attached(self._description, self._load()))
+
+    def _forget(self, frontend: _Frontend) -> None:
+        del self._by_incarnation[frontend.incarnation]
+        del self._by_index[frontend.client_index]
+        self._abort(frontend, tuple(frontend.open))
+
+    def _add(self, frontend: _Frontend, request_id: RequestId, payload: list[bytes]) -> None:
+        # Client input must never end the engine: whatever vLLM makes of it ends the request only.
+        try:
+            request = self._decoder.decode(payload)
+            request.request_id = request_id
+            request.client_index = frontend.client_index
+            prepared = self._core.preprocess_add_request(request)
+        except Exception:
+            logger.exception("request %s of frontend %s is refused", request_id, frontend.name)
+            output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
+            self._send_outputs(frontend.client_index, EngineCoreOutputs(outputs=[output]))
+            return
+        frontend.open.add(request_id)
+        self._core.input_queue.put_nowait((EngineCoreRequestType.ADD, prepared))
+
+    def _abort(self, frontend: _Frontend, request_ids: Sequence[RequestId]) -> None:
+        ended = [each for each in request_ids if each in frontend.open]
+        if ended:
+            frontend.open.difference_update(ended)
+            # As vLLM's own input thread does: one queue is read in a step, the other keeps order.
+            self._core.aborts_queue.put_nowait(ended)
+            self._core.input_queue.put_nowait((EngineCoreRequestType.ABORT, ended))
+
+    def _send_outputs(self, client_index: int, outputs: EngineCoreOutputs) -> None:
+        frontend = self._by_index.get(client_index)
+        if frontend is None:
+            return
+        for output in outputs.outputs:
+            if output.finish_reason is not None:
+                frontend.open.discard(output.request_id)
+        frontend.num_outputs += 1
+        payload = [bytes(buffer) for buffer in self._encoder.encode(outputs)]
+        message = tokens.Outputs(frontend.num_outputs)
+        self._reply(frontend.identity, frontend.incarnation, message, payload)
+
+    def _load(self) -> tokens.EngineLoad:
+        scheduler = self._core.scheduler
+        running, waiting = scheduler.get_request_counts()
+        requests: list[Any] = list(scheduler.requests.values())
+        return tokens.EngineLoad(
+            running,
+            waiting,
+            sum(_tokens_to_compute(request) for request in requests),
+            scheduler.get_kv_cache_usage(),
+        )
+
+    def _reply(
+        self,
+        identity: bytes,
+        incarnation: Incarnation,
+        message: tokens.ToFrontend,
+        payload: list[bytes] | None = None,
+    ) -> None:
+        frames = tokens.encode(message, self._incarnation, incarnation, payload)
+        self._send_frames(identity, frames)
+
+
+def _tokens_to_compute(request: Any) -> int:
+    """Return how much of its prompt a request has yet to compute on this engine."""
+    params = request.kv_transfer_params or {}
+    fetches = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or (
+        params.get("do_remote_prefill") and request.num_computed_tokens == 0
+    )
+    return 0 if fetches else max(0, request.num_prompt_tokens - request.num_computed_tokens)
+
+
+class DivertedQueue(queue.Queue[Any]):
+    """The engine core's output queue: what is meant for frontends goes to the token server."""
+
+    def __init__(self, server: TokenServer, before: queue.Queue[Any]) -> None:
+        super().__init__()
+        self._server = server
+        while not before.empty():
+            super().put_nowait(before.get_nowait())
+
+    def put_nowait(self, item: Any) -> None:
+        if isinstance(item, tuple):
+            client_index, outputs = item
+            stats = outputs.scheduler_stats
+            if client_index >= _FIRST_CLIENT_INDEX:
+                outputs.scheduler_stats = None
+                self._server.take_outputs(client_index, outputs)
+                if stats is None:
+                    return
+                # vLLM gives a step's statistics to any one client; only the API server publishes
+                # them.
+                item = (0, EngineCoreOutputs(scheduler_stats=stats))
+        super().put_nowait(item)
