@@ -228,6 +228,28 @@ def start(
     return Engine(name, f"http://127.0.0.1:{port}", model.name, process, log, control_port)
 
 
+def start_frontend(
+    command: str,
+    model: Path,
+    arguments: Sequence[str],
+    *,
+    folder: Path,
+    environ: Mapping[str, str] | None = None,
+) -> Engine:
+    """Start ``vllm-pd up`` or ``vllm-pd serve`` on a free port and return at once.
+
+    Its engines have a GiB of KV cache each.
+    """
+    port = free_port()
+    log = folder / f"frontend-{port}.log"
+    words = [
+        str(Path(sys.executable).with_name("vllm-pd")), command, str(model),
+        "--port", str(port), "--served-model-name", model.name, *arguments,
+    ]  # fmt: skip
+    process = spawn(words, {"VLLM_CPU_KVCACHE_SPACE": "1", **(environ or {})}, log)
+    return Engine(f"frontend {command}", f"http://127.0.0.1:{port}", model.name, process, log)
+
+
 def spawn(command: Sequence[str], environ: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Start a server offline and in a process group of its own; ``log`` gets what it prints."""
     offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

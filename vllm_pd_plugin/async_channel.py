@@ -56,7 +56,9 @@ class Dealer:
         self._descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._socket, self._monitor)]
         self._loop.add_reader(self._descriptors[0], self._drain)
         self._loop.add_reader(self._descriptors[1], self._watch)
+        # A descriptor tells of changes only, from the first look on.
         self._loop.call_soon(self._drain)
+        self._loop.call_soon(self._watch)
 
     def send(self, frames: list[bytes]) -> bool:
         """Send a message; False when the engine does not read and its queue is full."""

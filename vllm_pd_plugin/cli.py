@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from vllm_pd_plugin import CONNECTOR, __version__
 from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig
@@ -17,6 +21,18 @@ _EPILOG = """examples:
   vllm serve MODEL --kv-connector pdplugin --kv-role prefill --port 8100
   vllm serve MODEL --kv-connector pdplugin --kv-role decode --port 8200
   vllm-pd serve MODEL --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
+  vllm-pd up MODEL                   one prefill and one decode engine here, and a frontend
+"""
+_UP = """Start prefill and decode engines on this machine, and serve one OpenAI endpoint over them.
+
+The machine's cores or GPUs are divided among the engines. An engine that dies is started again;
+Ctrl-C ends all. Options of `vllm serve` (--help=all lists them) go to the engines and to the
+frontend.
+
+examples:
+  vllm-pd up MODEL
+  vllm-pd up MODEL --prefill 1 --decode 2 --port 8080 --max-model-len 8192
+  vllm-pd up MODEL --prefill 2 --decode 2 --tensor-parallel-size 2 --local-below 256
 """
 _SERVE = """One OpenAI endpoint over prefill and decode engines.
 
@@ -44,16 +60,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "check", help="check the installation: vLLM, NIXL, the registration, the extension, the key"
     )
-    commands.add_parser("serve", help="serve one OpenAI endpoint over engines", add_help=False)
+    commands.add_parser("serve", help="serve one OpenAI endpoint over engines that run")
+    commands.add_parser("up", help="start engines on this machine, and serve them")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["serve"]:  # the rest is for vLLM's own parser
-        return serve(arguments[1:])
+    frontends = {"serve": serve, "up": up}
+    if frontend := frontends.get(arguments[0] if arguments else ""):
+        return frontend(arguments[1:])  # the rest is for vLLM's own parser
     parser.parse_args(arguments)
     return check()
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serve one OpenAI endpoint; returns the exit status."""
+    """Serve one OpenAI endpoint over engines that run; returns the exit status."""
+    from vllm_pd_plugin.frontend import options
+
+    def prepare(args: argparse.Namespace, parser: Any, own: set[str]) -> tuple[Any, ...]:
+        if not (args.decode or args.both):
+            parser.error("name at least one engine that decodes: --decode URL, or --both URL")
+        return (options.parse_options(args, options.parse_engines(args)),)
+
+    return _run_frontend("serve", _SERVE, arguments, options.add_engine_options, prepare)
+
+
+def up(arguments: Sequence[str]) -> int:
+    """Start engines on this machine and serve them; returns the exit status."""
+    from vllm_pd_plugin.frontend import local, options
+
+    def prepare(args: argparse.Namespace, parser: Any, own: set[str]) -> tuple[Any, ...]:
+        rest = list(arguments)
+        if args.model_tag in rest:
+            rest.remove(args.model_tag)
+        engines = local.plan_engines(
+            local.parse_counts(args),
+            args.model,
+            local.engine_arguments(parser, rest, own),
+            args.log_dir or Path(tempfile.mkdtemp(prefix="vllm-pd-")),
+            args.tensor_parallel_size,
+        )
+        return options.parse_options(args, [(e.url, e.role) for e in engines]), engines
+
+    return _run_frontend("up", _UP, arguments, options.add_local_options, prepare)
+
+
+def _run_frontend(
+    name: str,
+    description: str,
+    arguments: Sequence[str],
+    add_own_options: Callable[[Any], None],
+    prepare: Callable[[argparse.Namespace, Any, set[str]], tuple[Any, ...]],
+) -> int:
+    """Run a frontend until it is told to stop, with vLLM's own parser for its options."""
     import uvloop
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -65,28 +121,33 @@ def serve(arguments: Sequence[str]) -> int:
 
     cli_env_setup()
     parser = FlexibleArgumentParser(
-        prog="vllm-pd serve",
-        description=_SERVE,
+        prog=f"vllm-pd {name}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser = make_arg_parser(parser)
-    options.add_engine_options(parser)
+    theirs = set(parser._option_string_actions)
+    add_own_options(parser)
     options.add_frontend_options(parser)
+    own = set(parser._option_string_actions) - theirs
     parser.set_defaults(host="127.0.0.1")
     args = parser.parse_args(list(arguments))
     args.model = args.model_tag or args.model
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    if not (args.decode or args.both):
-        parser.error("name at least one engine that decodes: --decode URL, or --both URL")
+    status = 0
     try:
-        uvloop.run(serve_frontend(args, options.parse_options(args)))
+        uvloop.run(serve_frontend(args, *prepare(args, parser, own)))
     except PdError as error:
-        print(f"vllm-pd serve: {error}", file=sys.stderr)
-        return 1
+        print(f"vllm-pd {name}: {error}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
-        return 0
-    return 0
+        pass
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed. What libraries complain of at exit would hide the last words.
+    os._exit(status)
 
 
 def check() -> int:

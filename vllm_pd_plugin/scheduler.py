@@ -143,6 +143,7 @@ class SchedulerSide:
             time.monotonic,
         )
         core.output_queue = DivertedQueue(server, core.output_queue)
+        server.watch_prefix_cache()
 
     def describe_engine(self) -> dict[str, Any]:
         """Return what a frontend has to know before it can attach."""

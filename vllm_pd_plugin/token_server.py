@@ -16,6 +16,7 @@ import queue
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -23,6 +24,7 @@ from vllm.v1.engine import (
     EngineCoreRequestType,
     FinishReason,
 )
+from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -31,12 +33,15 @@ from vllm_pd_plugin.ids import Incarnation, RequestId
 from vllm_pd_plugin.wire import VersionError, WireError
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVEventBatch
     from vllm.v1.engine.core import EngineCoreProc
 
 logger = logging.getLogger(__name__)
 
 _FIRST_CLIENT_INDEX = 1_000_000
 """Above any index that vLLM gives to its own API servers."""
+_WHOLE_PREFIX = (KVCacheSpecKind.FULL_ATTENTION.value, KVCacheSpecKind.MLA_ATTENTION.value)
+"""Kinds of layers that need the whole prefix: where these have it, the others do."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -80,6 +85,7 @@ class TokenServer:
         self._by_index: dict[int, _Frontend] = {}
         self._next_index = _FIRST_CLIENT_INDEX
         self._dropped = 0
+        self._prefix_groups: set[int | None] = set()
 
     @property
     def description(self) -> tokens.EngineDescription:
@@ -126,6 +132,47 @@ class TokenServer:
     def take_outputs(self, client_index: int, outputs: EngineCoreOutputs) -> None:
         """Take what a step gave out for a frontend; from the engine's own thread."""
         self._call(lambda: self._send_outputs(client_index, outputs))
+
+    def watch_prefix_cache(self) -> None:
+        """Let vLLM tell what changes in the prefix cache, whoever else wants to know."""
+        scheduler = self._core.scheduler
+        manager, publisher = scheduler.kv_cache_manager, scheduler.kv_event_publisher
+        manager.enable_kv_cache_events = manager.block_pool.enable_kv_cache_events = True
+        publish = publisher.publish
+
+        def publish_here_too(batch: KVEventBatch) -> None:
+            self._take_events(batch)
+            publish(batch)
+
+        publisher.publish = publish_here_too
+
+    def _take_events(self, batch: KVEventBatch) -> None:
+        """Take what a step has changed in the prefix cache; from the engine's own thread."""
+        if self._by_index:
+            changes = tuple(change for event in batch.events if (change := self._change(event)))
+            if changes:
+                self._call(lambda: self._tell_all(tokens.Blocks(changes)))
+
+    def _change(self, event: Any) -> tokens.Stored | tokens.Removed | tokens.Cleared | None:
+        """Return what a frontend can use of an event: plain text, in layers that need all of it."""
+        match event:
+            case BlockStored():
+                is_plain = not event.lora_name and not any(event.extra_keys or ())
+                if event.kv_cache_spec_kind not in _WHOLE_PREFIX or not is_plain:
+                    return None
+                self._prefix_groups.add(event.group_idx)
+                hashes, token_ids = tuple(event.block_hashes), tuple(event.token_ids)
+                return tokens.Stored(event.parent_block_hash, hashes, token_ids, event.block_size)
+            case BlockRemoved() if event.group_idx in self._prefix_groups:
+                return tokens.Removed(tuple(event.block_hashes))
+            case AllBlocksCleared():
+                return tokens.Cleared()
+            case _:
+                return None
+
+    def _tell_all(self, message: tokens.ToFrontend) -> None:
+        for frontend in self._by_index.values():
+            self._reply(frontend.identity, frontend.incarnation, message)
 
     def turn(self) -> float | None:
         """Forget frontends that are silent; return when to look again."""

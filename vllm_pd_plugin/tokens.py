@@ -120,13 +120,45 @@ class Unknown(msgspec.Struct, frozen=True, array_like=True, tag="unknown"):
     """The frontend is not attached, or no longer: its requests are gone; it must attach anew."""
 
 
+BlockHash = int | bytes
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
+    """Blocks that are in the prefix cache now: ``token_ids`` in blocks of ``block_tokens``, each
+    following the one before it and the first following ``parent``."""
+
+    parent: BlockHash | None
+    hashes: tuple[BlockHash, ...]
+    token_ids: tuple[int, ...]
+    block_tokens: Count
+
+
+class Removed(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
+    """Blocks that are not in the prefix cache any more."""
+
+    hashes: tuple[BlockHash, ...]
+
+
+class Cleared(msgspec.Struct, frozen=True, array_like=True, tag="cleared"):
+    """The prefix cache is empty."""
+
+
+class Blocks(msgspec.Struct, frozen=True, array_like=True, tag="blocks"):
+    """What has changed in the engine's prefix cache, in order; not answered.
+
+    A frontend that attaches learns only what changes from then on.
+    """
+
+    changes: tuple[Stored | Removed | Cleared, ...]
+
+
 FromFrontend = Attach | Add | Abort | Ping
-ToFrontend = Attached | Outputs | State | Unknown
+ToFrontend = Attached | Outputs | State | Blocks | Unknown
 Message = FromFrontend | ToFrontend
 
 _KINDS: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
-    for kind in (Attach, Attached, Add, Abort, Ping, Outputs, State, Unknown)
+    for kind in (Attach, Attached, Add, Abort, Ping, Outputs, State, Blocks, Unknown)
 }
 _MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _header_decoder = msgspec.msgpack.Decoder(Header)

@@ -1,4 +1,4 @@
-"""``vllm-pd serve``: vLLM's own OpenAI application over a pool of engines."""
+"""``vllm-pd serve`` and ``vllm-pd up``: vLLM's own OpenAI application over a pool of engines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import aiohttp
@@ -21,6 +22,7 @@ from vllm_pd_plugin.errors import PdError
 from vllm_pd_plugin.frontend.client import PoolCore, PoolLLM
 from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.link import Connection
+from vllm_pd_plugin.frontend.local import LocalEngine, Supervisor
 from vllm_pd_plugin.frontend.options import FrontendOptions
 from vllm_pd_plugin.ids import new_incarnation
 from vllm_pd_plugin.vllm_hooks import log_like_vllm
@@ -34,17 +36,24 @@ class NoEnginesError(PdError):
     """No engines came up that could serve a request; the message says what is wrong with each."""
 
 
-async def serve(args: argparse.Namespace, options: FrontendOptions) -> None:
+async def serve(
+    args: argparse.Namespace, options: FrontendOptions, local: Sequence[LocalEngine] = ()
+) -> None:
     """Serve until SIGINT or SIGTERM, then let what is under way end.
+
+    local: engines to run for as long.
 
     Raises:
         NoEnginesError: none came up in time.
+        EngineStartError: a local engine ended before it was up.
     """
     log_like_vllm()
     signal.signal(signal.SIGTERM, _interrupt)  # until the server has handlers of its own
     listen_address, sock = setup_server(args, reuse_port=False)
     context = new_context()
+    supervisor = Supervisor(local)
     try:
+        supervisor.start()
         async with aiohttp.ClientSession() as session:
             connection = Connection(
                 f"{socket.gethostname()}:{os.getpid()}",
@@ -55,27 +64,35 @@ async def serve(args: argparse.Namespace, options: FrontendOptions) -> None:
             )
             core = PoolCore(options.policy, options.limits)
             try:
-                await _serve(args, options, core, connection, listen_address, sock)
+                for url, role in options.engines:
+                    core.dispatch.add_engine(url, role, connection)
+                await _until(supervisor.failure, wait_for_engines(core.dispatch, options.wait_s))
+                supervisor.all_are_up()
+                await _serve(args, core, listen_address, sock)
             finally:
                 await core.dispatch.close()
     finally:
+        await supervisor.stop()
         sock.close()
         close_context(context)
 
 
+async def _until(failure: asyncio.Future[None], work: Coroutine[Any, Any, None]) -> None:
+    """Await work, unless something fails meanwhile."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({failure, task}, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            failure.result()
+        await task
+    finally:
+        task.cancel()
+
+
 async def _serve(
-    args: argparse.Namespace,
-    options: FrontendOptions,
-    core: PoolCore,
-    connection: Connection,
-    listen_address: str,
-    sock: socket.socket,
+    args: argparse.Namespace, core: PoolCore, listen_address: str, sock: socket.socket
 ) -> None:
-    dispatch = core.dispatch
-    for url, role in options.engines:
-        dispatch.add_engine(url, role, connection)
-    await wait_for_engines(dispatch, options.wait_s)
-    lengths = [m.link.description.max_model_len for m in dispatch.pool if m.is_up]
+    lengths = [m.link.description.max_model_len for m in core.dispatch.pool if m.is_up]
     config = frontend_config(args, min(lengths))
     client = PoolLLM(config, core, args.enable_log_requests)
     shutdown = await build_and_serve(client, listen_address, sock, args)
@@ -90,9 +107,7 @@ async def wait_for_engines(dispatch: Dispatch, wait_s: float) -> None:
     """
     loop = asyncio.get_running_loop()
     deadline, next_word = loop.time() + wait_s, loop.time() + _PROGRESS_S
-    while dispatch.serves() is not None or not any(
-        m.role.prefills for m in dispatch.pool if m.is_up
-    ):
+    while not _is_complete(dispatch):
         if loop.time() > deadline:
             if dispatch.serves() is None:
                 return  # without prefill engines, as configured
@@ -101,6 +116,12 @@ async def wait_for_engines(dispatch: Dispatch, wait_s: float) -> None:
             next_word = loop.time() + _PROGRESS_S
             logger.info("waiting for engines: %s", _problems(dispatch))
         await asyncio.sleep(0.1)
+
+
+def _is_complete(dispatch: Dispatch) -> bool:
+    """Whether a request can be served, and handed off if any engine was named for that."""
+    prefills = [member.is_up for member in dispatch.pool if member.role.prefills]
+    return dispatch.serves() is None and (not prefills or any(prefills))
 
 
 def _problems(dispatch: Dispatch) -> str:

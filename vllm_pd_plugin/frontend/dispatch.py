@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import logging
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from vllm.v1.engine import (
@@ -23,6 +24,7 @@ from vllm_pd_plugin.frontend.legs import LegKind
 from vllm_pd_plugin.frontend.link import Connection, Link
 from vllm_pd_plugin.frontend.metrics import FrontendMetrics
 from vllm_pd_plugin.frontend.pool import Member, Pool
+from vllm_pd_plugin.frontend.prefixes import PrefixIndex
 from vllm_pd_plugin.frontend.routing import (
     Chance,
     EngineKey,
@@ -34,13 +36,14 @@ from vllm_pd_plugin.frontend.routing import (
     choose,
 )
 from vllm_pd_plugin.ids import Address, RequestId
-from vllm_pd_plugin.tokens import EngineLoad
+from vllm_pd_plugin.tokens import Blocks, EngineLoad
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.25
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 0.5
 _NEW_OVERHEAD_WEIGHT = 0.1
+_REMEMBERED_SESSIONS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ class Dispatch:
         self._turn = 0
         self._handoff_s = 0.0
         self._random = random.Random()
+        self._prefixes = PrefixIndex()
+        self._sessions: OrderedDict[str, EngineKey] = OrderedDict()
         self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
 
     def __len__(self) -> int:
@@ -151,7 +156,12 @@ class Dispatch:
         if member := self.pool.get(link.url):
             member.set_load(load)
 
+    def cached(self, link: Link, changes: Blocks) -> None:
+        if self.pool.get(link.url):
+            self._prefixes.change(link.url, changes)
+
     def lost(self, link: Link, why: str) -> None:
+        self._prefixes.forget(link.url)
         if member := self.pool.get(link.url):
             self.metrics.engine_lost()
             self._lose(member)
@@ -206,16 +216,27 @@ class Dispatch:
     def route(self, course: Course) -> Route | Unroutable:
         self._turn += 1
         chance = Chance(self._turn, self._random.random(), self._random.random())
+        session = course.request.session_id
         prompt = Prompt(
             len(course.prompt),
             course.max_tokens,
+            self._prefixes.cached(course.prompt) if _uses_plain_cache(course.request) else {},
+            self._sessions.get(session) if session else None,
             needs_whole_prompt=course.params.prompt_logprobs is not None,
         )
         engines = self.pool.usable(course.excluded)
         route = choose(engines, prompt, self.policy, self._handoff_s, chance)
         if isinstance(route, Route):
             self.metrics.routed(route)
+            if session:
+                self._remember(session, route.decode)
         return route
+
+    def _remember(self, session: str, engine: EngineKey) -> None:
+        self._sessions[session] = engine
+        self._sessions.move_to_end(session)
+        if len(self._sessions) > _REMEMBERED_SESSIONS:
+            self._sessions.popitem(last=False)
 
     def control_address(self, engine: EngineKey) -> tuple[Address, str]:
         link = self.pool[engine].link
@@ -300,6 +321,11 @@ class Dispatch:
                 limit = limits.stall_s if leg.has_output else limits.first_token_s
                 if now - self._last_output.get(leg_id, now) > limit:
                     course.fail(leg.engine, Failure.TIMEOUT)
+
+
+def _uses_plain_cache(request: EngineCoreRequest) -> bool:
+    """Whether a prompt's KV can be what another prompt with the same text has left behind."""
+    return not request.lora_request and not request.cache_salt
 
 
 def _rebase(output: EngineCoreOutput, offset_s: float) -> None:

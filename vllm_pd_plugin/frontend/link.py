@@ -53,6 +53,8 @@ class LinkOwner(Protocol):
 
     def gave_out(self, link: Link, outputs: EngineCoreOutputs) -> None: ...
 
+    def cached(self, link: Link, changes: tokens.Blocks) -> None: ...
+
     def lost(self, link: Link, why: str) -> None: ...
 
 
@@ -102,6 +104,8 @@ class Link:
                 await self._attach()
                 wait_s = _MIN_WAIT_S
                 await self._keep()
+            except aiohttp.ClientConnectorError:
+                self._drop("nothing listens there")
             except (tokens.FrontendError, aiohttp.ClientError, TimeoutError) as error:
                 self._drop(str(error) or type(error).__name__)
             except Exception as error:
@@ -190,6 +194,8 @@ class Link:
                     self._drop("outputs were lost on the way")
                 else:
                     self._owner.loaded(self, load)
+            case tokens.Blocks():
+                self._owner.cached(self, message)
             case tokens.Outputs(number):
                 if number != self._last_outputs + 1:
                     self._drop("outputs were lost on the way")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -99,9 +101,32 @@ def add_engine_options(parser: Any) -> None:
         )
 
 
-def parse_options(args: argparse.Namespace) -> FrontendOptions:
-    """Read what ``add_frontend_options`` and ``add_engine_options`` have added."""
-    engines = [(url, role) for role in Role for url in getattr(args, role.value)]
+def add_local_options(parser: Any) -> None:
+    """Add what says how many engines are to be started here."""
+    group = parser.add_argument_group(
+        title="vllm-pd engines",
+        description="Engines to start on this machine; its cores or GPUs are divided among them.",
+    )
+    for role, number in ((Role.PREFILL, 1), (Role.DECODE, 1), (Role.BOTH, 0)):
+        group.add_argument(
+            f"--{role.value}",
+            type=int,
+            default=number,
+            metavar="N",
+            help=f"How many engines of role {role.value}. Default: %(default)s.",
+        )
+    group.add_argument(
+        "--log-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="Where the engines' logs go. Default: a new folder for temporary files.",
+    )
+
+
+def parse_options(
+    args: argparse.Namespace, engines: Sequence[tuple[EngineKey, Role]]
+) -> FrontendOptions:
+    """Read what ``add_frontend_options`` has added."""
     cluster_key = PdConfig.parse({}, os.environ).cluster_key
     return FrontendOptions(
         engines=tuple(engines),
@@ -117,6 +142,11 @@ def parse_options(args: argparse.Namespace) -> FrontendOptions:
         wait_s=args.wait_for_engines,
         keys=CurveKeys.derive(cluster_key) if cluster_key else None,
     )
+
+
+def parse_engines(args: argparse.Namespace) -> list[tuple[EngineKey, Role]]:
+    """Read what ``add_engine_options`` has added."""
+    return [(url, role) for role in Role for url in getattr(args, role.value)]
 
 
 def engine_url(text: str) -> EngineKey:

@@ -1,0 +1,255 @@
+"""Engines that ``vllm-pd up`` runs on this machine: what each gets of it, and keeping them up."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_pd_plugin.errors import ConfigError, PdError
+from vllm_pd_plugin.frontend.routing import EngineKey, Role
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 30.0
+_STEADY_S = 60.0
+"""An engine that has run for so long starts again without a longer pause."""
+_STOP_S = 30.0
+_LOG_TAIL_LINES = 25
+_PR_SET_PDEATHSIG = 1
+
+_API_OPTIONS = {
+    "--host", "--port", "--uds", "--api-key", "--root-path", "--allowed-origins",
+    "--allowed-methods", "--allowed-headers", "--allow-credentials", "--ssl-keyfile",
+    "--ssl-certfile", "--ssl-ca-certs", "--enable-ssl-refresh", "--ssl-cert-reqs",
+    "--ssl-ciphers", "--middleware", "--api-server-count", "-asc", "--otlp-traces-endpoint",
+    "--max-num-queued-reqs", "--max-num-queued-tokens",
+}  # fmt: skip
+"""Options of ``vllm serve`` that are the frontend's alone."""
+
+
+class EngineStartError(PdError):
+    """An engine ended before it could serve; the message has the end of its log."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalEngine:
+    """How one engine is started. environ: added to this process's own."""
+
+    name: str
+    role: Role
+    url: EngineKey
+    command: tuple[str, ...]
+    environ: Mapping[str, str]
+    log: Path
+
+
+def engine_arguments(parser: Any, arguments: Sequence[str], own: set[str]) -> list[str]:
+    """Return what is for the engines too, of the options that ``vllm-pd up`` was given.
+
+    own: further options to leave out.
+    """
+    dropped = _API_OPTIONS | own
+    kept: list[str] = []
+    left = list(arguments)
+    while left:
+        token = left.pop(0)
+        name, equals, _ = token.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        action = parser._option_string_actions.get(name)
+        if name not in dropped:
+            kept.append(token)
+            continue
+        if equals or action is None or action.nargs == 0:
+            continue
+        if action.nargs in ("+", "*"):
+            while left and not left[0].startswith("-"):
+                left.pop(0)
+        elif left:
+            left.pop(0)
+    return kept
+
+
+def divide(items: Sequence[int], num_engines: int, each: int = 0) -> list[list[int]]:
+    """Divide cores or GPUs among engines, in order; cores are shared where there are too few.
+
+    each: how many an engine must have; 0 divides all of them evenly.
+    """
+    size = each or max(1, len(items) // num_engines)
+    return [
+        [items[(engine * size + place) % len(items)] for place in range(size)]
+        for engine in range(num_engines)
+    ]
+
+
+def plan_engines(
+    counts: Mapping[Role, int], model: str, arguments: Sequence[str], logs: Path, tp_size: int
+) -> list[LocalEngine]:
+    """Return the engines to start, each with its part of this machine.
+
+    Raises:
+        ConfigError: there are fewer GPUs than the engines need.
+    """
+    names = [(f"{role.value}-{i}", role) for role, count in counts.items() for i in range(count)]
+    environs = _environs(len(names), tp_size)
+    engines = []
+    for (name, role), environ in zip(names, environs, strict=True):
+        port = _free_port()
+        command = (
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments,
+            "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log",
+            "--kv-connector", "pdplugin", "--kv-role", role.value,
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        engines.append(LocalEngine(name, role, url, command, environ, logs / f"{name}.log"))
+    return engines
+
+
+def _environs(num_engines: int, tp_size: int) -> list[dict[str, str]]:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        cores = sorted(os.sched_getaffinity(0))
+        binds = [
+            "|".join(_ranges(rank) for rank in divide(part, tp_size))
+            for part in divide(cores, num_engines)
+        ]
+        return [
+            {
+                "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", bind),
+                "VLLM_CPU_KVCACHE_SPACE": os.environ.get(
+                    "VLLM_CPU_KVCACHE_SPACE", str(_kv_gib(num_engines))
+                ),
+            }
+            for bind in binds
+        ]
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < num_engines * tp_size:
+        raise ConfigError(
+            f"{num_engines} engines of {tp_size} GPUs each need {num_engines * tp_size} GPUs, and "
+            f"this machine has {num_gpus}; start fewer with --prefill and --decode"
+        )
+    parts = divide(range(num_gpus), num_engines, tp_size)
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, part))} for part in parts]
+
+
+def _ranges(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
+
+
+def _kv_gib(num_engines: int) -> int:
+    """Return a KV cache size that leaves room for the weights: vLLM would take almost all memory
+    for each engine."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(8, int(available / 2**30 / 3 / num_engines)))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Supervisor:
+    """Keeps local engines up: one that dies is started again, after a pause that grows."""
+
+    def __init__(self, engines: Sequence[LocalEngine]) -> None:
+        self._engines = engines
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._has_served = False
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails with EngineStartError when an engine ends before all were up."""
+
+    def start(self) -> None:
+        for engine in self._engines:
+            logger.info("starting %s at %s, log in %s", engine.name, engine.url, engine.log)
+            self._tasks.append(asyncio.create_task(self._keep_up(engine), name=engine.name))
+
+    def all_are_up(self) -> None:
+        """From now on an engine that ends is started again."""
+        self._has_served = True
+
+    async def stop(self) -> None:
+        """End all engines, in good order if they let us."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        processes = [p for p in self._processes.values() if p.returncode is None]
+        for process in processes:
+            _signal(process, signal.SIGTERM)
+        waits = [asyncio.wait_for(process.wait(), _STOP_S) for process in processes]
+        for process, result in zip(
+            processes, await asyncio.gather(*waits, return_exceptions=True), strict=True
+        ):
+            if isinstance(result, BaseException):
+                logger.warning("process %d did not end in %.0f s: killed", process.pid, _STOP_S)
+            _signal(process, signal.SIGKILL)  # children that it left behind, too
+
+    async def _keep_up(self, engine: LocalEngine) -> None:
+        loop = asyncio.get_running_loop()
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            started_at = loop.time()
+            status = await self._run(engine)
+            if not self._has_served:
+                if not self.failure.done():
+                    tail = engine.log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+                    text = f"{engine.name} ended with status {status}:\n" + "\n".join(tail)
+                    self.failure.set_exception(EngineStartError(text))
+                return
+            if loop.time() - started_at > _STEADY_S:
+                backoff_s = _FIRST_BACKOFF_S
+            text = "%s ended with status %s; starting it again in %.0f s"
+            logger.warning(text, engine.name, status, backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    async def _run(self, engine: LocalEngine) -> int:
+        with engine.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *engine.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **engine.environ},
+                start_new_session=True,  # Ctrl-C is ours: what is under way ends first
+                preexec_fn=_end_with_parent,
+            )
+        self._processes[engine.name] = process
+        status = await process.wait()
+        _signal(process, signal.SIGKILL)  # what is left of its children
+        return status
+
+
+def _end_with_parent() -> None:
+    """In the child: be killed when the parent is, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Signal a process and all its children."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def parse_counts(args: argparse.Namespace) -> dict[Role, int]:
+    """Read how many engines of each role are wanted."""
+    counts = {Role.PREFILL: args.prefill, Role.DECODE: args.decode, Role.BOTH: args.both}
+    if not counts[Role.DECODE] and not counts[Role.BOTH]:
+        raise ConfigError("at least one engine must decode: --decode 1 or --both 1")
+    return counts
