@@ -1,6 +1,6 @@
 # Everything happens in .venv; each target does its whole set-up, and is quick when it is done.
 #
-#   make demo    one prompt, prefilled on one vLLM engine and decoded on another
+#   make demo    a chat over one prefill and one decode engine, with a frontend before them
 #   make test    all tests (unit tests, then real engines)
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
@@ -40,7 +40,8 @@ models: setup
 
 demo: setup
 	@$(BIN)/python -m tests.models smollm2
-	@$(BIN)/python examples/one_prefill_one_decode.py "$$($(BIN)/python -c 'from tests.models import smollm2; print(smollm2())')"
+	@$(BIN)/python examples/chat.py "$$($(BIN)/python -c 'from tests.models import smollm2; print(smollm2())')" \
+		-- --dtype float32 --enforce-eager --max-model-len 4096
 
 test: setup
 	@$(BIN)/python -m tests.models
@@ -77,11 +78,13 @@ bench: setup
 	$(BIN)/python -m benchmarks.handoff --prompts 512 --link-mbit 0 --repeat 7 --json benchmarks/results/handoff-unlimited.json
 	$(BIN)/python -m benchmarks.handoff --prompts 512,2048 --link-mbit 300,1000 --json benchmarks/results/handoff-limited.json
 	$(BIN)/python -m benchmarks.handoff --codec raw,int8,int4,int2,auto --dispatch concurrent --link-mbit 100,300 --prompts 512,2048 --json benchmarks/results/handoff-codecs.json
+	$(BIN)/python -m benchmarks.handoff --frontend --json benchmarks/results/handoff-frontend.json
 	$(BIN)/python -m benchmarks.scattered --json benchmarks/results/scattered.json
 	$(BIN)/python -m benchmarks.kernels --json benchmarks/results/kernels.json
 	$(BIN)/python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
 	$(BIN)/python -m benchmarks.memory --handoffs 2000 --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
+	$(BIN)/python -m benchmarks.chaos --frontend --topology 2P2D --json benchmarks/results/chaos-frontend.json
 
 quality: setup
 	@$(BIN)/python -m tests.models smollm2

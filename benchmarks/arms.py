@@ -7,8 +7,10 @@ others are stopped with SIGSTOP, because an idle engine with vLLM's NixlConnecto
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 import signal
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import httpx
 
 from benchmarks.engines import Place, is_ready, launch, nixl_arguments, nixl_settings
-from benchmarks.network import Network
+from benchmarks.network import KV_DEVICE, Network, NetworkError
 from benchmarks.processes import Cores
 from tests.engine import Engine, EngineError, connector_arguments, say
 
@@ -30,33 +32,50 @@ ENGINE_FLAGS = (
 START_TIMEOUT_S = 900.0  # five engines import vLLM on two cores at the same time
 REST_TIMEOUT_S = 120.0
 
-_PORTS = {"alone": (8000, 0), "nixl": (8001, 5600), "pdplugin": (8002, 5700)}
+_PORTS = {
+    "alone": (8000, 0),
+    "nixl": (8001, 5600),
+    "pdplugin": (8002, 5700),
+    "frontend": (8003, 5800),
+}
 """Of HTTP and of KV; the namespaces are the benchmark's own."""
 
+_PD_SERIES = {
+    "descriptors": "pd_fetch_descriptors_total",
+    "stretches": "pd_fetch_stretches_total",
+    "packed": "pd_fetch_packed_stretches_total",
+    "control_bytes": "pd_control_bytes_total",
+}
 _SERIES = {
     "alone": {},
     "nixl": {"descriptors": "vllm:nixl_num_descriptors_sum"},
-    "pdplugin": {
-        "descriptors": "pd_fetch_descriptors_total",
-        "stretches": "pd_fetch_stretches_total",
-        "packed": "pd_fetch_packed_stretches_total",
-        "control_bytes": "pd_control_bytes_total",
-    },
+    "pdplugin": _PD_SERIES,
+    "frontend": _PD_SERIES,
 }
 """What the consumer of each arm counts of its handoffs."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Access:
+    """What a frontend must know of an arm, beside its engines' addresses."""
+
+    model: Path
+    cluster_key: str = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arm:
     """One engine, or a producer and a consumer, by role.
 
-    kind: alone, nixl or pdplugin.
+    kind: alone, nixl, pdplugin, or frontend: pdplugin where a frontend reaches its control channel.
+    access: where pdplugin is.
     """
 
     name: str
     kind: str
     engines: Mapping[str, Engine]
     places: Mapping[str, Place]
+    access: Access | None = None
 
     def signal(self, number: signal.Signals) -> None:
         for engine in self.engines.values():
@@ -88,9 +107,11 @@ def start_arm(
     name: str, model: Path, network: Network, cores: Cores, folder: Path, running: list[Engine]
 ) -> Arm:
     """Start the engines of an arm and return at once; each is added to ``running``."""
-    if name == "pdplugin":  # each request says which codec it wants
+    if name in ("pdplugin", "frontend"):  # each request says which codec it wants
         options = {"lossy_max": "int2"}
-        return start_pair(name, _PORTS[name], options, (), model, network, cores, folder, running)
+        return start_pair(
+            name, _PORTS[name], options, (), model, network, cores, folder, running, kind=name
+        )
     roles = ("alone",) if name == "alone" else ("producer", "consumer")
     places = {
         role: Place.on_host(host, *_PORTS[name])
@@ -120,14 +141,23 @@ def start_pair(
     cores: Cores,
     folder: Path,
     running: list[Engine],
+    kind: str = "pdplugin",
 ) -> Arm:
     """Start a producer and a consumer with pdplugin, with these options of the consumer's and flags
-    of both, and return at once; each is added to ``running``."""
+    of both, and return at once; each is added to ``running``.
+
+    kind: "frontend" has control channels that are reached from outside as well.
+    """
     cluster_key = secrets.token_hex(32)
+    if kind == "frontend":
+        join_http_addresses(network)
     engines: dict[str, Engine] = {}
     places: dict[str, Place] = {}
     for role, host in zip(("producer", "consumer"), network.hosts, strict=True):
-        place = places[role] = Place.on_host(host, *ports)
+        place = Place.on_host(host, *ports)
+        if kind == "frontend":
+            place = dataclasses.replace(place, kv_host=host.http_ip)
+        places[role] = place
         pd_role, more = ("prefill", {}) if role == "producer" else ("decode", options)
         connector = connector_arguments(pd_role, host=place.kv_host, port=place.kv_port, **more)
         environ = {
@@ -139,7 +169,25 @@ def start_pair(
             f"{name} {role}", model, place, [*ENGINE_FLAGS, *flags, *connector], environ, log
         )
         running.append(engines[role])
-    return Arm(name, "pdplugin", engines, places)
+    return Arm(name, kind, engines, places, Access(model, cluster_key))
+
+
+def join_http_addresses(network: Network) -> None:
+    """Let each host reach the other's HTTP address, over the link.
+
+    A control channel has one address, for other engines and for frontends. Those are outside, where
+    only the HTTP addresses are known; between the engines it has to use the link all the same.
+
+    Raises:
+        NetworkError: the route cannot be set.
+    """
+    for here, there in itertools.permutations(network.hosts):
+        route = ("route", "replace", f"{there.http_ip}/32", "via", there.kv_ip, "dev", KV_DEVICE)
+        done = subprocess.run(
+            here.command("ip", *route), capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise NetworkError(f"no route to {there.http_ip}: {done.stderr.strip()}")
 
 
 def stop_all(engines: Sequence[Engine]) -> None:

@@ -25,6 +25,20 @@ Each request is in exactly one of answered, wrong, failed, unexplained and hung.
 only "Internal server error", a life of an engine explains as many as it counted failures: by
 `pd_handoff_failures_total`, or `vllm:nixl_num_failed_transfers_total`. With `--policy recompute`
 a failed handoff fails no request, and so explains none.
+
+With `--frontend` there are several engines of each role on this machine's loopback, and one of them
+is killed in every `--kill-every` seconds, at any moment, and started again; the last one of a role
+that is up is spared, unless `--kill-last` is given. Arms: `frontend` (pdplugin behind `vllm-pd
+serve`) and `nixl` (NixlConnector behind vllm-router, both as shipped). Prompts are short and long,
+sampling is greedy, greedy with penalties, or seeded, answers are streamed or whole. No failure has
+an excuse there:
+
+  answered, client left   what came is what the reference has; of a client that left, up to then
+  failed                  an error, or a stream that broke off
+  wrong                   another token, or another log-probability
+  tokens twice, missing   what one engine gives, but for tokens that came again or not at all
+  retried                 attempts that the frontend counted as failed and followed by another
+  longest pause           between two tokens of a stream
 """
 
 from __future__ import annotations
@@ -33,35 +47,36 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import output, program
+from benchmarks import chaos_fleet, output, program
 from benchmarks.chaos_account import is_clean, table
+from benchmarks.chaos_fleet_plan import Topology
 from benchmarks.chaos_plan import Arrival, plan_arrivals, plan_events
+from benchmarks.chaos_reference import reference_answers
 from benchmarks.chaos_requests import MAX_TOKENS
-from benchmarks.chaos_run import Plan, report, run_arm
+from benchmarks.chaos_run import Plan, run_arm
 from benchmarks.chaos_site import ARMS
 from benchmarks.engines import SMALL_FLAGS
-from tests import models
-from tests.engine import Completion, Engine, running, say, start
+from tests.engine import Completion, Engine
 
 EXAMPLES = """examples:
   python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
   python -m benchmarks.chaos --arms pdplugin --minutes 2 --policy recompute --logs chaos-logs
+  python -m benchmarks.chaos --frontend --topology 2P2D
 
-The status is 1 if the arm `pdplugin` had anything but answers and failures with a reason, 2 if
-the run could not go on.
+The status is 1 if the arm `pdplugin` had anything but answers and failures with a reason, or the
+arm `frontend` anything but answers and clients that left; 2 if the run could not go on.
 """
-
-REFERENCES_AT_ONCE = 4
 
 
 def main() -> int:
     args = parse_arguments()
-    return program.run(lambda stack: run(args, stack))
+    carry_out = chaos_fleet.run if args.frontend else run
+    return program.run(lambda stack: carry_out(args, stack))
 
 
 def run(args: argparse.Namespace, stack: ExitStack) -> int:
@@ -80,7 +95,8 @@ def run(args: argparse.Namespace, stack: ExitStack) -> int:
     folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     folder.mkdir(parents=True, exist_ok=True)
     opened = stack.enter_context(ExitStack())
-    references = reference_answers(plan.arrivals, folder, opened)
+    questions = {arrival.index: question(arrival) for arrival in plan.arrivals}
+    references = reference_answers(questions, SMALL_FLAGS, folder, opened)
     opened.close()
     rows: list[dict[str, Any]] = []
     for arm in args.arms:
@@ -116,56 +132,46 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--arms",
-        type=parse_arms,
-        default=ARMS,
+        type=lambda text: text.split(","),
         metavar="ARM,...",
-        help=f"some of {', '.join(ARMS)} (all)",
+        help=f"some of {', '.join(ARMS)}; with --frontend of {', '.join(chaos_fleet.ARMS)} (all)",
     )
+    parser.add_argument(
+        "--frontend", action="store_true", help="kill engines of a fleet behind a frontend"
+    )
+    parser.add_argument(
+        "--topology", type=topology, default="2P2D", metavar="nPnD",
+        help="with --frontend: how many engines prefill and decode (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kill-every", type=float, default=20.0, metavar="SECONDS",
+        help="with --frontend: how often one of them is killed (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kill-last", action="store_true",
+        help="with --frontend: do not spare the last one of a role; requests wait for the next one",
+    )  # fmt: skip
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     args = parser.parse_args()
-    if min(args.minutes, args.rate, args.hang_after) <= 0:
-        parser.error("--minutes, --rate and --hang-after must be above 0")
+    if min(args.minutes, args.rate, args.hang_after, args.kill_every) <= 0:
+        parser.error("--minutes, --rate, --hang-after and --kill-every must be above 0")
+    known = chaos_fleet.ARMS if args.frontend else ARMS
+    args.arms = args.arms or list(known)
+    unknown = [arm for arm in args.arms if arm not in known]
+    if unknown:
+        parser.error(f"--arms: no arm {', '.join(unknown)}; there are {', '.join(known)}")
     return args
 
 
-def parse_arms(text: str) -> list[str]:
-    arms = text.split(",")
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}"
-        )
-    return arms
-
-
-def reference_answers(
-    arrivals: Sequence[Arrival], folder: Path, stack: ExitStack
-) -> dict[int, Completion]:
-    """Return what one plain engine answers to every prompt of the run, by index."""
-    say(f"reference: starting one plain engine, for {len(arrivals)} prompts")
-    engine = start("reference", models.tiny_llama(), SMALL_FLAGS, cores="0", folder=folder)
-    stack.enter_context(running([engine]))
-    return asyncio.run(ask_references(engine, arrivals))
-
-
-async def ask_references(engine: Engine, arrivals: Sequence[Arrival]) -> dict[int, Completion]:
-    answers: dict[int, Completion] = {}
-    gate = asyncio.Semaphore(REFERENCES_AT_ONCE)
-
-    async def ask(arrival: Arrival) -> None:
-        async with gate:
-            answers[arrival.index] = await asyncio.to_thread(
-                engine.complete, arrival.prompt(), MAX_TOKENS
-            )
-
-    progress = asyncio.create_task(
-        report(lambda: f"reference: {len(answers)} of {len(arrivals)} prompts answered")
-    )
+def topology(text: str) -> Topology:
     try:
-        await asyncio.gather(*(ask(arrival) for arrival in arrivals))
-    finally:
-        progress.cancel()
-    return answers
+        return Topology.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def question(arrival: Arrival) -> Callable[[Engine], Completion]:
+    return lambda engine: engine.complete(arrival.prompt(), MAX_TOKENS)
 
 
 if __name__ == "__main__":

@@ -53,21 +53,25 @@ class Seat:
                     await self._look_whether_up()
             await asyncio.sleep(1.0)
 
-    async def wait_until_up(self) -> None:
+    async def wait_until_up(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Raises EngineError when that takes too long."""
         try:
-            await asyncio.wait_for(self.up.wait(), START_TIMEOUT_S)
+            await asyncio.wait_for(self.up.wait(), timeout_s)
         except TimeoutError:
             raise EngineError(
-                f"{self.engine.name} was not ready after {START_TIMEOUT_S:.0f} s:\n"
+                f"{self.engine.name} was not ready after {timeout_s:.0f} s:\n"
                 f"{self.engine.log_tail()}"
             ) from None
 
-    async def kill_and_restart(self) -> None:
-        """Kill the engine as a power cut does, and start another at the same address."""
+    async def kill_and_restart(self, is_counted: bool = True) -> None:
+        """Kill the engine as a power cut does, and start another at the same address.
+
+        is_counted: read first what failures it has counted, which has it do a step more.
+        """
         life = self.life
-        await self._step()  # counts leave an engine with its steps
-        await self.read_counts()
+        if is_counted:
+            await self._step()  # counts leave an engine with its steps
+            await self.read_counts()
         if self.life is not life or life.ending is not None:  # it died meanwhile, and is tended to
             return
         self._end_life(Ending.KILLED)

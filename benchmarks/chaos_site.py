@@ -1,11 +1,11 @@
-"""Where both engines of a chaos run live, and with what they start."""
+"""Where the engines of a chaos run live, and with what they start."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -41,31 +41,46 @@ def open_site(stack: ExitStack) -> Site:
         network = stack.enter_context(two_hosts())
     except NetworkError as error:
         say(f"the link will not be dropped: {error}")
-        return Site({side: _on_loopback() for side in Side}, None)
+        return Site(dict(zip(Side, on_loopback(len(Side)), strict=True)), None)
     hosts = zip(Side, network.hosts, strict=True)
     return Site({side: Place.on_host(host, HTTP_PORT, KV_PORT) for side, host in hosts}, network)
 
 
-def _on_loopback() -> Place:
-    return Place((), {}, "127.0.0.1", lasting_port(), "127.0.0.1", lasting_port())
+def on_loopback(num_places: int) -> list[Place]:
+    """Return places on this machine's loopback."""
+    ports = lasting_ports(2 * num_places)
+    pairs = zip(ports[::2], ports[1::2], strict=True)
+    return [Place((), {}, "127.0.0.1", http, "127.0.0.1", kv) for http, kv in pairs]
 
 
-def lasting_port() -> int:
-    """Return a port that nobody is given by chance while its engine is down."""
-    for port in random.sample(range(20_000, 30_000), 100):  # below Linux's ephemeral ports
+def lasting_ports(num_ports: int) -> list[int]:
+    """Return ports that nobody is given by chance while their engine is down."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 30_000), 200):  # below Linux's ephemeral ports
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
-    raise EngineError("no free port between 20000 and 30000 on 127.0.0.1")
+            ports.append(port)
+        if len(ports) == num_ports:
+            return ports
+    raise EngineError("too few free ports between 20000 and 30000 on 127.0.0.1")
 
 
 def launcher(
-    arm: str, side: Side, place: Place, policy: str, folder: Path, cluster_key: str
+    arm: str,
+    side: Side,
+    place: Place,
+    policy: str,
+    folder: Path,
+    cluster_key: str,
+    name: str = "",
+    flags: Sequence[str] = SMALL_FLAGS,
 ) -> Callable[[int], Engine]:
     """Return what starts the arm's engine of that side; it takes the number of its life.
 
     policy: vLLM's ``kv_load_failure_policy``.
     folder: where the logs go.
+    name: of the engine, where there are several of a side.
+    flags: what every engine is started with.
     """
     environ = {"VLLM_CPU_OMP_THREADS_BIND": _CORES[side]}
     if arm == "pdplugin":
@@ -84,9 +99,10 @@ def launcher(
         connector = nixl_arguments(
             kv_load_failure_policy=policy, kv_connector_extra_config={"kv_lease_duration": LEASE_S}
         )
-    name, model, flags = f"{arm}-{side}", models.tiny_llama(), (*SMALL_FLAGS, *connector)
+    shown, model = f"{arm}-{name or side}", models.tiny_llama()
 
     def start(life: int) -> Engine:
-        return launch(name, model, place, flags, environ, folder / f"{name}-{life}.log")
+        log = folder / f"{shown}-{life}.log"
+        return launch(shown, model, place, (*flags, *connector), environ, log)
 
     return start

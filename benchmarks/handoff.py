@@ -1,7 +1,8 @@
 """What a handoff costs: one engine alone, vLLM's NixlConnector behind vllm-router, and pdplugin.
 
 Arms: `alone` (one engine, no connector), `nixl` (NixlConnector behind vllm-router), `pdplugin`
-(behind the same router: serial; and behind examples/concurrent_proxy.py: concurrent). Producer and
+(behind the same router: serial; and behind examples/concurrent_proxy.py: concurrent), `frontend`
+(pdplugin behind `vllm-pd serve`, every prompt handed off; not by default). Producer and
 consumer are in two network namespaces, joined by a link whose rate is set. All arms are measured in
 one run, interleaved. Needs root, iproute2, two cores and some 16 GB of memory.
 
@@ -11,6 +12,11 @@ one run, interleaved. Needs root, iproute2, two cores and some 16 GB of memory.
     python -m benchmarks.handoff --prompts 128,512,2048,8192 --link-mbit 0,1000,300,100
     python -m benchmarks.handoff --codec raw,int8,int4,int2 --link-mbit 100,300 --prompts 512,2048
     python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
+    python -m benchmarks.handoff --frontend --json benchmarks/results/handoff-frontend.json
+
+`--frontend` measures alone, nixl and frontend, at 512 tokens over an unlimited link and one of
+300 Mbit/s, and says whether the frontend adds at most 25 ms to the TTFT of `alone`, and its second
+token comes no later after that than nixl's.
 
 `--json FILE` also writes the tables (FILE with .md) and, without --undisturbed, a plot (.png). The
 JSON and the tables grow while the benchmark runs.
@@ -25,7 +31,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks import output, program, report, routes
+from benchmarks import handoff_criterion, output, program, report, routes
 from benchmarks.arms import ENGINE_FLAGS
 from benchmarks.handoff_run import RUNNING_PROMPT, Bench
 from benchmarks.network import two_hosts
@@ -33,7 +39,7 @@ from benchmarks.processes import Cores
 from benchmarks.rows import Row, with_hidden_shares
 from tests import models
 
-ARMS = ("alone", "nixl", "pdplugin")
+ARMS = ("alone", "nixl", "pdplugin", "frontend")
 DISPATCHES = ("serial", "concurrent")
 CODECS = ("raw", "int8", "int4", "int2", "auto")
 
@@ -56,14 +62,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--link-mbit",
         type=whole_numbers(0, 100_000),
-        default=[0],
         metavar="N,...",
-        help="rates of the link, 0 for unlimited (0)",
+        help="rates of the link, 0 for unlimited (0; with --frontend 0,300)",
     )
-    parser.add_argument("--repeat", type=int, default=5, help="repetitions of each (%(default)s)")
+    parser.add_argument("--repeat", type=int, help="repetitions of each (5; with --frontend 7)")
     parser.add_argument(
-        "--arms", type=some_of(ARMS), default=ARMS, metavar="ARM,...",
-        help=f"some of {', '.join(ARMS)} (all)",
+        "--frontend",
+        action="store_true",
+        help="measure a frontend's first two tokens, and judge them",
+    )
+    parser.add_argument(
+        "--arms", type=some_of(ARMS), metavar="ARM,...",
+        help=f"some of {', '.join(ARMS)} (all but frontend; with --frontend all but pdplugin)",
     )  # fmt: skip
     parser.add_argument(
         "--dispatch", type=some_of(DISPATCHES), default=DISPATCHES, metavar="WAY,...",
@@ -83,13 +93,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs here")
     args = parser.parse_args()
+    if args.frontend and args.undisturbed:
+        parser.error("--frontend measures single requests: leave out --undisturbed")
+    other = "pdplugin" if args.frontend else "frontend"
+    args.arms = args.arms or [arm for arm in ARMS if arm != other]
+    args.link_mbit = args.link_mbit or ([0, 300] if args.frontend else [0])
+    args.repeat = (7 if args.frontend else 5) if args.repeat is None else args.repeat
     if args.repeat < 1 or args.handoffs < 1:
         parser.error("--repeat and --handoffs must be 1 or more")
+    if args.frontend and "frontend" not in args.arms:
+        parser.error("--frontend needs frontend among --arms, and alone and nixl to judge it")
     args.prompts = args.prompts or ([2048] if args.undisturbed else [512])
     if args.undisturbed:
         args.arms = [arm for arm in args.arms if arm != "alone"]
     if not args.arms:
-        parser.error("--undisturbed needs nixl or pdplugin among --arms")
+        parser.error("--undisturbed needs nixl, pdplugin or frontend among --arms")
     return args
 
 
@@ -131,7 +149,9 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
     cores = Cores.choose()
     network = stack.enter_context(two_hosts())
     started = routes.start(args.arms, args.dispatch, args.codec, model, network, folder, stack)
-    notes = report.UNDISTURBED_NOTES if args.undisturbed else report.LATENCY_NOTES
+    notes = [*(report.UNDISTURBED_NOTES if args.undisturbed else report.LATENCY_NOTES)]
+    if args.frontend:
+        notes += handoff_criterion.NOTES
     facts += [
         note.format(compute=cores.compute, other=cores.other, running=RUNNING_PROMPT)
         for note in (*report.SHARED_NOTES, *notes)
@@ -149,6 +169,9 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
             else:
                 rows = with_hidden_shares([*rows, *bench.latency(prompt, link)])
                 tables = report.latency_tables(rows)
+                if args.frontend:
+                    rows = handoff_criterion.with_criterion(rows)
+                    tables = [handoff_criterion.table(rows), *tables]
             if args.json:
                 output.write(args.json, rows, tables, facts)
     print(output.as_text(tables, facts))

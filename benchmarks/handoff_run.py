@@ -103,7 +103,7 @@ class Bench:
             say(f"{route.name}: {error}\n{route.tails()}")
             return None
         finally:
-            route.arm.pause()
+            route.pause()
 
     def _one_request(self, route: Route, prompt_tokens: int) -> Sample:
         prompt = self.prompts.next(prompt_tokens)

@@ -9,7 +9,7 @@ from benchmarks.output import markdown
 from benchmarks.rows import Ratio, Row, control_budget_bytes, find, quartiles, ratio
 from tests.engine import say
 
-ARM_ORDER = ("alone", "nixl", "pdplugin")
+ARM_ORDER = ("alone", "nixl", "pdplugin", "frontend")
 
 SHARED_NOTES = (
     "All arms are measured in one run, interleaved: in each repetition every arm has its turn, "

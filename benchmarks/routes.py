@@ -16,7 +16,7 @@ from benchmarks.arms import Arm, start_arm, stop_all, wait_until_paused
 from benchmarks.client import Prompts, RequestFailed, ask
 from benchmarks.network import Network
 from benchmarks.processes import Cores, family, own_cpu_seconds, part_of, pin
-from benchmarks.routers import Router, start_proxy, start_vllm_router
+from benchmarks.routers import Router, start_frontend, start_proxy, start_vllm_router
 from tests.engine import Engine, EngineError, say
 
 SETTLE_S = 0.5
@@ -26,7 +26,10 @@ WARM_UP_TRIES = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
-    """An arm, and how its engines are asked. ``router`` is None if the client asks by itself."""
+    """An arm, and how its engines are asked. ``router`` is None if the client asks by itself.
+
+    A frontend is stopped together with its engines: it would look for them all the time.
+    """
 
     arm: Arm
     dispatch: str
@@ -58,6 +61,7 @@ class Route:
             if engine.process.poll() is not None:
                 raise EngineError(f"{engine.name} has ended:\n{engine.log_tail()}")
         self.arm.signal(signal.SIGCONT)
+        self._signal_frontend(signal.SIGCONT)
         time.sleep(SETTLE_S)
         self.share_cores()
         for attempt in range(1, WARM_UP_TRIES + 1):
@@ -71,6 +75,15 @@ class Route:
                 time.sleep(1)
         self.share_cores()
         time.sleep(SETTLE_S)
+
+    def pause(self) -> None:
+        """Wait until no request holds KV, then stop the engines, and their frontend."""
+        self.arm.pause()
+        self._signal_frontend(signal.SIGSTOP)
+
+    def _signal_frontend(self, number: signal.Signals) -> None:
+        if self.router and self.router.kind == "frontend":
+            self.router.signal(number)
 
     def tails(self) -> str:
         """Return the ends of the engines' logs, and of the router's."""
@@ -134,14 +147,15 @@ def start(
     routes: list[Route] = []
     for arm in started:
         arm.signal(signal.SIGCONT)
-        routes += routes_of(arm, dispatches, codecs, cores, folder, stack)
-        arm.pause()
+        own = routes_of(arm, dispatches, codecs, cores, folder, stack)
+        own[0].pause()
+        routes += own
     # Only now, because waking a route pins this process, and what it starts would be pinned too.
     prompts = Prompts(1)
     for route in routes:
         for _ in range(2):  # the first brings the handshakes
             route.wake(prompts)
-        route.arm.pause()
+        route.pause()
         say(f"{route.name} answers")
     return routes
 
@@ -158,6 +172,12 @@ def routes_of(
     if arm.kind == "alone":
         return [Route(arm, "serial", "raw", arm.engines["alone"].url, None, cores)]
     producer, consumer = arm.engines["producer"], arm.engines["consumer"]
+    if arm.kind == "frontend":
+        assert arm.access is not None
+        model, key = arm.access.model, arm.access.cluster_key
+        log = folder / f"{arm.name}-serve.log"
+        router = start_frontend(model, producer.url, consumer.url, key, log, stack)
+        return [Route(arm, "concurrent", codec, router.url, router, cores) for codec in codecs]
     routes: list[Route] = []
     # NixlConnector's handoff gets its name in the prefill engine's answer: serial only.
     for dispatch in ("serial",) if arm.kind == "nixl" else dispatches:

@@ -1,6 +1,6 @@
 """What `benchmarks.handoff` measured, as rows, and the ratios between rows. Pure.
 
-Only this module and `report` know the rows' keys.
+Only this module, `report` and `handoff_criterion` know the rows' keys.
 """
 
 from __future__ import annotations

@@ -72,6 +72,10 @@ class Dealer:
         self._loop.call_soon(self._drain)
         return True
 
+    def receive(self) -> None:
+        """Hand over what has arrived, now."""
+        self._drain()
+
     def close(self) -> None:
         """Close the socket; idempotent."""
         if self._socket.closed:

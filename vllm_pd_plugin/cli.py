@@ -22,6 +22,8 @@ _EPILOG = """examples:
   vllm serve MODEL --kv-connector pdplugin --kv-role decode --port 8200
   vllm-pd serve MODEL --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
   vllm-pd up MODEL                   one prefill and one decode engine here, and a frontend
+  vllm-pd engines list               the engines of a frontend
+  vllm-pd top                        the same, live
 """
 _UP = """Start prefill and decode engines on this machine, and serve one OpenAI endpoint over them.
 
@@ -62,12 +64,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands.add_parser("serve", help="serve one OpenAI endpoint over engines that run")
     commands.add_parser("up", help="start engines on this machine, and serve them")
+    commands.add_parser("engines", help="list, add, drain and remove engines of a frontend")
+    commands.add_parser("top", help="watch the engines of a frontend")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    frontends = {"serve": serve, "up": up}
-    if frontend := frontends.get(arguments[0] if arguments else ""):
-        return frontend(arguments[1:])  # the rest is for vLLM's own parser
+    others = {"serve": serve, "up": up, "engines": engines, "top": top}
+    if other := others.get(arguments[0] if arguments else ""):
+        return other(arguments[1:])  # each has a parser of its own
     parser.parse_args(arguments)
     return check()
+
+
+def engines(arguments: Sequence[str]) -> int:
+    """See and change the engines of a running frontend; returns the exit status."""
+    from vllm_pd_plugin.frontend import console
+
+    return _say_errors("engines", lambda: console.engines(arguments))
+
+
+def top(arguments: Sequence[str]) -> int:
+    """Watch the engines of a running frontend; returns the exit status."""
+    from vllm_pd_plugin.frontend import console
+
+    return _say_errors("top", lambda: console.top(arguments))
+
+
+def _say_errors(name: str, run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except PdError as error:
+        print(f"vllm-pd {name}: {error}", file=sys.stderr)
+        return 1
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -77,7 +103,7 @@ def serve(arguments: Sequence[str]) -> int:
     def prepare(args: argparse.Namespace, parser: Any, own: set[str]) -> tuple[Any, ...]:
         if not (args.decode or args.both):
             parser.error("name at least one engine that decodes: --decode URL, or --both URL")
-        return (options.parse_options(args, options.parse_engines(args)),)
+        return options.parse_options(args, options.parse_engines(args)), (), list(arguments)
 
     return _run_frontend("serve", _SERVE, arguments, options.add_engine_options, prepare)
 
@@ -97,7 +123,10 @@ def up(arguments: Sequence[str]) -> int:
             args.log_dir or Path(tempfile.mkdtemp(prefix="vllm-pd-")),
             args.tensor_parallel_size,
         )
-        return options.parse_options(args, [(e.url, e.role) for e in engines]), engines
+        pool = [(engine.url, engine.role) for engine in engines]
+        for_workers = local.without(parser, rest, options.LOCAL_OPTIONS)
+        urls = [word for url, role in pool for word in (f"--{role.value}", url)]
+        return options.parse_options(args, pool), engines, [args.model, *for_workers, *urls]
 
     return _run_frontend("up", _UP, arguments, options.add_local_options, prepare)
 
@@ -130,14 +159,16 @@ def _run_frontend(
     add_own_options(parser)
     options.add_frontend_options(parser)
     own = set(parser._option_string_actions) - theirs
-    parser.set_defaults(host="127.0.0.1")
+    parser.set_defaults(host="127.0.0.1", shutdown_timeout=30)
     args = parser.parse_args(list(arguments))
     args.model = args.model_tag or args.model
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     status = 0
     try:
-        uvloop.run(serve_frontend(args, *prepare(args, parser, own)))
+        parsed, engines, for_workers = prepare(args, parser, own)
+        worker = [sys.executable, "-m", "vllm_pd_plugin.cli", "serve", *for_workers]
+        uvloop.run(serve_frontend(args, parsed, engines, worker))
     except PdError as error:
         print(f"vllm-pd {name}: {error}", file=sys.stderr)
         status = 1

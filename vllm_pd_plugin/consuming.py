@@ -101,9 +101,9 @@ class ConsumingRequests:
             self._leaders[sources[0].handoff_id] = request.request_id
             self._want(consuming)
 
-    def add_failed(self, request: Request, error: HandoffError) -> None:
+    def add_failed(self, request: Request, error: HandoffError, seeds: bool = False) -> None:
         """Take a request that cannot even begin to be handed off."""
-        self._open[request.request_id] = _Consuming(request, [])
+        self._open[request.request_id] = _Consuming(request, [], seeds=seeds)
         self._fail(request.request_id, error.reason, str(error))
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -118,7 +118,10 @@ class ConsumingRequests:
         if consuming.stage is _Stage.FAILED:
             # vLLM fails a request only through a failed receive, so one is staged: a single
             # token, whose load the workers report as failed without starting it.
-            return (0, False) if self._recomputes else (1, True)
+            if not self._recomputes:
+                return 1, True
+            # One that must not be computed here waits until it is ended.
+            return (None if consuming.seeds else 0), False
         missing = consuming.missing = consuming.num_tokens - num_computed_tokens
         # The last token of a prompt is computed again in any case, unless the next one is known.
         return (missing, True) if missing > 1 or consuming.seeds else (0, False)
@@ -159,6 +162,8 @@ class ConsumingRequests:
             return
         request = consuming.request
         fits = offer.num_tokens <= request.num_tokens
+        if consuming.seeds:  # the token that it brings must be the next one
+            fits = offer.num_tokens == request.num_tokens
         if not fits or prompt_digest(request, offer.num_tokens) != offer.digest:
             self._close(request.request_id, cancel=False)
             text = "the handoff is of another prompt"
@@ -208,7 +213,7 @@ class ConsumingRequests:
                 self._forget(request_id, cancel=failed)
             elif consuming.sources:
                 self._close(request_id, cancel=True)
-                if valid_tokens:
+                if valid_tokens and not consuming.seeds:
                     # vLLM has set it to none: what did arrive need not be computed again.
                     consuming.request.num_computed_tokens = valid_tokens
                     self._stats.record_kept(valid_tokens)

@@ -40,7 +40,7 @@ from vllm_pd_plugin.params import (
 )
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.producing import ProducingRequests
-from vllm_pd_plugin.token_server import DivertedQueue, TokenServer
+from vllm_pd_plugin.token_server import TokenServer, divert_outputs
 from vllm_pd_plugin.tokens import EngineDescription
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class SchedulerSide:
         ranks = [handshakes[rank] for rank in sorted(handshakes)]
         layout, memories = ranks[0].layout, [rank.memory for rank in ranks]
         self._tp_size = len(ranks)
+        self._model_digest = layout.model
         self._producing.describe(layout, memories[0])
         self._control = ControlPlane(
             LocalEngine(self._identity, layout, memories, [rank.incarnation for rank in ranks]),
@@ -134,7 +135,7 @@ class SchedulerSide:
 
     def serve_frontends(self, core: EngineCoreProc) -> None:
         """Let frontends add requests to this engine, now that it is complete."""
-        server = self._tokens = TokenServer(
+        server = TokenServer(
             core,
             self._describe(core.vllm_config),
             self._identity.incarnation,
@@ -142,8 +143,9 @@ class SchedulerSide:
             self._listener.send,
             time.monotonic,
         )
-        core.output_queue = DivertedQueue(server, core.output_queue)
+        divert_outputs(core, server)
         server.watch_prefix_cache()
+        self._tokens = server
 
     def describe_engine(self) -> dict[str, Any]:
         """Return what a frontend has to know before it can attach."""
@@ -163,11 +165,15 @@ class SchedulerSide:
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            data_parallel_size=config.parallel_config.data_parallel_size,
+            model_digest=self._model_digest,
             kv_tokens=config.cache_config.kv_cache_size_tokens or 0,
             block_tokens=config.cache_config.block_size,
         )
 
     def close(self) -> None:
+        if self._tokens is not None:
+            self._tokens.close()
         self._loop.call(lambda: self._control.shut_down())
         self._loop.close()
 
@@ -179,16 +185,17 @@ class SchedulerSide:
 
     def add(self, request: Request) -> None:
         """A request has arrived: ask for its KV at once, long before it can be scheduled."""
+        seeds = False
         try:
+            seeds = wants_seed(request.kv_transfer_params)
             sources = parse_sources(request.kv_transfer_params, self._keys is not None)
             produces = wants_to_produce(request.kv_transfer_params)
             codec = parse_codec(request.kv_transfer_params, self._config)
-            seeds = wants_seed(request.kv_transfer_params)
-            self._check_role(request, bool(sources), produces)
+            self._check(request, bool(sources), produces, seeds)
             handoff_id = self._producing.choose_id(request) if produces else None
         except HandoffError as error:
             request.kv_transfer_params = None  # vLLM reads it next, and expects a mapping
-            self._consuming.add_failed(request, error)
+            self._consuming.add_failed(request, error, seeds)
             return
         if handoff_id is not None:
             self._producing.add(request, handoff_id)
@@ -259,8 +266,10 @@ class SchedulerSide:
         if handoffs != self._reported_open:
             self._stats.record_open(handoffs)
             self._reported_open = handoffs
-        self._stats.record_dropped(self._control.dropped_messages - self._reported_drops)
-        self._reported_drops = self._control.dropped_messages
+        dropped = self._control.dropped_messages
+        dropped += self._tokens.dropped_messages if self._tokens else 0
+        self._stats.record_dropped(dropped - self._reported_drops)
+        self._reported_drops = dropped
         self._stats.record_control(self._control.control_bytes - self._reported_control)
         self._reported_control = self._control.control_bytes
         if self._stats.is_empty():
@@ -294,7 +303,7 @@ class SchedulerSide:
         self._events.append(event)
         self.wake()
 
-    def _check_role(self, request: Request, consumes: bool, produces: bool) -> None:
+    def _check(self, request: Request, consumes: bool, produces: bool, seeds: bool) -> None:
         if consumes and not self._role.consumes:
             text = "do_remote_prefill was sent to an engine of role prefill"
             raise HandoffError(Reason.WRONG_ROLE, text)
@@ -303,6 +312,8 @@ class SchedulerSide:
             raise HandoffError(Reason.WRONG_ROLE, text)
         if (consumes or produces) and request.prompt_token_ids is None:
             raise ParamsError("a prompt of embeddings cannot be handed off")
+        if consumes and seeds and request.skip_reading_prefix_cache:
+            raise ParamsError("seed_first_token needs KV that is not computed here")
 
     def _rest(self, is_empty: bool) -> None:
         """Sleep a little in a step that computes nothing, unless there is news.

@@ -5,15 +5,16 @@ vLLM's own API server talks to the engine core through two queues, and is told a
 clients by an index. A frontend is one client more: the engine's own API server, with its HTTP,
 tokenizer and detokenizer, has no part in its requests.
 
-Owned by the engine's control thread, but for ``take_outputs``.
+Owned by the engine's control thread, but for ``take_outputs``. Requests are prepared on a thread of
+their own: a grammar may take seconds, and the control thread keeps leases.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -26,10 +27,11 @@ from vllm.v1.engine import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from vllm.v1.request import RequestStatus
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_pd_plugin import tokens
 from vllm_pd_plugin.ids import Incarnation, RequestId
+from vllm_pd_plugin.peer_codec import PeerDecoder
 from vllm_pd_plugin.wire import VersionError, WireError
 
 if TYPE_CHECKING:
@@ -40,13 +42,14 @@ logger = logging.getLogger(__name__)
 
 _FIRST_CLIENT_INDEX = 1_000_000
 """Above any index that vLLM gives to its own API servers."""
+_MAX_FRONTENDS, _MAX_NAME = 1024, 80
 _WHOLE_PREFIX = (KVCacheSpecKind.FULL_ATTENTION.value, KVCacheSpecKind.MLA_ATTENTION.value)
 """Kinds of layers that need the whole prefix: where these have it, the others do."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Frontend:
-    """identity: where its messages come from now; another one after it has reconnected."""
+    """identity: of the connection on which it has attached."""
 
     name: str
     incarnation: Incarnation
@@ -79,12 +82,13 @@ class TokenServer:
         self._call = call
         self._send_frames = send
         self._clock = clock
-        self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._decoder = PeerDecoder(EngineCoreRequest)
         self._encoder = MsgpackEncoder()
         self._by_incarnation: dict[Incarnation, _Frontend] = {}
         self._by_index: dict[int, _Frontend] = {}
         self._next_index = _FIRST_CLIENT_INDEX
         self._dropped = 0
+        self._preparing = ThreadPoolExecutor(1, "pd-prepare")
         self._prefix_groups: set[int | None] = set()
 
     @property
@@ -116,7 +120,8 @@ class TokenServer:
         if frontend is None or header.target != self._incarnation:
             self._reply(identity, header.sender, tokens.Unknown())
             return
-        frontend.identity = identity
+        if identity != frontend.identity:
+            return  # it was on its way when the frontend attached anew
         frontend.expires_at = self._clock() + tokens.LEASE_S
         match message:
             case tokens.Add(request_id):
@@ -187,6 +192,11 @@ class TokenServer:
     def _attach(self, identity: bytes, incarnation: Incarnation, name: str) -> None:
         if before := self._by_incarnation.get(incarnation):
             self._forget(before)
+        elif len(self._by_index) >= _MAX_FRONTENDS:
+            logger.warning("a frontend is refused: %d are attached", len(self._by_index))
+            self._reply(identity, incarnation, tokens.Unknown())
+            return
+        name = name[:_MAX_NAME]
         frontend = _Frontend(
             name, incarnation, self._next_index, identity, self._clock() + tokens.LEASE_S
         )
@@ -201,27 +211,61 @@ class TokenServer:
         self._abort(frontend, tuple(frontend.open))
 
     def _add(self, frontend: _Frontend, request_id: RequestId, payload: list[bytes]) -> None:
-        # Client input must never end the engine: whatever vLLM makes of it ends the request only.
-        try:
-            request = self._decoder.decode(payload)
-            request.request_id = request_id
-            request.client_index = frontend.client_index
-            prepared = self._core.preprocess_add_request(request)
-        except Exception:
-            logger.exception("request %s of frontend %s is refused", request_id, frontend.name)
-            output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
-            self._send_outputs(frontend.client_index, EngineCoreOutputs(outputs=[output]))
+        if request_id in frontend.open:
+            self._dropped += 1
             return
         frontend.open.add(request_id)
+        index = frontend.client_index
+        self._preparing.submit(lambda: self._prepare(index, request_id, payload))
+
+    def _prepare(self, client_index: int, request_id: RequestId, payload: list[bytes]) -> None:
+        """Do what vLLM's input thread does; on the thread for that."""
+        # Client input must never end the engine: whatever is wrong with it ends the request only.
+        try:
+            request = self._decoder.decode(payload)
+            request.request_id, request.client_index = request_id, client_index
+            self._refuse(request)
+            prepared = self._core.preprocess_add_request(request)
+        except Exception:
+            logger.exception("request %s is refused", request_id)
+            output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
+            self.take_outputs(client_index, EngineCoreOutputs(outputs=[output]))
+            return
         self._core.input_queue.put_nowait((EngineCoreRequestType.ADD, prepared))
+
+    def _refuse(self, request: EngineCoreRequest) -> None:
+        """Refuse what the engine's own thread would not survive. Raises ValueError."""
+        config = self._core.vllm_config
+        prompt = request.prompt_token_ids
+        if request.sampling_params is None or request.pooling_params is not None or not prompt:
+            raise ValueError("only a prompt of tokens to go on from can be served")
+        if request.prompt_embeds is not None or request.mm_features:
+            raise ValueError("only text can be served")
+        if request.resumable or request.abort_immediately:
+            raise ValueError("a session cannot be served")
+        if len(prompt) >= config.model_config.max_model_len:
+            raise ValueError(f"a prompt of {len(prompt)} tokens is too long")
+        if min(prompt) < 0 or max(prompt) >= config.model_config.get_vocab_size():
+            raise ValueError("the prompt has tokens that the model does not know")
+        if request.lora_request is not None and config.lora_config is None:
+            raise ValueError("this engine has no LoRA adapters")
+        if request.request_id in self._core.scheduler.requests:
+            raise ValueError("its id is in use")
 
     def _abort(self, frontend: _Frontend, request_ids: Sequence[RequestId]) -> None:
         ended = [each for each in request_ids if each in frontend.open]
         if ended:
             frontend.open.difference_update(ended)
-            # As vLLM's own input thread does: one queue is read in a step, the other keeps order.
-            self._core.aborts_queue.put_nowait(ended)
-            self._core.input_queue.put_nowait((EngineCoreRequestType.ABORT, ended))
+            self._preparing.submit(lambda: self._end(ended))  # after their ADD
+
+    def _end(self, request_ids: list[RequestId]) -> None:
+        # As vLLM's own input thread does: one queue is read in a step, the other keeps the order.
+        self._core.aborts_queue.put_nowait(request_ids)
+        self._core.input_queue.put_nowait((EngineCoreRequestType.ABORT, request_ids))
+
+    def close(self) -> None:
+        """Stop the thread; nothing more is added."""
+        self._preparing.shutdown(wait=False, cancel_futures=True)
 
     def _send_outputs(self, client_index: int, outputs: EngineCoreOutputs) -> None:
         frontend = self._by_index.get(client_index)
@@ -259,32 +303,28 @@ class TokenServer:
 
 def _tokens_to_compute(request: Any) -> int:
     """Return how much of its prompt a request has yet to compute on this engine."""
-    params = request.kv_transfer_params or {}
+    params = request.kv_transfer_params
     fetches = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or (
-        params.get("do_remote_prefill") and request.num_computed_tokens == 0
+        isinstance(params, dict)
+        and params.get("do_remote_prefill")
+        and request.num_computed_tokens == 0
     )
     return 0 if fetches else max(0, request.num_prompt_tokens - request.num_computed_tokens)
 
 
-class DivertedQueue(queue.Queue[Any]):
-    """The engine core's output queue: what is meant for frontends goes to the token server."""
+def divert_outputs(core: EngineCoreProc, server: TokenServer) -> None:
+    """Let what the core gives out for frontends go to the token server."""
+    put_nowait = core.output_queue.put_nowait
 
-    def __init__(self, server: TokenServer, before: queue.Queue[Any]) -> None:
-        super().__init__()
-        self._server = server
-        while not before.empty():
-            super().put_nowait(before.get_nowait())
-
-    def put_nowait(self, item: Any) -> None:
-        if isinstance(item, tuple):
+    def divert(item: Any) -> None:
+        if isinstance(item, tuple) and item[0] >= _FIRST_CLIENT_INDEX:
             client_index, outputs = item
-            stats = outputs.scheduler_stats
-            if client_index >= _FIRST_CLIENT_INDEX:
-                outputs.scheduler_stats = None
-                self._server.take_outputs(client_index, outputs)
-                if stats is None:
-                    return
-                # vLLM gives a step's statistics to any one client; only the API server publishes
-                # them.
-                item = (0, EngineCoreOutputs(scheduler_stats=stats))
-        super().put_nowait(item)
+            stats, outputs.scheduler_stats = outputs.scheduler_stats, None
+            server.take_outputs(client_index, outputs)
+            if stats is None:
+                return
+            # vLLM gives a step's statistics to any one client; only the API server publishes them.
+            item = (0, EngineCoreOutputs(scheduler_stats=stats))
+        put_nowait(item)
+
+    core.output_queue.put_nowait = divert

@@ -64,7 +64,7 @@ class Servers:
 
     def start_local(self, logs: Path) -> Engine:
         """Start another frontend over the same engines, that hands nothing off."""
-        pool = _engine_urls(self.up)
+        pool = engine_urls(self.up)
         arguments = (
             *("--prefill", pool["prefill-0"], "--decode", pool["decode-0"]),
             *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
@@ -74,7 +74,7 @@ class Servers:
         return start_frontend("serve", models.smollm2(), arguments, folder=logs)
 
 
-def _engine_urls(up: Engine) -> dict[str, str]:
+def engine_urls(up: Engine) -> dict[str, str]:
     words = [line.split() for line in up.log.read_text().splitlines() if "] starting " in line]
     return {w[w.index("starting") + 1]: w[w.index("at") + 1].rstrip(",") for w in words}
 
@@ -387,7 +387,7 @@ def test_fifty_at_once_get_what_each_would_get_alone(alone: Engine, frontend: En
 
 def test_a_client_that_leaves_frees_every_engine(servers: dict[str, Engine]) -> None:
     frontend = servers["handed off"]
-    engines = _engine_urls(frontend)
+    engines = engine_urls(frontend)
     for tokens in (0, 1, 3):
         chunks = complete(client_of(frontend), frontend.model, max_tokens=2000, stream=True)
         for _ in zip(range(tokens), chunks, strict=False):
@@ -400,7 +400,7 @@ def test_a_client_that_leaves_frees_every_engine(servers: dict[str, Engine]) -> 
 def test_a_frontend_ends_what_is_under_way_when_it_is_told_to_stop(
     servers: dict[str, Engine], logs: Path
 ) -> None:
-    pool = _engine_urls(servers["handed off"])
+    pool = engine_urls(servers["handed off"])
     arguments = (
         "--decode",
         pool["decode-0"],

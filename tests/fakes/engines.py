@@ -211,12 +211,16 @@ class FakeEngine(FakeMemory):
         self.control.withdraw(running.source.handoff_id, running.epoch)
 
     def seal(
-        self, request_id: str, blocks: Sequence[int] | BlockTables, num_tokens: int | None = None
+        self,
+        request_id: str,
+        blocks: Sequence[int] | BlockTables,
+        num_tokens: int | None = None,
+        sampled: int | None = None,
     ) -> None:
-        """The request has ended with KV to hand off."""
+        """The request has ended with KV to hand off, and perhaps with a token after it."""
         running = self.running.pop(request_id)
         tokens = running.num_tokens if num_tokens is None else num_tokens
-        self.control.seal(running.source.handoff_id, tokens, self._tables(blocks))
+        self.control.seal(running.source.handoff_id, tokens, self._tables(blocks), sampled)
 
     def drop(self, request_id: str) -> None:
         """The request has ended without."""
@@ -244,9 +248,12 @@ class FakeEngine(FakeMemory):
         num_tokens: int,
         first_token: int = 0,
         choice: CodecChoice = BIT_FOR_BIT,
+        seeds: bool = False,
     ) -> None:
         tables = self._tables(blocks)
-        spec = FetchSpec(request_id, source, first_token, num_tokens, tables, codec=choice)
+        spec = FetchSpec(
+            request_id, source, first_token, num_tokens, tables, codec=choice, seeds=seeds
+        )
         self.specs[request_id] = spec
         self.plane.fetch(spec)
 

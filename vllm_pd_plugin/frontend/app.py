@@ -9,27 +9,36 @@ import os
 import signal
 import socket
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from vllm import AsyncEngineArgs, envs
 from vllm.config import VllmConfig
-from vllm.entrypoints.launchers.api_server.entry import build_and_serve
-from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.version import __version__ as vllm_version
 
 from vllm_pd_plugin.async_channel import close_context, new_context
 from vllm_pd_plugin.errors import PdError
+from vllm_pd_plugin.frontend.admin import make_router
 from vllm_pd_plugin.frontend.client import PoolCore, PoolLLM
-from vllm_pd_plugin.frontend.dispatch import Dispatch
+from vllm_pd_plugin.frontend.context import ContextMiddleware
+from vllm_pd_plugin.frontend.dispatch import Dispatch, Requirement
 from vllm_pd_plugin.frontend.link import Connection
 from vllm_pd_plugin.frontend.local import LocalEngine, Supervisor
+from vllm_pd_plugin.frontend.membership import Membership
 from vllm_pd_plugin.frontend.options import FrontendOptions
+from vllm_pd_plugin.frontend.workers import ENGINES_FILE_VARIABLE, run_workers
 from vllm_pd_plugin.ids import new_incarnation
 from vllm_pd_plugin.vllm_hooks import log_like_vllm
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 5.0
+_LOOK_S = 0.25
 
 
 class NoEnginesError(PdError):
@@ -37,19 +46,27 @@ class NoEnginesError(PdError):
 
 
 async def serve(
-    args: argparse.Namespace, options: FrontendOptions, local: Sequence[LocalEngine] = ()
+    args: argparse.Namespace,
+    options: FrontendOptions,
+    local: Sequence[LocalEngine],
+    worker: Sequence[str],
 ) -> None:
     """Serve until SIGINT or SIGTERM, then let what is under way end.
 
-    local: engines to run for as long.
+    local: engines to run for as long. worker: what starts one of several workers.
 
     Raises:
         NoEnginesError: none came up in time.
         EngineStartError: a local engine ended before it was up.
     """
     log_like_vllm()
+    if options.workers > 1 and ENGINES_FILE_VARIABLE not in os.environ:
+        await run_workers(args, options, local, worker)
+        return
     signal.signal(signal.SIGTERM, _interrupt)  # until the server has handlers of its own
-    listen_address, sock = setup_server(args, reuse_port=False)
+    shared = os.environ.get(ENGINES_FILE_VARIABLE)
+    _, sock = setup_server(args, reuse_port=shared is not None)
+    membership = Membership.open(options.engines, Path(shared) if shared else None)
     context = new_context()
     supervisor = Supervisor(local)
     try:
@@ -62,13 +79,12 @@ async def serve(
                 context,
                 session,
             )
-            core = PoolCore(options.policy, options.limits)
+            core = PoolCore(options.policy, options.limits, options.slos)
             try:
-                for url, role in options.engines:
-                    core.dispatch.add_engine(url, role, connection)
+                core.dispatch.use(membership.engines, connection)
                 await _until(supervisor.failure, wait_for_engines(core.dispatch, options.wait_s))
                 supervisor.all_are_up()
-                await _serve(args, core, listen_address, sock)
+                await _serve(args, options, core, connection, membership, sock)
             finally:
                 await core.dispatch.close()
     finally:
@@ -90,13 +106,65 @@ async def _until(failure: asyncio.Future[None], work: Coroutine[Any, Any, None])
 
 
 async def _serve(
-    args: argparse.Namespace, core: PoolCore, listen_address: str, sock: socket.socket
+    args: argparse.Namespace,
+    options: FrontendOptions,
+    core: PoolCore,
+    connection: Connection,
+    membership: Membership,
+    sock: socket.socket,
 ) -> None:
-    lengths = [m.link.description.max_model_len for m in core.dispatch.pool if m.is_up]
-    config = frontend_config(args, min(lengths))
+    there = [member.link.description for member in core.dispatch.pool if member.is_up]
+    config = frontend_config(args, min(each.max_model_len for each in there))
+    core.dispatch.require(
+        Requirement(config.model_config.max_model_len, there[0].model_digest, vllm_version)
+    )
     client = PoolLLM(config, core, args.enable_log_requests)
-    shutdown = await build_and_serve(client, listen_address, sock, args)
+    tasks = await client.get_supported_tasks()
+    args.middleware = [*args.middleware, f"{ContextMiddleware.__module__}.ContextMiddleware"]
+    app = build_app(args, tasks, client.model_config)
+    follower = asyncio.create_task(_follow(membership, core.dispatch, connection))
+    app.include_router(
+        make_router(
+            core.dispatch,
+            membership,
+            lambda: core.dispatch.use(membership.engines, connection),
+            args.host,
+            options.admin_key,
+        )
+    )
+    await init_app_state(client, app.state, args, tasks)
+    log_config = get_uvicorn_log_config(args)
+    shutdown = await serve_http(
+        app,
+        sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({"log_config": log_config} if log_config is not None else {}),
+    )
     await shutdown
+    follower.cancel()
+
+
+async def _follow(membership: Membership, dispatch: Dispatch, connection: Connection) -> None:
+    """Use the engines that other workers were told to use."""
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        try:
+            if membership.look():
+                dispatch.use(membership.engines, connection)
+        except (OSError, PdError):
+            logger.exception("the list of engines cannot be read")
 
 
 async def wait_for_engines(dispatch: Dispatch, wait_s: float) -> None:
@@ -125,7 +193,7 @@ def _is_complete(dispatch: Dispatch) -> bool:
 
 
 def _problems(dispatch: Dispatch) -> str:
-    missing = [f"{m.key} ({m.role}): {m.link.problem}" for m in dispatch.pool if not m.is_up]
+    missing = [f"{m.key} ({m.role}): {m.problem}" for m in dispatch.pool if not m.is_up]
     return "; ".join(missing) or "no engine of the other role was named"
 
 

@@ -14,42 +14,61 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.renderers import renderer_from_config
+from vllm.tracing import init_tracer
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerManager
 
+from vllm_pd_plugin.codecs import AUTO, Codec
 from vllm_pd_plugin.frontend.course import Course, Ending
-from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits
-from vllm_pd_plugin.frontend.metrics import FrontendMetrics
+from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits, Underway
+from vllm_pd_plugin.frontend.metrics import FrontendMetrics, Objectives
 from vllm_pd_plugin.frontend.routing import Policy
+from vllm_pd_plugin.frontend.tracing import record, spans_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from vllm.config import VllmConfig
     from vllm.tasks import SupportedTask
 
 _CLIENT_PARAMS = {"codec"}
 """What a client may say in ``kv_transfer_params``; the rest is between frontend and engines."""
+_FLUSH_S = 0.2
+"""What is left of answers when the last request has ended is written in this time."""
 
-_STATUS = {
-    Ending.NO_ENGINE: HTTPStatus.SERVICE_UNAVAILABLE,
-    Ending.ATTEMPTS_EXHAUSTED: HTTPStatus.BAD_GATEWAY,
-    Ending.NOT_REPLAYABLE: HTTPStatus.BAD_GATEWAY,
-    Ending.REPLAY_DIFFERS: HTTPStatus.BAD_GATEWAY,
-    Ending.DEADLINE: HTTPStatus.GATEWAY_TIMEOUT,
-}
-_TEXT = {
-    Ending.NO_ENGINE: "no engine that could take the request came up in time; try again later",
-    Ending.ATTEMPTS_EXHAUSTED: "several engines failed one after another; try again",
-    Ending.NOT_REPLAYABLE: "the engine was lost, and what it had sampled cannot be sampled again: "
-    "penalties or structured output at a temperature above 0 need a seed for that",
-    Ending.REPLAY_DIFFERS: "the engine was lost, and another one sampled something else",
-    Ending.DEADLINE: "the request took longer than the frontend allows",
+_ANSWERS = {
+    Ending.NO_ENGINE: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "no engine that could take the request came up in time; try again later",
+    ),
+    Ending.SHUTDOWN: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "this frontend is shutting down; try another one",
+    ),
+    Ending.ATTEMPTS_EXHAUSTED: (
+        HTTPStatus.BAD_GATEWAY,
+        "several engines failed one after another; try again",
+    ),
+    Ending.NOT_REPLAYABLE: (
+        HTTPStatus.BAD_GATEWAY,
+        "the engine was lost, and what it had sampled cannot be sampled again: penalties or "
+        "structured output at a temperature above 0 need a seed for that",
+    ),
+    Ending.REPLAY_DIFFERS: (
+        HTTPStatus.BAD_GATEWAY,
+        "the engine was lost, and another one sampled something else",
+    ),
+    Ending.DEADLINE: (HTTPStatus.GATEWAY_TIMEOUT, "the request took longer than is allowed"),
+    Ending.UNSENDABLE: (
+        HTTPStatus.BAD_REQUEST,
+        "the request has a number or a text in it that cannot be sent",
+    ),
+    Ending.INTERNAL: (HTTPStatus.INTERNAL_SERVER_ERROR, "the frontend failed; see its log"),
 }
 
 
@@ -57,7 +76,8 @@ class PoolError(GracefulHTTPError):
     """A request ended without an answer."""
 
     def __init__(self, ending: Ending) -> None:
-        super().__init__(_TEXT[ending], _STATUS[ending])
+        status, text = _ANSWERS[ending]
+        super().__init__(text, status)
 
 
 class PoolCore(EngineCoreClient):
@@ -65,16 +85,18 @@ class PoolCore(EngineCoreClient):
 
     engine_ranks_managed = [0]  # noqa: RUF012
 
-    def __init__(self, policy: Policy, limits: Limits) -> None:
+    def __init__(self, policy: Policy, limits: Limits, slos: Mapping[str, Objectives]) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self.on_failed: Callable[[Course, Ending], None] = lambda course, ending: None
+        self.on_over: Callable[[Underway], None] = lambda underway: None
         self.dispatch = Dispatch(
             policy,
             limits,
-            FrontendMetrics(),
+            FrontendMetrics(slos),
             self._outputs.put_nowait,
             lambda course, ending: self.on_failed(course, ending),
+            lambda underway: self.on_over(underway),
         )
 
     async def get_output_async(self) -> EngineCoreOutputs:
@@ -84,6 +106,8 @@ class PoolCore(EngineCoreClient):
         return ("generate",)
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
+        if request.mm_features or request.prompt_embeds is not None:
+            raise VLLMValidationError("this server takes text only")
         self.dispatch.add(request)
 
     async def abort_requests_async(self, request_ids: Iterable[str]) -> None:
@@ -116,6 +140,9 @@ class PoolLLM(AsyncLLM):
         self.engine_core = core
         self.dispatch = core.dispatch
         core.on_failed = self._request_failed
+        if (endpoint := vllm_config.observability_config.otlp_traces_endpoint) is not None:
+            init_tracer("vllm.llm_engine", endpoint)
+            core.on_over = self._trace
         self.logger_manager = StatLoggerManager(
             vllm_config=vllm_config, engine_idxs=[0], enable_default_loggers=True
         )
@@ -134,16 +161,22 @@ class PoolLLM(AsyncLLM):
         super().check_admission(n, request_id)
 
     async def add_request(
-        self, request_id: str, prompt: Any, params: Any, *args: Any, **kw: Any
-    ) -> Any:
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> RequestOutputCollector:
         """Check what only a frontend can know of a request, and begin it."""
-        transfer = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
-        if transfer is not None and (
-            not isinstance(transfer, dict) or set(transfer) - _CLIENT_PARAMS
-        ):
-            text = f"kv_transfer_params may hold {', '.join(_CLIENT_PARAMS)}, and nothing else"
-            raise VLLMValidationError(text, parameter="kv_transfer_params")
-        return await super().add_request(request_id, prompt, params, *args, **kw)
+        refuse_transfer_params(getattr(params, "extra_args", None) or {})
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        params, prompt = request.sampling_params, request.prompt_token_ids
+        if params is not None and params.max_tokens is not None and prompt is not None:
+            room = self.model_config.max_model_len - len(prompt)
+            params.max_tokens = max(1, min(params.max_tokens, room))
+        try:
+            await super()._add_request(request, *args, **kwargs)
+        except BaseException:
+            self.output_processor.abort_requests([request.request_id], internal=True)
+            raise
 
     async def check_health(self) -> None:
         """Raise EngineDeadError while no request could be served."""
@@ -154,12 +187,15 @@ class PoolLLM(AsyncLLM):
     def shutdown(self, timeout: float | None = None) -> None:
         """Let what is under way come to its end, for so many seconds; then end it.
 
-        Not from the event loop's own thread, unless timeout is 0 or None.
+        Not from the event loop's own thread.
         """
         self._is_draining = True
         deadline = time.monotonic() + (timeout or 0.0)
-        while len(self.dispatch) and time.monotonic() < deadline:
+        while self.get_num_unfinished_requests() and time.monotonic() < deadline:
             time.sleep(0.05)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.dispatch.give_up, Ending.SHUTDOWN)
+        time.sleep(_FLUSH_S)
         if self.output_handler is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.output_handler.cancel)
         self.renderer.shutdown()
@@ -178,3 +214,34 @@ class PoolLLM(AsyncLLM):
         whole = parent.request_id if parent is not None else course.id
         ended = self.output_processor.abort_requests([whole], internal=True)
         self.dispatch.abort(ended)
+
+    def _trace(self, underway: Underway) -> None:
+        """Tell the trace collector how a request went."""
+        request, route = underway.course.request, underway.course.route
+        now = self._loop.time()
+        attributes: dict[str, str | int] = {
+            "gen_ai.request.id": request.external_req_id or request.request_id,
+            "pd.attempts": underway.course.attempt,
+        }
+        if route is not None:
+            attributes |= {
+                "pd.route": route.reason.value,
+                "pd.prefill_engine": route.prefill or route.decode,
+                "pd.decode_engine": route.decode,
+            }
+        spans = spans_of(underway.marks, underway.timeline.first_at, now)
+        record(spans, now, attributes, request.trace_headers)
+
+
+def refuse_transfer_params(extra_args: Mapping[str, Any]) -> None:
+    """Refuse what a client may not say to the connector. Raises VLLMValidationError."""
+    transfer = extra_args.get("kv_transfer_params")
+    if transfer is None:
+        return
+    if not isinstance(transfer, dict) or set(transfer) - _CLIENT_PARAMS:
+        text = f"kv_transfer_params may hold {', '.join(_CLIENT_PARAMS)}, and nothing else"
+        raise VLLMValidationError(text, parameter="kv_transfer_params")
+    codecs = [AUTO, *(codec.value for codec in Codec)]
+    if transfer.get("codec", AUTO) not in codecs:
+        text = f"codec must be one of {', '.join(codecs)}"
+        raise VLLMValidationError(text, parameter="kv_transfer_params")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 
 from vllm_pd_plugin.frontend.legs import (
     Handoff,
@@ -57,6 +58,10 @@ class Ending(enum.StrEnum):
     NOT_REPLAYABLE = "not_replayable"
     REPLAY_DIFFERS = "replay_differs"
     DEADLINE = "deadline"
+    UNSENDABLE = "unsendable"
+    """It has something in it that cannot be written down."""
+    SHUTDOWN = "shutdown"
+    INTERNAL = "internal"
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -91,8 +96,8 @@ class Dispatcher(Protocol):
     def emit(self, output: EngineCoreOutput) -> None:
         """Give an output to the client."""
 
-    def try_again(self, course: Course, failure: Failure) -> None:
-        """Call ``course.start`` after a while."""
+    def try_again(self, course: Course, engines: Sequence[EngineKey], failure: Failure) -> None:
+        """Call ``course.start`` after a while; those engines may be at fault."""
 
     def queue(self, course: Course, why: Unroutable) -> None:
         """Call ``course.start`` when an engine has come, or ``course.give_up``."""
@@ -126,6 +131,7 @@ class Course:
         self._prefill_stats: PrefillStats | None = None
         self._held: list[EngineCoreOutput] = []
         """What the decode engine gave out before the prefill engine's token came."""
+        self._has_started = False
         self._skip = 0
         """How many tokens are still to come that the client has got before."""
 
@@ -169,6 +175,7 @@ class Course:
         self.route = route
         self.attempt += 1
         self._held = []
+        self._prefill_stats = None
         self._skip = len(self.sent) if replay_of(self.params) is Replay.REGENERATE else 0
         work = Work(self.request, self.prompt, self.max_tokens)
         if route.prefill is None:
@@ -208,11 +215,13 @@ class Course:
         if leg.kind is LegKind.PREFILL:
             self._take_prefill(leg, output)
         elif finish is FinishReason.ABORT:
-            self.fail(leg.engine, Failure.ENGINE_STOPPED)
+            self.fail([leg.engine], Failure.ENGINE_STOPPED)
         elif finish is FinishReason.ERROR:
             # Which of the two engines is at fault is not known here.
-            prefill = self.route.prefill if self.route else None
-            self.fail(prefill or leg.engine, Failure.REQUEST_FAILED)
+            engines = [leg.engine]
+            if leg.kind is LegKind.DECODE and self.route is not None and self.route.prefill:
+                engines.append(self.route.prefill)
+            self.fail(engines, Failure.REQUEST_FAILED)
         elif leg.kind is LegKind.DECODE and LegKind.PREFILL in self._legs and self._seeds:
             self._held.append(output)
         else:
@@ -225,13 +234,13 @@ class Course:
         if not self._seeds:
             # Its token is not used. A failure is the decode engine's to deal with: it may have
             # ended the prefill itself, because it has the KV already.
-            if finish is FinishReason.ABORT and not self._decodes:
-                self.fail(leg.engine, Failure.ENGINE_STOPPED)
+            if finish is FinishReason.ABORT and not self.decodes:
+                self.fail([leg.engine], Failure.ENGINE_STOPPED)
             return
         if failed or not output.new_token_ids:
             stopped = finish is FinishReason.ABORT
             failure = Failure.ENGINE_STOPPED if stopped else Failure.REQUEST_FAILED
-            self.fail(leg.engine, failure)
+            self.fail([leg.engine], failure)
             return
         if finish is FinishReason.LENGTH and self.max_tokens > 1:
             output.finish_reason = None  # it is only the leg that is at its end
@@ -241,7 +250,7 @@ class Course:
             self._emit(each)
 
     @property
-    def _decodes(self) -> bool:
+    def decodes(self) -> bool:
         """Whether the decode engine has given something out: the handoff is over."""
         leg = self._legs.get(LegKind.DECODE)
         return leg is not None and leg.has_output
@@ -258,6 +267,12 @@ class Course:
         self.sent += output.new_token_ids
         output.request_id = self.id
         output.kv_transfer_params = None
+        if self._has_started and output.events:
+            # When it was queued and scheduled is known of the first leg, and vLLM expects it once.
+            output.events = [
+                event for event in output.events if event.type == EngineCoreEventType.PREEMPTED
+            ]
+        self._has_started = True
         self._dispatcher.emit(output)
         if output.finish_reason is not None:
             self._end(None)
@@ -274,6 +289,8 @@ class Course:
             self._end(Ending.REPLAY_DIFFERS)
             return False
         output.new_token_ids = output.new_token_ids[known:]
+        if known:
+            output.new_sampling_mask = output.routed_experts = None  # they count all tokens
         if output.new_logprobs is not None:
             rows = output.new_logprobs
             output.new_logprobs = rows._replace(
@@ -286,26 +303,27 @@ class Course:
     # --- failing and ending ------------------------------------------------------------------
 
     def engine_lost(self, engine: EngineKey) -> None:
-        """An engine is gone, and the legs on it."""
+        """An engine is gone, or must not be used any more: the legs on it are over."""
         for leg in self.legs:
             if leg.engine == engine:
                 del self._legs[leg.kind]
-                self._dispatcher.drop(leg, abort=False)
-                if leg.kind is LegKind.PREFILL and not self._seeds and self._decodes:
+                self._dispatcher.drop(leg, abort=True)
+                if leg.kind is LegKind.PREFILL and not self._seeds and self.decodes:
                     continue  # the handoff was over
-                self.fail(engine, Failure.ENGINE_LOST)
+                self.fail([engine], Failure.ENGINE_LOST)
                 return
         # It had sampled its token, but the decode engine may not have all KV yet.
         handed_off = self.route is not None and self.route.prefill == engine
-        if handed_off and LegKind.DECODE in self._legs and not self._decodes:
-            self.fail(engine, Failure.ENGINE_LOST)
+        if handed_off and LegKind.DECODE in self._legs and not self.decodes:
+            self.fail([engine], Failure.ENGINE_LOST)
 
-    def fail(self, engine: EngineKey, failure: Failure) -> None:
-        """This attempt has failed because of an engine: end what is left of it, and try again."""
+    def fail(self, engines: Sequence[EngineKey], failure: Failure) -> None:
+        """This attempt has failed, and these engines may be at fault: end what is left of it, and
+        try again."""
         if self.is_over:
             return
         self._abort_legs()
-        self.excluded.add(engine)
+        self.excluded.update(engines)
         self._held = []
         if self.attempt >= MAX_ATTEMPTS:
             self._end(Ending.ATTEMPTS_EXHAUSTED)
@@ -313,8 +331,9 @@ class Course:
             self._end(Ending.NOT_REPLAYABLE)
         else:
             text = "request %s: %s (%s) in attempt %d; trying again after %d tokens"
-            logger.warning(text, self.id, engine, failure, self.attempt, len(self.sent))
-            self._dispatcher.try_again(self, failure)
+            names = ", ".join(engines)
+            logger.warning(text, self.id, names, failure, self.attempt, len(self.sent))
+            self._dispatcher.try_again(self, engines, failure)
 
     def give_up(self, ending: Ending) -> None:
         """End without a final output."""

@@ -9,8 +9,9 @@ import asyncio
 import dataclasses
 import logging
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 from vllm.v1.engine import (
     EngineCoreEventType,
@@ -19,10 +20,12 @@ from vllm.v1.engine import (
     EngineCoreRequest,
 )
 
+from vllm_pd_plugin.frontend.context import current
 from vllm_pd_plugin.frontend.course import Course, Ending, Failure, Leg
 from vllm_pd_plugin.frontend.legs import LegKind
 from vllm_pd_plugin.frontend.link import Connection, Link
-from vllm_pd_plugin.frontend.metrics import FrontendMetrics
+from vllm_pd_plugin.frontend.membership import Engines
+from vllm_pd_plugin.frontend.metrics import FrontendMetrics, Timeline
 from vllm_pd_plugin.frontend.pool import Member, Pool
 from vllm_pd_plugin.frontend.prefixes import PrefixIndex
 from vllm_pd_plugin.frontend.routing import (
@@ -35,6 +38,8 @@ from vllm_pd_plugin.frontend.routing import (
     Unroutable,
     choose,
 )
+from vllm_pd_plugin.frontend.seeding import is_seed_safe, needs_whole_prompt
+from vllm_pd_plugin.frontend.tracing import Marks
 from vllm_pd_plugin.ids import Address, RequestId
 from vllm_pd_plugin.tokens import Blocks, EngineLoad
 
@@ -42,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.25
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 0.5
-_NEW_OVERHEAD_WEIGHT = 0.1
+_NEW_HANDOFF_WEIGHT = 0.1
 _REMEMBERED_SESSIONS = 10_000
 
 
@@ -60,6 +65,25 @@ class Limits:
     queue_s: float = 30.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Requirement:
+    """What an engine must be to be used: as long a context, the same model, the same vLLM."""
+
+    max_model_len: int
+    model_digest: str
+    vllm_version: str
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Underway:
+    """A course, and what is noted of it for metrics and traces."""
+
+    course: Course
+    timeline: Timeline
+    marks: Marks
+    deadline: float
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class _Waiting:
     course: Course
@@ -72,6 +96,7 @@ class Dispatch:
 
     on_outputs: takes what is for clients, as an engine core would give it out.
     on_failed: takes courses whose clients get no final output.
+    on_over: takes every course when it is over.
     """
 
     def __init__(
@@ -81,6 +106,7 @@ class Dispatch:
         metrics: FrontendMetrics,
         on_outputs: Callable[[EngineCoreOutputs], None],
         on_failed: Callable[[Course, Ending], None],
+        on_over: Callable[[Underway], None] = lambda underway: None,
     ) -> None:
         self.policy = policy
         self.metrics = metrics
@@ -89,10 +115,14 @@ class Dispatch:
         self._limits = limits
         self._on_outputs = on_outputs
         self._on_failed = on_failed
-        self._courses: dict[RequestId, Course] = {}
-        self._legs: dict[RequestId, tuple[Course, Leg]] = {}
+        self._on_over = on_over
+        self._requirement: Requirement | None = None
+        self._courses: dict[RequestId, Underway] = {}
+        self._legs: dict[RequestId, tuple[Underway, Leg]] = {}
         self._last_output: dict[RequestId, float] = {}
         self._waiting: dict[RequestId, _Waiting] = {}
+        self._draining: dict[EngineKey, float] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._batch: list[EngineCoreOutput] | None = None
         self._turn = 0
         self._handoff_s = 0.0
@@ -104,19 +134,33 @@ class Dispatch:
     def __len__(self) -> int:
         return len(self._courses)
 
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests wait for an engine to come up."""
+        return len(self._waiting)
+
     # --- requests ----------------------------------------------------------------------------
 
     def add(self, request: EngineCoreRequest) -> None:
         """Begin a request."""
+        context = current()
         course = Course(request, self)
-        self._courses[course.id] = course
-        course.start()
+        slo_class = self.metrics.slo_class(context.slo_class)
+        now = course.arrived_at
+        deadline = now + min(self._limits.request_s, context.timeout_s)
+        self._courses[course.id] = Underway(course, Timeline(now, slo_class), Marks(now), deadline)
+        self._start(course)
 
     def abort(self, request_ids: Iterable[RequestId]) -> None:
         """The clients do not want these any more."""
         for request_id in request_ids:
-            if course := self._courses.get(request_id):
-                course.cancel()
+            if underway := self._courses.get(request_id):
+                underway.course.cancel()
+
+    def give_up(self, ending: Ending) -> None:
+        """End everything."""
+        for underway in list(self._courses.values()):
+            underway.course.give_up(ending)
 
     def serves(self) -> str | None:
         """Return None when a request can be served now, else what is missing."""
@@ -126,31 +170,83 @@ class Dispatch:
 
     # --- engines -----------------------------------------------------------------------------
 
-    def add_engine(self, url: EngineKey, role: Role, connection: Connection) -> None:
-        """Take an engine into the pool; does nothing if it is there."""
-        if self.pool.get(url) is None:
-            self.pool.add(Member(url, role, Link(url, connection, self)))
+    def require(self, requirement: Requirement) -> None:
+        """From now on use engines only that meet it."""
+        self._requirement = requirement
+        for member in self.pool:
+            if member.link.is_attached:
+                member.mismatch = self._mismatch(member)
 
-    async def remove_engine(self, url: EngineKey) -> None:
-        """Take an engine out of the pool; what is under way on it goes on elsewhere."""
-        member = self.pool.remove(url)
-        self._lose(member)
-        await member.link.close()
+    def use(self, engines: Engines, connection: Connection) -> None:
+        """Make the pool what is wanted; what is under way on an engine that leaves goes on
+        elsewhere."""
+        for member in self.pool:
+            wanted = engines.get(member.key)
+            if wanted is None or wanted.role is not member.role:
+                self._remove(member)
+        for url, wanted in engines.items():
+            if self.pool.get(url) is None:
+                self.pool.add(Member(url, wanted.role, Link(url, connection, self)))
+            self._set_draining(self.pool[url], wanted.drain_until)
+        self._start_waiting()
+
+    def _set_draining(self, member: Member, until: float | None) -> None:
+        if until is None:
+            member.is_draining = False
+            self._draining.pop(member.key, None)
+        elif not member.is_draining:
+            member.is_draining = True
+            self._draining[member.key] = self.now() + until - time.time()
+
+    def _remove(self, member: Member) -> None:
+        self._leave(member)
+        self.pool.remove(member.key)
+        self._draining.pop(member.key, None)
+        self._prefixes.forget(member.key)
+        self._closing = {task for task in self._closing if not task.done()}
+        self._closing.add(self._loop.create_task(member.link.close()))
 
     async def close(self) -> None:
+        """End what is under way, and the connections."""
         self._sweeper.cancel()
+        self.give_up(Ending.SHUTDOWN)
         for member in self.pool:
             await member.link.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    def _mismatch(self, member: Member) -> str:
+        """Say why an engine that is there cannot be used; empty if it can."""
+        wanted, is_there = self._requirement, member.link.description
+        if is_there.role not in (Role.BOTH.value, member.role.value):
+            return f"it is named as {member.role}, and was started with --kv-role {is_there.role}"
+        if wanted is None:
+            return ""
+        if is_there.max_model_len < wanted.max_model_len:
+            return (
+                f"its --max-model-len is {is_there.max_model_len}, and this frontend serves "
+                f"{wanted.max_model_len}"
+            )
+        if is_there.model_digest != wanted.model_digest:
+            return f"it runs another model than the other engines ({is_there.model})"
+        if is_there.vllm_version != wanted.vllm_version:
+            return f"it runs vLLM {is_there.vllm_version}, and this frontend {wanted.vllm_version}"
+        return ""
 
     # --- what links say ----------------------------------------------------------------------
 
     def attached(self, link: Link, load: EngineLoad) -> None:
-        if member := self.pool.get(link.url):
-            member.set_load(load)
-            member.worked()
-            text = "engine %s is there: %s, role %s"
-            logger.info(text, link.url, link.description.model, member.role)
-            self._start_waiting()
+        member = self.pool.get(link.url)
+        if member is None:
+            return
+        member.mismatch = self._mismatch(member)
+        member.set_load(load)
+        member.worked()
+        if member.mismatch:
+            logger.error("engine %s is not used: %s", link.url, member.mismatch)
+            return
+        text = "engine %s is there: %s, role %s"
+        logger.info(text, link.url, link.description.model, member.role)
+        self._start_waiting()
 
     def loaded(self, link: Link, load: EngineLoad) -> None:
         if member := self.pool.get(link.url):
@@ -164,48 +260,63 @@ class Dispatch:
         self._prefixes.forget(link.url)
         if member := self.pool.get(link.url):
             self.metrics.engine_lost()
-            self._lose(member)
+            self._leave(member)
 
     def gave_out(self, link: Link, outputs: EngineCoreOutputs) -> None:
         """Take the outputs of one step of an engine."""
         member = self.pool.get(link.url)
         batch: list[EngineCoreOutput] = []
         self._batch = batch
-        now = self._loop.time()
-        for output in outputs.outputs:
-            found = self._legs.get(output.request_id)
-            if found is None:
-                continue
-            course, leg = found
-            self._last_output[leg.id] = now
-            if not leg.has_output and member is not None:
-                self._learn(member, course, leg, output, outputs.timestamp)
-            _rebase(output, now - outputs.timestamp)
-            course.take(leg, output)
-        self._batch = None
-        self._give(batch)
+        now = self.now()
+        try:
+            for output in outputs.outputs:
+                found = self._legs.get(output.request_id)
+                if found is None:
+                    continue
+                underway, leg = found
+                self._last_output[leg.id] = now
+                if member is not None:
+                    member.tokens_given += len(output.new_token_ids)
+                    if not leg.has_output:
+                        self._learn(member, underway, leg, output, now, outputs.timestamp)
+                _rebase(output, now - outputs.timestamp)
+                underway.course.take(leg, output)
+        finally:
+            self._batch = None
+            self._give(batch)
 
-    def _lose(self, member: Member) -> None:
-        courses = [self._legs[leg.id][0] for leg in member.legs]
-        handed_off = [
-            course
-            for course in self._courses.values()
-            if course.route and course.route.prefill == member.key
-        ]
-        for course in dict.fromkeys(courses + handed_off):
-            course.engine_lost(member.key)
+    def _leave(self, member: Member) -> None:
+        """Let everything that an engine works on go on elsewhere."""
+        affected = [underway for underway in self._courses.values() if _is_on(underway, member)]
+        for underway in affected:
+            underway.course.engine_lost(member.key)
         member.legs.clear()
 
     def _learn(
-        self, member: Member, course: Course, leg: Leg, output: EngineCoreOutput, given_at: float
+        self,
+        member: Member,
+        underway: Underway,
+        leg: Leg,
+        output: EngineCoreOutput,
+        now: float,
+        given_at: float,
     ) -> None:
-        """Learn how fast the engine is, from the first output of a leg."""
-        stats = output.prefill_stats
-        if stats is not None and leg.kind is not LegKind.DECODE:
-            for event in output.events or ():
-                if event.type == EngineCoreEventType.SCHEDULED:
-                    member.computed(stats.num_computed_tokens, given_at - event.timestamp)
-        if output.finish_reason is None or output.new_token_ids:
+        """Learn how fast the engine is, from the first output of a leg; its times are the
+        engine's own."""
+        if leg.kind is LegKind.DECODE:
+            underway.marks.decoding_at = now
+            if underway.marks.prefilled_at:
+                seconds = now - underway.marks.prefilled_at
+                self.metrics.handed_off(seconds)
+                self._handoff_s += _NEW_HANDOFF_WEIGHT * (seconds - self._handoff_s)
+        elif output.prefill_stats is not None:
+            times = {event.type: event.timestamp for event in output.events or ()}
+            scheduled_at = times.get(EngineCoreEventType.SCHEDULED, given_at)
+            member.computed(output.prefill_stats.num_computed_tokens, given_at - scheduled_at)
+            self.metrics.queued(scheduled_at - times.get(EngineCoreEventType.QUEUED, scheduled_at))
+        if leg.kind is LegKind.PREFILL:
+            underway.marks.prefilled_at = now
+        if output.new_token_ids:
             member.worked()
 
     # --- what courses ask for ----------------------------------------------------------------
@@ -222,14 +333,19 @@ class Dispatch:
             course.max_tokens,
             self._prefixes.cached(course.prompt) if _uses_plain_cache(course.request) else {},
             self._sessions.get(session) if session else None,
-            needs_whole_prompt=course.params.prompt_logprobs is not None,
+            needs_whole_prompt=needs_whole_prompt(course.params),
         )
         engines = self.pool.usable(course.excluded)
-        route = choose(engines, prompt, self.policy, self._handoff_s, chance)
+        # The client has its first token when the prefill engine has, if that may be passed on.
+        handoff_s = 0.0 if is_seed_safe(course.params) else self._handoff_s
+        route = choose(engines, prompt, self.policy, handoff_s, chance)
         if isinstance(route, Route):
             self.metrics.routed(route)
             if session:
                 self._remember(session, route.decode)
+            if underway := self._courses.get(course.id):
+                arrived_at = underway.marks.arrived_at
+                underway.marks = Marks(arrived_at, routed_at=self.now())
         return route
 
     def _remember(self, session: str, engine: EngineKey) -> None:
@@ -245,10 +361,16 @@ class Dispatch:
 
     def send(self, course: Course, leg: Leg, request: EngineCoreRequest) -> None:
         member = self.pool[leg.engine]
-        self._legs[leg.id] = (course, leg)
+        try:
+            payload = member.link.encode(request)
+        except (TypeError, ValueError, OverflowError) as error:
+            logger.warning("request %s cannot be sent: %s", course.id, error)
+            course.give_up(Ending.UNSENDABLE)
+            return
+        self._legs[leg.id] = (self._courses[course.id], leg)
         member.legs.add(leg)
         self._last_output[leg.id] = leg.started_at
-        member.link.add(request)
+        member.link.add(leg.id, payload)
 
     def drop(self, leg: Leg, abort: bool) -> None:
         self._legs.pop(leg.id, None)
@@ -259,31 +381,39 @@ class Dispatch:
                 member.link.abort((leg.id,))
 
     def emit(self, output: EngineCoreOutput) -> None:
+        underway = self._courses[output.request_id]
+        if output.new_token_ids:
+            self.metrics.gave(underway.timeline, self.now(), len(output.new_token_ids))
+        if output.finish_reason is not None:
+            self.metrics.finished(underway.timeline)
         if self._batch is None:
             self._give([output])
         else:
             self._batch.append(output)
 
-    def try_again(self, course: Course, failure: Failure) -> None:
+    def try_again(self, course: Course, engines: Sequence[EngineKey], failure: Failure) -> None:
         self.metrics.retried(failure)
         if failure in (Failure.REQUEST_FAILED, Failure.TIMEOUT):
-            for key in course.excluded:
+            for key in engines:
                 if member := self.pool.get(key):
                     member.failed(self.now())
         most_s = min(_MAX_BACKOFF_S, _MIN_BACKOFF_S * 2 ** (course.attempt - 1))
-        self._loop.call_later(self._random.uniform(_MIN_BACKOFF_S, most_s), course.start)
+        wait_s = self._random.uniform(_MIN_BACKOFF_S, most_s)
+        self._loop.call_later(wait_s, self._start, course)
 
     def queue(self, course: Course, why: Unroutable) -> None:
         if why is Unroutable.NO_PREFILL:
             course.give_up(Ending.NO_ENGINE)
             return
-        deadline = self.now() + self._limits.queue_s
-        waiting = self._waiting.get(course.id)
-        self._waiting[course.id] = _Waiting(course, why, waiting.deadline if waiting else deadline)
+        before = self._waiting.get(course.id)
+        deadline = before.deadline if before else self.now() + self._limits.queue_s
+        self._waiting[course.id] = _Waiting(course, why, deadline)
 
     def ended(self, course: Course, ending: Ending | None) -> None:
-        self._courses.pop(course.id, None)
+        underway = self._courses.pop(course.id, None)
         self._waiting.pop(course.id, None)
+        if underway is not None:
+            self._on_over(underway)
         if ending is not None:
             self.metrics.failed(ending)
             logger.error("request %s ends without an answer: %s", course.id, ending)
@@ -295,12 +425,19 @@ class Dispatch:
         if batch:
             self._on_outputs(EngineCoreOutputs(outputs=batch))
 
+    def _start(self, course: Course) -> None:
+        """Start an attempt; a defect in one must not cost the others."""
+        try:
+            course.start()
+        except Exception:
+            logger.exception("unexpected error with request %s", course.id)
+            course.give_up(Ending.INTERNAL)
+
     def _start_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for each in waiting.values():
-            self._waiting[each.course.id] = each  # keeps its deadline if it must go on waiting
+        """Let those begin that have waited for an engine, if they can now."""
+        for each in list(self._waiting.values()):
             before = each.course.attempt
-            each.course.start()
+            self._start(each.course)
             if each.course.attempt != before:
                 self._waiting.pop(each.course.id, None)
 
@@ -308,19 +445,51 @@ class Dispatch:
         """End what takes too long."""
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now, limits = self.now(), self._limits
-            for each in list(self._waiting.values()):
-                if now >= each.deadline:
-                    each.course.give_up(Ending.NO_ENGINE)
-            if self._waiting:
-                self._start_waiting()
-            for course in list(self._courses.values()):
-                if now - course.arrived_at > limits.request_s:
-                    course.give_up(Ending.DEADLINE)
-            for leg_id, (course, leg) in list(self._legs.items()):
-                limit = limits.stall_s if leg.has_output else limits.first_token_s
-                if now - self._last_output.get(leg_id, now) > limit:
-                    course.fail(leg.engine, Failure.TIMEOUT)
+            try:
+                self._end_overdue(self.now())
+                self._hand_over_drained(self.now())
+                self._count()
+            except Exception:
+                logger.exception("unexpected error in the sweep")
+
+    def _end_overdue(self, now: float) -> None:
+        for each in list(self._waiting.values()):
+            if now >= each.deadline:
+                each.course.give_up(Ending.NO_ENGINE)
+        self._start_waiting()
+        for underway in list(self._courses.values()):
+            if now >= underway.deadline:
+                underway.course.give_up(Ending.DEADLINE)
+        limits = self._limits
+        for leg_id, (underway, leg) in list(self._legs.items()):
+            if leg.kind is LegKind.PREFILL and underway.course.decodes:
+                continue  # its token was not waited for
+            limit = limits.stall_s if leg.has_output else limits.first_token_s
+            if now - self._last_output.get(leg_id, now) > limit:
+                underway.course.fail([leg.engine], Failure.TIMEOUT)
+
+    def _hand_over_drained(self, now: float) -> None:
+        for url, deadline in list(self._draining.items()):
+            member = self.pool.get(url)
+            if member is None or not member.legs:
+                del self._draining[url]
+                logger.info("engine %s is drained", url)
+            elif now >= deadline:
+                del self._draining[url]
+                text = "engine %s is drained: %d requests go on elsewhere"
+                logger.info(text, url, len(member.legs))
+                self._leave(member)
+
+    def _count(self) -> None:
+        ready = [m.role for m in self.pool if m.is_up and not m.is_draining]
+        self.metrics.set_engines(Counter(ready))
+        self.metrics.set_requests(len(self._courses), len(self._waiting))
+
+
+def _is_on(underway: Underway, member: Member) -> bool:
+    course = underway.course
+    handed_off = course.route is not None and course.route.prefill == member.key
+    return handed_off or any(leg.engine == member.key for leg in course.legs)
 
 
 def _uses_plain_cache(request: EngineCoreRequest) -> bool:

@@ -15,13 +15,14 @@ from typing import Protocol
 import aiohttp
 import msgspec
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_pd_plugin import tokens
 from vllm_pd_plugin.async_channel import Context, Dealer
 from vllm_pd_plugin.channel import CurveKeys
 from vllm_pd_plugin.config import is_loopback
 from vllm_pd_plugin.ids import Incarnation, RequestId
+from vllm_pd_plugin.peer_codec import PeerDecoder
 from vllm_pd_plugin.wire import WireError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Link:
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
         self._dealer: Dealer | None = None
         self._encoder = MsgpackEncoder()
-        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._decoder = PeerDecoder(EngineCoreOutputs)
         self._is_attached = False
         self._changed = asyncio.Event()
         self._heard_at = 0.0
@@ -82,10 +83,13 @@ class Link:
     def is_attached(self) -> bool:
         return self._is_attached
 
-    def add(self, request: EngineCoreRequest) -> None:
-        """Send a request to the engine; outputs answer it."""
-        payload = [bytes(buffer) for buffer in self._encoder.encode(request)]
-        self._send(tokens.Add(request.request_id), payload)
+    def encode(self, request: EngineCoreRequest) -> list[bytes]:
+        """Write a request down. Raises an error if there is something in it that cannot be."""
+        return [bytes(buffer) for buffer in self._encoder.encode(request)]
+
+    def add(self, request_id: RequestId, payload: list[bytes]) -> None:
+        """Send a request to the engine, as ``encode`` has written it; outputs answer it."""
+        self._send(tokens.Add(request_id), payload)
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
         self._send(tokens.Abort(request_ids))
@@ -133,6 +137,9 @@ class Link:
                 f"{path} answers with something else than an engine's description ({error}); run "
                 "the same release of vllm-pd-plugin on engines and frontends"
             ) from error
+        if self.description.data_parallel_size > 1:
+            text = f"{self.url} is data parallel; start an engine for each rank, and name them all"
+            raise tokens.FrontendError(text)
         if self._connection.keys is None and not is_loopback(self.description.control_host):
             host = self.description.control_host
             text = f"the control channel of {self.url} is at {host}: set the cluster key"
@@ -162,6 +169,8 @@ class Link:
                 async with asyncio.timeout(tokens.PING_INTERVAL_S):
                     await self._changed.wait()
             except TimeoutError:
+                if self._dealer is not None:
+                    self._dealer.receive()  # if it was this process that stood still
                 if self._clock() - self._heard_at > PEER_TIMEOUT_S:
                     self._drop(f"silent for {PEER_TIMEOUT_S:g} s")
 
@@ -174,6 +183,14 @@ class Link:
         self._drop("the connection was lost")
 
     def _take(self, frames: list[bytes]) -> None:
+        try:
+            self._handle(frames)
+        except Exception as error:
+            # What was in it is lost: as if the engine were.
+            logger.exception("unexpected error with a message of engine %s", self.url)
+            self._drop(repr(error))
+
+    def _handle(self, frames: list[bytes]) -> None:
         try:
             header, message, payload = tokens.decode(frames)
         except WireError as error:

@@ -1,4 +1,4 @@
-"""Engines that ``vllm-pd up`` runs on this machine: what each gets of it, and keeping them up."""
+"""Processes that ``vllm-pd`` runs here: what each engine gets of the machine; keeping all up."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,34 @@ class EngineStartError(PdError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LocalEngine:
-    """How one engine is started. environ: added to this process's own."""
+class LocalProcess:
+    """How one process is started. environ: added to this process's own. log: None for this
+    process's own output."""
 
     name: str
-    role: Role
-    url: EngineKey
     command: tuple[str, ...]
     environ: Mapping[str, str]
-    log: Path
+    log: Path | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalEngine(LocalProcess):
+    """How one engine is started, and where it will be."""
+
+    role: Role
+    url: EngineKey
 
 
 def engine_arguments(parser: Any, arguments: Sequence[str], own: set[str]) -> list[str]:
     """Return what is for the engines too, of the options that ``vllm-pd up`` was given.
 
-    own: further options to leave out.
+    own: the options that ``vllm serve`` does not have.
     """
-    dropped = _API_OPTIONS | own
+    return without(parser, arguments, _API_OPTIONS | own)
+
+
+def without(parser: Any, arguments: Sequence[str], dropped: set[str]) -> list[str]:
+    """Return the arguments without some options and their values."""
     kept: list[str] = []
     left = list(arguments)
     while left:
@@ -110,7 +122,7 @@ def plan_engines(
             "--kv-connector", "pdplugin", "--kv-role", role.value,
         )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
-        engines.append(LocalEngine(name, role, url, command, environ, logs / f"{name}.log"))
+        engines.append(LocalEngine(name, command, environ, logs / f"{name}.log", role, url))
     return engines
 
 
@@ -163,75 +175,88 @@ def _free_port() -> int:
 
 
 class Supervisor:
-    """Keeps local engines up: one that dies is started again, after a pause that grows."""
+    """Keeps processes up: one that dies is started again, after a pause that grows.
 
-    def __init__(self, engines: Sequence[LocalEngine]) -> None:
-        self._engines = engines
+    stop_s: how long they may take to end when they are told to.
+    """
+
+    def __init__(self, processes: Sequence[LocalProcess], stop_s: float = _STOP_S) -> None:
+        self._wanted = processes
+        self._stop_s = stop_s
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._has_served = False
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Fails with EngineStartError when an engine ends before all were up."""
+        """Fails with EngineStartError when one ends before all were up."""
 
     def start(self) -> None:
-        for engine in self._engines:
-            logger.info("starting %s at %s, log in %s", engine.name, engine.url, engine.log)
-            self._tasks.append(asyncio.create_task(self._keep_up(engine), name=engine.name))
+        for process in self._wanted:
+            if isinstance(process, LocalEngine):
+                logger.info("starting %s at %s, log in %s", process.name, process.url, process.log)
+            self._tasks.append(asyncio.create_task(self._keep_up(process), name=process.name))
 
     def all_are_up(self) -> None:
-        """From now on an engine that ends is started again."""
+        """From now on one that ends is started again."""
         self._has_served = True
 
     async def stop(self) -> None:
-        """End all engines, in good order if they let us."""
+        """End all, in good order if they let us."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         processes = [p for p in self._processes.values() if p.returncode is None]
         for process in processes:
             _signal(process, signal.SIGTERM)
-        waits = [asyncio.wait_for(process.wait(), _STOP_S) for process in processes]
+        waits = [asyncio.wait_for(process.wait(), self._stop_s) for process in processes]
         for process, result in zip(
             processes, await asyncio.gather(*waits, return_exceptions=True), strict=True
         ):
             if isinstance(result, BaseException):
-                logger.warning("process %d did not end in %.0f s: killed", process.pid, _STOP_S)
+                text = "process %d did not end in %.0f s: killed"
+                logger.warning(text, process.pid, self._stop_s)
             _signal(process, signal.SIGKILL)  # children that it left behind, too
 
-    async def _keep_up(self, engine: LocalEngine) -> None:
+    async def _keep_up(self, wanted: LocalProcess) -> None:
         loop = asyncio.get_running_loop()
         backoff_s = _FIRST_BACKOFF_S
         while True:
             started_at = loop.time()
-            status = await self._run(engine)
+            status = await self._run(wanted)
             if not self._has_served:
                 if not self.failure.done():
-                    tail = engine.log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-                    text = f"{engine.name} ended with status {status}:\n" + "\n".join(tail)
+                    text = f"{wanted.name} ended with status {status}" + _tail(wanted.log)
                     self.failure.set_exception(EngineStartError(text))
                 return
             if loop.time() - started_at > _STEADY_S:
                 backoff_s = _FIRST_BACKOFF_S
             text = "%s ended with status %s; starting it again in %.0f s"
-            logger.warning(text, engine.name, status, backoff_s)
+            logger.warning(text, wanted.name, status, backoff_s)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
-    async def _run(self, engine: LocalEngine) -> int:
-        with engine.log.open("ab") as log:
+    async def _run(self, wanted: LocalProcess) -> int:
+        with ExitStack() as stack:
+            log = stack.enter_context(wanted.log.open("ab")) if wanted.log else None
             process = await asyncio.create_subprocess_exec(
-                *engine.command,
+                *wanted.command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **engine.environ},
+                env={**os.environ, **wanted.environ},
                 start_new_session=True,  # Ctrl-C is ours: what is under way ends first
                 preexec_fn=_end_with_parent,
             )
-        self._processes[engine.name] = process
+        self._processes[wanted.name] = process
         status = await process.wait()
         _signal(process, signal.SIGKILL)  # what is left of its children
         return status
+
+
+def _tail(log: Path | None) -> str:
+    if log is None:
+        return ""
+    lines = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    return "\n".join([":", *lines])
 
 
 def _end_with_parent() -> None:

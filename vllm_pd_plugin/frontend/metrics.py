@@ -140,7 +140,7 @@ class FrontendMetrics:
 
     def slo_class(self, wanted: str | None) -> str:
         """Return the class of a request that asks for one; unknown ones are the default."""
-        return wanted if wanted in self.slos else DEFAULT_CLASS
+        return wanted if wanted is not None and wanted in self.slos else DEFAULT_CLASS
 
     def routed(self, route: Route) -> None:
         self._routes.labels(route.reason.value).inc()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,8 +13,11 @@ from urllib.parse import urlsplit
 from vllm_pd_plugin.channel import CurveKeys
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.frontend.dispatch import Limits
+from vllm_pd_plugin.frontend.membership import Engines, Wanted
+from vllm_pd_plugin.frontend.metrics import Objectives, parse_slo
 from vllm_pd_plugin.frontend.routing import EngineKey, NoPrefill, Policy, Role, Strategy
 
+ADMIN_KEY_VARIABLE = "VLLM_PD_ADMIN_KEY"
 _TIMEOUTS = Limits()
 
 
@@ -22,10 +25,13 @@ _TIMEOUTS = Limits()
 class FrontendOptions:
     """What an operator says of a frontend."""
 
-    engines: tuple[tuple[EngineKey, Role], ...]
+    engines: Engines
     policy: Policy
     limits: Limits
+    slos: Mapping[str, Objectives]
     wait_s: float
+    workers: int
+    admin_key: str | None
     keys: CurveKeys | None
 
 
@@ -77,11 +83,28 @@ def add_frontend_options(parser: Any) -> None:
             help=f"How long {text}. Default: %(default)s.",
         )
     group.add_argument(
+        "--slo",
+        action="append",
+        default=[],
+        metavar="NAME=TTFT_MS/TPOT_MS",
+        help="Objectives of a class of requests, which a client chooses with the header "
+        "X-SLO-Class; without NAME= those of requests that choose none. Counted as goodput. "
+        "Example: --slo 500/50 --slo batch=10000/200.",
+    )
+    group.add_argument(
         "--wait-for-engines",
         type=float,
         default=600.0,
         metavar="SECONDS",
         help="How long to wait at the start for engines that can serve. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Processes that share the port, for more requests than one core can take. "
+        "Default: %(default)s.",
     )
 
 
@@ -97,8 +120,17 @@ def add_engine_options(parser: Any) -> None:
         (Role.BOTH, "Engines of role both, for either."),
     ):
         group.add_argument(
-            f"--{role.value}", nargs="+", type=engine_url, default=[], metavar="URL", help=text
+            f"--{role.value}",
+            nargs="+",
+            action="extend",
+            type=engine_url,
+            default=[],
+            metavar="URL",
+            help=text,
         )
+
+
+LOCAL_OPTIONS = {"--prefill", "--decode", "--both", "--log-dir"}
 
 
 def add_local_options(parser: Any) -> None:
@@ -124,12 +156,12 @@ def add_local_options(parser: Any) -> None:
 
 
 def parse_options(
-    args: argparse.Namespace, engines: Sequence[tuple[EngineKey, Role]]
+    args: argparse.Namespace, engines: Iterable[tuple[EngineKey, Role]]
 ) -> FrontendOptions:
     """Read what ``add_frontend_options`` has added."""
     cluster_key = PdConfig.parse({}, os.environ).cluster_key
     return FrontendOptions(
-        engines=tuple(engines),
+        engines={url: Wanted(role) for url, role in engines},
         policy=Policy(
             Strategy(args.prefill_strategy),
             Strategy(args.decode_strategy),
@@ -139,7 +171,10 @@ def parse_options(
         limits=Limits(
             args.request_timeout, args.first_token_timeout, args.stall_timeout, args.queue_timeout
         ),
+        slos=dict(parse_slo(text) for text in args.slo),
         wait_s=args.wait_for_engines,
+        workers=max(1, args.workers),
+        admin_key=os.environ.get(ADMIN_KEY_VARIABLE),
         keys=CurveKeys.derive(cluster_key) if cluster_key else None,
     )
 

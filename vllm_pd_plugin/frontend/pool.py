@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Iterator
 
 from vllm_pd_plugin.frontend.course import Leg
@@ -14,6 +15,14 @@ from vllm_pd_plugin.tokens import EngineLoad
 _FAILURES_TO_OPEN = 3
 _COOL_DOWN_S = 5.0
 _NEW_RATE_WEIGHT = 0.2
+
+
+class MemberState(enum.StrEnum):
+    UP = "up"
+    DOWN = "down"
+    DRAINING = "draining"
+    BROKEN = "broken"
+    """Its circuit breaker is open: it gets requests only if there is no other."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -28,6 +37,9 @@ class Member:
     role: Role
     link: Link
     is_draining: bool = False
+    mismatch: str = ""
+    """Why it cannot be used though it is there."""
+    tokens_given: int = 0
     load: EngineLoad = EngineLoad()
     legs: set[Leg] = dataclasses.field(default_factory=set)
     prefill_rate: float | None = None
@@ -38,7 +50,19 @@ class Member:
 
     @property
     def is_up(self) -> bool:
-        return self.link.is_attached
+        return self.link.is_attached and not self.mismatch
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be used now; empty when it can."""
+        return self.mismatch or self.link.problem
+
+    def state(self, now: float) -> MemberState:
+        if not self.is_up:
+            return MemberState.DOWN
+        if self.is_draining:
+            return MemberState.DRAINING
+        return MemberState.BROKEN if self.is_broken(now) else MemberState.UP
 
     @property
     def own_tokens(self) -> int:

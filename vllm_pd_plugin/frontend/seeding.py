@@ -54,10 +54,18 @@ def carries_state(params: SamplingParams) -> bool:
 def is_seed_safe(params: SamplingParams) -> bool:
     """Say whether a decode engine may go on after the token that the prefill engine has sampled.
 
-    Also false for a request that wants log-probabilities of its prompt, which only an engine that
-    computes all of it has.
+    Also false for a request that needs an engine that computes all of its prompt.
     """
-    return not carries_state(params) and params.prompt_logprobs is None
+    return not carries_state(params) and not needs_whole_prompt(params)
+
+
+def needs_whole_prompt(params: SamplingParams) -> bool:
+    """Say whether a request wants what only an engine has that computes all of its prompt."""
+    return bool(
+        params.prompt_logprobs is not None
+        or params.prompt_logprob_token_ids is not None
+        or params.skip_reading_prefix_cache
+    )
 
 
 def replay_of(params: SamplingParams) -> Replay:

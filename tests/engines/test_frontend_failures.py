@@ -1,0 +1,315 @@
+"""Engines and frontends die; the clients' streams go on, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests import models
+from tests.engine import Engine, running, start, start_frontend
+from tests.engines.conftest import ARGUMENTS, random_prompt
+from tests.engines.test_openai import engine_urls
+
+pytestmark = pytest.mark.engine
+
+NAMES = ("prefill-0", "decode-0", "decode-1")
+ARGS = (*ARGUMENTS["tiny-llama"], "--max-num-batched-tokens", "768")
+
+
+class Cluster:
+    """One engine alone, and a pool that one frontend runs and another one uses too."""
+
+    def __init__(self, logs: Path) -> None:
+        model = models.tiny_llama()
+        self._logs = logs
+        self.alone = start("alone", model, ARGS, cores="0", folder=logs)
+        pool = ("--prefill", "1", "--decode", "2", "--local-below", "0")
+        self.frontend = start_frontend("up", model, (*ARGS, *pool), folder=logs)
+
+    @property
+    def urls(self) -> dict[str, str]:
+        return engine_urls(self.frontend)
+
+    def engine(self, name: str) -> Engine:
+        url = self.urls[name]
+        return Engine(name, url, self.frontend.model, self.frontend.process, self.frontend.log)
+
+    def process(self, name: str) -> psutil.Process:
+        port = self.urls[name].rsplit(":", 1)[1]
+        children = psutil.Process(self.frontend.process.pid).children()
+        return next(c for c in children if port in c.cmdline())
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        process = self.process(name)
+        for each in (process, *process.children(recursive=True)):
+            each.send_signal(number)
+
+    def serve(self, *arguments: str, environ: dict[str, str] | None = None) -> Engine:
+        """Start another frontend over the same engines."""
+        pool = ("--prefill", self.urls["prefill-0"], "--decode", self.urls["decode-0"])
+        limits = ("--max-model-len", "4096", *arguments)
+        model = models.tiny_llama()
+        return start_frontend("serve", model, (*pool, *limits), folder=self._logs, environ=environ)
+
+    def pool(self) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{self.frontend.url}/pd/v1/pool", timeout=10).json()
+        return answer
+
+    def wait_until_whole(self) -> None:
+        """Wait until every engine is up again, and holds nothing."""
+        wait_until(lambda: all(e["state"] == "up" for e in self.pool()["engines"]), 120)
+        for name in NAMES:
+            self.engine(name).wait_until_at_rest(60)
+        assert self.pool()["requests_open"] == 0
+
+    def working(self) -> str:
+        """Return which decode engine works on the one request there is."""
+        wait_until(lambda: self._decoding() is not None, 30)
+        name = self._decoding()
+        assert name is not None
+        return name
+
+    def _decoding(self) -> str | None:
+        busy = {e["url"] for e in self.pool()["engines"] if e["role"] == "decode" and e["legs"]}
+        return next((name for name, url in self.urls.items() if url in busy), None)
+
+    def counted(self, name: str) -> float:
+        return self.frontend.metrics()[name]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def cluster(logs: Path) -> Iterator[Cluster]:
+    cluster = Cluster(logs)
+    with running([cluster.alone, cluster.frontend]):
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def _whole(cluster: Cluster) -> None:
+    cluster.wait_until_whole()
+
+
+def stream(server: Engine, prompt: list[int], num_tokens: int, **sampling: Any) -> list[Any]:
+    """Return the tokens of a streamed answer, and its finish reason or error at the end."""
+    body = server.body(prompt, num_tokens, ignore_eos=True, stream=True, **sampling)
+    body.pop("logprobs")
+    got: list[Any] = []
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            part = json.loads(line.removeprefix("data: "))
+            if "error" in part:
+                return [*got, part["error"]["message"]]
+            choice = part["choices"][0]
+            got += choice["token_ids"] or []
+            if choice["finish_reason"]:
+                got.append(choice["finish_reason"])
+    return got
+
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "penalties": {"frequency_penalty": 0.6, "presence_penalty": 0.3},
+    "seed": {"temperature": 1.0, "seed": 7},
+    "minimum": {"min_tokens": 200},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_stream_goes_on_when_its_decode_engine_dies(cluster: Cluster, name: str) -> None:
+    prompt, sampling = random_prompt(300, 1), SAMPLINGS[name]
+    expected = stream(cluster.alone, prompt, 400, **sampling)
+    retries = 'pd_frontend_retries_total{reason="engine_lost"}'
+    before = cluster.counted(retries)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(stream, cluster.frontend, prompt, 400, **sampling)
+        victim = cluster.working()
+        time.sleep(0.5)
+        cluster.signal(victim, signal.SIGKILL)
+        assert answer.result(120) == expected
+    assert cluster.counted(retries) == before + 1
+
+
+def test_a_stream_that_cannot_go_on_says_so(cluster: Cluster) -> None:
+    """What was sampled at random with penalties cannot be sampled again."""
+    sampling = {"temperature": 1.0, "presence_penalty": 0.5}
+    with ThreadPoolExecutor(1) as pool:
+        prompt = random_prompt(200, 2)
+        answer = pool.submit(stream, cluster.frontend, prompt, 400, **sampling)
+        victim = cluster.working()
+        time.sleep(0.5)
+        cluster.signal(victim, signal.SIGKILL)
+        got = answer.result(120)
+    assert 0 < len(got) < 400
+    assert "need a seed" in got[-1]
+
+
+def test_a_stream_goes_on_when_its_decode_engine_hangs(cluster: Cluster) -> None:
+    prompt = random_prompt(300, 3)
+    expected = stream(cluster.alone, prompt, 400)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(stream, cluster.frontend, prompt, 400)
+        victim = cluster.working()
+        time.sleep(0.3)
+        cluster.signal(victim, signal.SIGSTOP)
+        try:
+            assert answer.result(120) == expected
+        finally:
+            cluster.signal(victim, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("delay_s", [0.05, 0.15, 0.4])
+def test_a_prefill_engine_dies_at_any_moment(cluster: Cluster, delay_s: float) -> None:
+    prompts = [random_prompt(3900, 40 + i) for i in range(4)]
+    expected = [stream(cluster.alone, prompt, 20) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(stream, cluster.frontend, prompt, 20) for prompt in prompts]
+        time.sleep(delay_s)
+        cluster.signal("prefill-0", signal.SIGKILL)
+        assert [answer.result(120) for answer in answers] == expected
+
+
+def test_an_engine_that_is_told_to_stop_loses_no_stream(cluster: Cluster) -> None:
+    prompt = random_prompt(300, 5)
+    expected = stream(cluster.alone, prompt, 300)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(stream, cluster.frontend, prompt, 300)
+        victim = cluster.working()
+        time.sleep(0.3)
+        cluster.process(victim).terminate()
+        assert answer.result(120) == expected
+
+
+def test_a_storm_of_requests_deaths_and_impatient_clients_loses_and_leaks_nothing(
+    cluster: Cluster,
+) -> None:
+    chooser = Random(6)
+    prompts = [random_prompt(chooser.randrange(1, 1500), 100 + i) for i in range(40)]
+    expected = [stream(cluster.alone, prompt, 60) for prompt in prompts]
+
+    def leave(prompt: list[int], delay_s: float) -> None:
+        body = cluster.frontend.body(prompt, 500)
+        with httpx.Client(timeout=httpx.Timeout(delay_s, connect=5)) as client:
+            try:
+                client.post(f"{cluster.frontend.url}/v1/completions", json=body)
+            except httpx.TimeoutException:
+                return
+
+    def kill() -> None:
+        for name in ("decode-0", "prefill-0"):
+            time.sleep(1.0)
+            cluster.signal(name, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    with ThreadPoolExecutor(16) as pool:
+        killer.start()
+        answers = []
+        for prompt in prompts:
+            answers.append(pool.submit(stream, cluster.frontend, prompt, 60))
+            if chooser.random() < 0.4:
+                pool.submit(leave, prompt, chooser.random())
+        got = [answer.result(200) for answer in answers]
+    killer.join()
+    assert got == expected
+    cluster.wait_until_whole()
+
+
+def test_a_frontend_that_dies_leaves_nothing_on_the_engines(cluster: Cluster) -> None:
+    other = cluster.serve("--local-below", "0")
+    with running([other]), ThreadPoolExecutor(4) as pool:
+        for i in range(4):
+            pool.submit(_ignore_errors, stream, other, random_prompt(500, 60 + i), 3000)
+        wait_until(cluster.engine("decode-0").holds_blocks)
+        other.kill()
+    for name in NAMES:
+        cluster.engine(name).wait_until_at_rest(40)
+
+
+def _ignore_errors(function: Callable[..., Any], *args: Any) -> None:
+    try:
+        function(*args)
+    except httpx.HTTPError:
+        return
+
+
+def engines(frontend: Engine, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("vllm-pd")), "engines", *words]
+    return subprocess.run(
+        [*command, "--frontend", frontend.url], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_engines_come_and_go_while_streams_run(cluster: Cluster) -> None:
+    prompt = random_prompt(300, 7)
+    expected = stream(cluster.alone, prompt, 300)
+    frontend, urls = cluster.frontend, cluster.urls
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(stream, frontend, prompt, 300)
+        victim = cluster.working()
+        assert engines(frontend, "drain", urls[victim], "--timeout", "0").returncode == 0
+        assert answer.result(120) == expected
+        listed = engines(frontend, "list")
+        assert "draining" in listed.stdout
+        assert engines(frontend, "remove", urls[victim]).returncode == 0
+        assert victim in urls
+        assert urls[victim] not in [engine["url"] for engine in cluster.pool()["engines"]]
+        assert stream(frontend, prompt, 300) == expected
+    assert engines(frontend, "add", "--role", "decode", urls[victim]).returncode == 0
+
+
+def test_an_engine_that_does_not_fit_is_not_used_and_says_why(cluster: Cluster) -> None:
+    frontend, urls = cluster.frontend, cluster.urls
+    assert engines(frontend, "remove", urls["decode-1"]).returncode == 0
+    assert engines(frontend, "add", "--role", "prefill", urls["decode-1"]).returncode == 0
+
+    def problem() -> str:
+        found = [e for e in cluster.pool()["engines"] if e["url"] == urls["decode-1"]]
+        return str(found[0]["problem"])
+
+    wait_until(lambda: "--kv-role decode" in problem())
+    assert engines(frontend, "remove", urls["decode-1"]).returncode == 0
+    assert engines(frontend, "add", "--role", "decode", urls["decode-1"]).returncode == 0
+    assert engines(frontend, "drain", "http://127.0.0.1:1").returncode == 1
+
+
+def test_without_an_engine_requests_are_turned_away_in_time(cluster: Cluster) -> None:
+    environ = {"VLLM_PD_ADMIN_KEY": "secret"}
+    other = cluster.serve("--queue-timeout", "1", environ=environ)
+    with running([other]):
+        assert httpx.get(f"{other.url}/pd/v1/pool").status_code == 401
+        key = {"Authorization": "Bearer secret"}
+        url = cluster.urls["decode-0"]
+        drain = {"url": url, "timeout_s": 0}
+        httpx.post(f"{other.url}/pd/v1/engines/drain", json=drain, headers=key).raise_for_status()
+        started = time.monotonic()
+        answer = httpx.post(f"{other.url}/v1/completions", json=other.body("A", 2), timeout=30)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert time.monotonic() - started < 10
+        assert httpx.get(f"{other.url}/health").status_code == 503
+        add = {"url": url, "role": "decode"}
+        httpx.post(f"{other.url}/pd/v1/engines", json=add, headers=key).raise_for_status()
+        assert other.complete("A", 2).finish_reason == "length"
+        body, short = other.body("A", 2000), {"X-Request-Timeout": "0.5"}
+        late = httpx.post(f"{other.url}/v1/completions", json=body, headers=short, timeout=30)
+        assert late.status_code == 504

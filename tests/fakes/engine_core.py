@@ -1,0 +1,208 @@
+"""An engine core with a frontend's way into it, and the frontends that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from tests.fakes.clock import FakeClock
+from tests.fakes.frontend import make_request
+from vllm_pd_plugin import tokens
+from vllm_pd_plugin.ids import Incarnation, new_incarnation
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's, not ours
+    from vllm.v1.engine import (
+        EngineCoreOutput,
+        EngineCoreOutputs,
+        EngineCoreRequest,
+        EngineCoreRequestType,
+        FinishReason,
+    )
+    from vllm.v1.request import RequestStatus
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    from vllm_pd_plugin.peer_codec import PeerDecoder
+    from vllm_pd_plugin.token_server import TokenServer, divert_outputs
+
+MAX_MODEL_LEN, VOCABULARY = 64, 1000
+
+
+def describe(**changes: Any) -> tokens.EngineDescription:
+    """An engine, with some of what is said of it changed."""
+    fields: dict[str, Any] = {
+        "engine_id": "engine",
+        "role": "decode",
+        "model": "model",
+        "vllm_version": "0.32.0",
+        "control_host": "127.0.0.1",
+        "control_port": 7000,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+        "data_parallel_size": 1,
+        "model_digest": "digest",
+        "kv_tokens": 10_000,
+        "block_tokens": 16,
+    }
+    return tokens.EngineDescription(**fields | changes)
+
+
+@dataclasses.dataclass(eq=False)
+class Scheduled:
+    """What is read of a ``vllm.v1.request.Request`` in the scheduler."""
+
+    num_prompt_tokens: int
+    num_computed_tokens: int = 0
+    status: RequestStatus = RequestStatus.RUNNING
+    kv_transfer_params: Any = None
+
+
+class FakeScheduler:
+    """What is read of vLLM's."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.counts = (0, 0)
+        self.kv_usage = 0.0
+
+    def get_request_counts(self) -> tuple[int, int]:
+        return self.counts
+
+    def get_kv_cache_usage(self) -> float:
+        return self.kv_usage
+
+
+class FakeCore:
+    """What a token server uses of an engine core.
+
+    prepared: every request that went through ``preprocess_add_request``.
+    refusal: what that raises, if anything.
+    """
+
+    def __init__(self) -> None:
+        self.input_queue: queue.Queue[Any] = queue.Queue()
+        self.aborts_queue: queue.Queue[Any] = queue.Queue()
+        self.output_queue: queue.Queue[Any] = queue.Queue()
+        self.scheduler = FakeScheduler()
+        self.prepared: list[EngineCoreRequest] = []
+        self.refusal: Exception | None = None
+        model = SimpleNamespace(max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCABULARY)
+        self.vllm_config = SimpleNamespace(model_config=model, lora_config=None)
+
+    def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[EngineCoreRequest, int]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.prepared.append(request)
+        return request, request.current_wave
+
+    def taken(self, kind: EngineCoreRequestType) -> list[Any]:
+        """What has come in of a kind; it stays there."""
+        return [item for each, item in list(self.input_queue.queue) if each is kind]
+
+
+class FakeFrontend:
+    """One that is attached, or not. received: what the engine has said to it, decoded."""
+
+    def __init__(self, engine: ServingEngine, name: str) -> None:
+        self.name = name
+        self.identity = name.encode()
+        self.incarnation = new_incarnation()
+        self.received: list[Any] = []
+        self.senders: list[Incarnation] = []
+        self.payloads: list[list[bytes]] = []
+        self._engine = engine
+
+    def say(
+        self,
+        message: tokens.FromFrontend,
+        payload: list[bytes] | None = None,
+        target: Incarnation | None = None,
+    ) -> None:
+        target = self._engine.incarnation if target is None else target
+        frames = tokens.encode(message, self.incarnation, target, payload)
+        self._engine.server.receive(self.identity, frames)
+        self._engine.settle()
+
+    def attach(self) -> None:
+        self.say(tokens.Attach(self.name), target=Incarnation(""))
+
+    def add(self, request_id: str = "r", request: EngineCoreRequest | None = None) -> None:
+        payload = [bytes(each) for each in MsgpackEncoder().encode(request or make_request())]
+        self.say(tokens.Add(request_id), payload)
+
+    def abort(self, *request_ids: str) -> None:
+        self.say(tokens.Abort(request_ids))
+
+    def hear(self, frames: list[bytes]) -> None:
+        header, message, payload = tokens.decode(frames)
+        assert header.target in (self.incarnation, "")
+        self.senders.append(header.sender)
+        self.received.append(message)
+        self.payloads.append(payload)
+
+    @property
+    def client_index(self) -> int:
+        """The index of the last request that it has added."""
+        return self._engine.core.prepared[-1].client_index
+
+    def outputs(self) -> list[EngineCoreOutput]:
+        """What the engine has given out to it."""
+        decoder = PeerDecoder(EngineCoreOutputs)
+        return [
+            output
+            for message, payload in zip(self.received, self.payloads, strict=True)
+            if isinstance(message, tokens.Outputs)
+            for output in decoder.decode(payload).outputs
+        ]
+
+    def numbers(self) -> list[int]:
+        return [each.number for each in self.received if isinstance(each, tokens.Outputs)]
+
+
+class ServingEngine:
+    """A token server with what is around it; its threads wait for each other in ``settle``."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.core = FakeCore()
+        self.incarnation = new_incarnation()
+        self.frontends: dict[bytes, FakeFrontend] = {}
+        self._calls: list[Callable[[], None]] = []
+        core: Any = self.core
+        self.server = TokenServer(
+            core, describe(), self.incarnation, self._calls.append, self._send, self.clock
+        )
+        divert_outputs(core, self.server)
+
+    def frontend(self, name: str = "frontend") -> FakeFrontend:
+        """Another one, which has not attached."""
+        frontend = self.frontends[name.encode()] = FakeFrontend(self, name)
+        return frontend
+
+    def settle(self) -> None:
+        """Let the thread that prepares requests come to rest, and then the control thread."""
+        self.server._preparing.submit(lambda: None).result()
+        calls, self._calls[:] = list(self._calls), []
+        for call in calls:
+            call()
+
+    def give(
+        self,
+        frontend: FakeFrontend,
+        *tokens_given: int,
+        request_id: str = "r",
+        finish: FinishReason | None = None,
+    ) -> None:
+        """A step has given something out for a frontend's request."""
+        output = EngineCoreOutput(request_id, list(tokens_given), finish_reason=finish)
+        outputs = EngineCoreOutputs(outputs=[output])
+        self.core.output_queue.put_nowait((frontend.client_index, outputs))
+        self.settle()
+
+    def _send(self, identity: bytes, frames: list[bytes]) -> None:
+        self.frontends[identity].hear(frames)

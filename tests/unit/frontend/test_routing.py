@@ -1,0 +1,410 @@
+"""Which engines work on a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's, not ours
+    from vllm_pd_plugin.frontend.routing import (
+        Chance,
+        Engine,
+        NoPrefill,
+        Policy,
+        Prompt,
+        Reason,
+        Role,
+        Route,
+        Strategy,
+        Unroutable,
+        choose,
+    )
+
+LONG = Prompt(4000, 100)
+FIRST = Chance()
+HANDED_OFF = Policy(local_below=0)
+"""Every prompt that can be."""
+
+
+def prefill(key: str = "p", **known: float | None) -> Engine:
+    return Engine(key, Role.PREFILL, **known)  # type: ignore[arg-type]
+
+
+def decode(key: str = "d", **known: float | None) -> Engine:
+    return Engine(key, Role.DECODE, **known)  # type: ignore[arg-type]
+
+
+def both(key: str = "b", **known: float | None) -> Engine:
+    return Engine(key, Role.BOTH, **known)  # type: ignore[arg-type]
+
+
+def route(
+    engines: Sequence[Engine],
+    prompt: Prompt = LONG,
+    policy: Policy = HANDED_OFF,
+    handoff_s: float = 0.0,
+    chance: Chance = FIRST,
+) -> Route:
+    """Where a request goes; it must go somewhere."""
+    chosen = choose(engines, prompt, policy, handoff_s, chance)
+    assert isinstance(chosen, Route)
+    return chosen
+
+
+# --- whether it is handed off ----------------------------------------------------------------
+
+
+def test_a_long_prompt_is_handed_off() -> None:
+    assert route([prefill(), decode()]) == Route("p", "d", Reason.DISAGGREGATED)
+
+
+@pytest.mark.parametrize(
+    ("uncached", "expected"), [(99, Reason.SHORT), (100, Reason.DISAGGREGATED)]
+)
+def test_a_prompt_shorter_than_the_operator_says_is_not(uncached: int, expected: Reason) -> None:
+    prompt = Prompt(500, 100, cached={"d": 500 - uncached})
+    chosen = route([prefill(), decode()], prompt, Policy(local_below=100))
+    assert chosen == Route("p" if expected is Reason.DISAGGREGATED else None, "d", expected)
+
+
+def test_of_a_prompt_that_is_all_there_one_token_is_computed() -> None:
+    prompt = Prompt(500, 100, cached={"d": 500})
+    assert route([prefill(), decode()], prompt, Policy(local_below=1)).prefill == "p"
+    assert route([prefill(), decode()], prompt, Policy(local_below=2)).reason is Reason.SHORT
+
+
+def test_one_token_is_not_worth_a_handoff() -> None:
+    chosen = route([prefill(), decode()], Prompt(4000, 1))
+    assert chosen == Route(None, "p", Reason.ONE_TOKEN)
+
+
+def test_one_token_comes_from_a_decode_engine_if_there_is_no_other() -> None:
+    assert route([decode()], Prompt(4000, 1)) == Route(None, "d", Reason.NO_PREFILL)
+
+
+def test_a_prompt_of_which_more_is_wanted_is_computed_by_one_engine() -> None:
+    prompt = Prompt(4000, 100, needs_whole_prompt=True)
+    assert route([prefill(), decode()], prompt) == Route(None, "d", Reason.WHOLE_PROMPT)
+
+
+def test_nothing_is_decided_by_prediction_before_anything_was_measured() -> None:
+    engines = [prefill(), decode()]
+    assert route(engines, Prompt(1, 100), Policy()).reason is Reason.DISAGGREGATED
+
+
+@pytest.mark.parametrize("who", ["p", "d"])
+def test_a_short_prompt_is_computed_where_it_is_decoded(who: str) -> None:
+    """0.01 s here and there, and the handoff on top; one engine's rate tells of the other's."""
+    rates = {"prefill_rate": 1000.0}
+    engines = [prefill(**rates if who == "p" else {}), decode(**rates if who == "d" else {})]
+    assert route(engines, Prompt(10, 100), Policy(), handoff_s=0.005) == Route(
+        None, "d", Reason.SHORT
+    )
+
+
+@pytest.mark.parametrize(
+    ("running", "stall_s", "expected"),
+    [
+        (0, 0.05, Reason.SHORT),
+        (1, 0.05, Reason.DISAGGREGATED),
+        (1, 0.2, Reason.SHORT),
+    ],
+)
+def test_a_prompt_that_holds_up_decodes_for_too_long_is_handed_off(
+    running: int, stall_s: float, expected: Reason
+) -> None:
+    """0.1 s of computing."""
+    engines = [prefill(prefill_rate=1000.0), decode(prefill_rate=1000.0, running=running)]
+    policy = Policy(max_stall_s=stall_s)
+    assert route(engines, Prompt(100, 100), policy, handoff_s=0.01).reason is expected
+
+
+def test_a_prompt_is_computed_where_the_queue_is_shorter() -> None:
+    busy = prefill(prefill_rate=1000.0, prefill_tokens=10_000)
+    chosen = route([busy, decode(prefill_rate=1000.0)], Prompt(2000, 100), Policy())
+    assert chosen == Route(None, "d", Reason.PREFILL_BUSY)
+
+
+def test_a_decode_engine_that_is_slower_at_prompts_is_left_alone() -> None:
+    engines = [prefill(prefill_rate=8000.0), decode(prefill_rate=1000.0)]
+    assert route(engines, LONG, Policy()).reason is Reason.DISAGGREGATED
+
+
+def test_a_handoff_that_takes_longer_than_computing_is_not_worth_it() -> None:
+    engines = [prefill(prefill_rate=8000.0), decode(prefill_rate=1000.0)]
+    assert route(engines, Prompt(1000, 100), Policy(), handoff_s=2.0).reason is Reason.SHORT
+
+
+def test_what_is_cached_on_the_decode_engine_is_not_computed_there() -> None:
+    engines = [prefill(prefill_rate=1000.0), decode(prefill_rate=1000.0, running=4)]
+    assert route(engines, LONG, Policy()).reason is Reason.DISAGGREGATED
+    cached = dataclasses.replace(LONG, cached={"d": LONG.num_tokens - 10})
+    assert route(engines, cached, Policy()).reason is Reason.SHORT
+
+
+# --- when engines are missing ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (NoPrefill.LOCAL, Route(None, "d", Reason.NO_PREFILL)),
+        (NoPrefill.FAIL, Unroutable.NO_PREFILL),
+        (NoPrefill.QUEUE, Unroutable.QUEUE_FOR_PREFILL),
+    ],
+)
+def test_without_a_prefill_engine_the_operator_s_policy_counts(
+    policy: NoPrefill, expected: Route | Unroutable
+) -> None:
+    assert choose([decode()], LONG, Policy(no_prefill=policy)) == expected
+
+
+@pytest.mark.parametrize("policy", NoPrefill)
+def test_one_engine_of_role_both_is_enough_whatever_the_policy(policy: NoPrefill) -> None:
+    chosen = choose([both()], LONG, Policy(no_prefill=policy))
+    assert chosen == Route(None, "b", Reason.NO_PREFILL)
+
+
+@pytest.mark.parametrize("engines", [[], [prefill()], [prefill("p"), prefill("q")]])
+def test_without_a_decode_engine_nothing_can_be_done(engines: list[Engine]) -> None:
+    assert choose(engines, LONG, Policy()) is Unroutable.NO_DECODE
+
+
+def test_two_engines_of_role_both_share_the_work() -> None:
+    chosen = route([both("a"), both("b", running=3)])
+    assert chosen == Route("b", "a", Reason.DISAGGREGATED)
+
+
+# --- which engine it is ----------------------------------------------------------------------
+
+
+def test_the_prefill_engine_is_the_one_with_the_first_token_first() -> None:
+    engines = [
+        prefill("busy", prefill_tokens=5000, prefill_rate=1000.0),
+        prefill("fast", prefill_tokens=5000, prefill_rate=4000.0),
+        prefill("slow", prefill_tokens=0, prefill_rate=1000.0),
+        decode(),
+    ]
+    assert route(engines).prefill == "fast"  # 2.25 s, and not 9 or 4
+    cached = dataclasses.replace(LONG, cached={"slow": 3000})
+    assert route(engines, cached).prefill == "slow"  # 1 s
+
+
+def test_the_decode_engine_is_the_one_with_most_room() -> None:
+    engines = [
+        prefill(),
+        decode("full of requests", running=200),
+        decode("full of kv", kv_free=0.1),
+        decode("roomy", running=64, kv_free=0.5),
+    ]
+    assert route(engines).decode == "roomy"
+    small = decode("small", running=8, max_running=10)
+    assert route([prefill(), small, decode("large", running=100)]).decode == "large"
+
+
+def test_a_cached_prefix_outweighs_a_little_room() -> None:
+    engines = [prefill(), decode("a", kv_free=0.8), decode("b", kv_free=0.7)]
+    assert route(engines).decode == "a"
+    assert route(engines, dataclasses.replace(LONG, cached={"b": 4000})).decode == "b"
+    engines = [prefill(), decode("a", kv_free=0.8), decode("b", kv_free=0.3)]
+    assert route(engines, dataclasses.replace(LONG, cached={"b": 4000})).decode == "a"
+
+
+def test_a_session_stays_where_it_was_while_there_is_room() -> None:
+    session = dataclasses.replace(LONG, session="b")
+    engines = [prefill(), decode("a"), decode("b", kv_free=0.1)]
+    assert route(engines, session).decode == "b"
+    for full in (decode("b", kv_free=0.0), decode("b", running=256)):
+        assert route([prefill(), decode("a"), full], session).decode == "a"
+    assert route([prefill(), decode("a")], session).decode == "a"
+
+
+def test_taking_turns_goes_round() -> None:
+    engines = [decode("d2"), prefill("p1"), decode("d0"), prefill("p0"), decode("d1")]
+    policy = Policy(Strategy.ROUND_ROBIN, Strategy.ROUND_ROBIN, local_below=0)
+    routes = [route(engines, policy=policy, chance=Chance(turn)) for turn in range(6)]
+    assert [each.decode for each in routes] == ["d0", "d1", "d2"] * 2
+    assert [each.prefill for each in routes] == ["p0", "p1"] * 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [(0.0, 0.0, "d0"), (0.4, 0.9, "d1"), (0.99, 0.0, "d0"), (0.99, 0.99, "d1")],
+)
+def test_of_two_at_random_the_better_one_is_taken(
+    first: float, second: float, expected: str
+) -> None:
+    """Of those, the one with the lower number has more room; which two is the chance's."""
+    engines = [prefill(), *[decode(f"d{i}", kv_free=0.9 - 0.2 * i) for i in range(3)]]
+    policy = Policy(decode=Strategy.POWER_OF_TWO, local_below=0)
+    assert route(engines, policy=policy, chance=Chance(0, first, second)).decode == expected
+
+
+# --- of all pools ----------------------------------------------------------------------------
+
+_rates = st.none() | st.floats(1.0, 1e6)
+_engines = st.lists(
+    st.builds(
+        Engine,
+        st.sampled_from("abcdefg"),
+        st.sampled_from(Role),
+        st.integers(0, 100_000),
+        _rates,
+        st.integers(0, 400),
+        st.integers(1, 256),
+        st.floats(0, 1),
+    ),
+    max_size=6,
+    unique_by=lambda engine: engine.key,
+)
+_prompts = st.builds(
+    Prompt,
+    st.integers(1, 100_000),
+    st.integers(1, 1000),
+    st.dictionaries(st.sampled_from("abcdefg"), st.integers(0, 100_000)),
+    st.none() | st.sampled_from("abcdefgh"),
+    st.booleans(),
+)
+_policies = st.builds(
+    Policy,
+    st.sampled_from(Strategy),
+    st.sampled_from(Strategy),
+    st.sampled_from(NoPrefill),
+    st.none() | st.integers(0, 10_000),
+    st.floats(0, 10),
+)
+_chances = st.builds(
+    Chance,
+    st.integers(0, 1000),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 1, exclude_max=True),
+)
+_handoffs = st.floats(0, 5)
+
+
+@given(_engines, _prompts, _policies, _handoffs, _chances)
+def test_whoever_is_chosen_is_there_and_of_the_right_role(
+    engines: list[Engine], prompt: Prompt, policy: Policy, handoff_s: float, chance: Chance
+) -> None:
+    roles = {engine.key: engine.role for engine in engines}
+    chosen = choose(engines, prompt, policy, handoff_s, chance)
+    if isinstance(chosen, Unroutable):
+        decodes = [role for role in roles.values() if role.decodes]
+        assert (chosen is Unroutable.NO_DECODE) == (not decodes)
+        return
+    assert (chosen.prefill is not None) == (chosen.reason is Reason.DISAGGREGATED)
+    if chosen.reason is Reason.ONE_TOKEN:
+        assert roles[chosen.decode].prefills
+        return
+    assert roles[chosen.decode].decodes
+    if chosen.prefill is not None:
+        assert roles[chosen.prefill].prefills
+        assert chosen.prefill != chosen.decode
+
+
+@given(_engines, _prompts, _policies, _handoffs, _chances, st.randoms(use_true_random=False))
+def test_the_same_pool_in_any_order_gives_the_same_route(
+    engines: list[Engine],
+    prompt: Prompt,
+    policy: Policy,
+    handoff_s: float,
+    chance: Chance,
+    random: Random,
+) -> None:
+    shuffled = list(engines)
+    random.shuffle(shuffled)
+    chosen = choose(engines, prompt, policy, handoff_s, chance)
+    assert choose(shuffled, prompt, policy, handoff_s, chance) == chosen
+
+
+@given(_engines, _prompts, _policies, _handoffs, _chances, st.data())
+def test_more_queue_never_brings_an_engine_a_prompt(
+    engines: list[Engine],
+    prompt: Prompt,
+    policy: Policy,
+    handoff_s: float,
+    chance: Chance,
+    data: st.DataObject,
+) -> None:
+    assume(engines)
+    engine = data.draw(st.sampled_from(engines))
+    busier = dataclasses.replace(
+        engine, prefill_tokens=engine.prefill_tokens + data.draw(st.integers(1, 50_000))
+    )
+
+    def computes(key: str, pool: list[Engine]) -> bool:
+        chosen = choose(pool, prompt, policy, handoff_s, chance)
+        return isinstance(chosen, Route) and key == (chosen.prefill or chosen.decode)
+
+    if not computes(engine.key, engines):
+        pool = [busier if each is engine else each for each in engines]
+        assert not computes(engine.key, pool)
+
+
+@given(_engines, _prompts, _policies, _handoffs, _chances, st.data())
+def test_less_room_never_brings_an_engine_an_answer(
+    engines: list[Engine],
+    prompt: Prompt,
+    policy: Policy,
+    handoff_s: float,
+    chance: Chance,
+    data: st.DataObject,
+) -> None:
+    assume(engines and prompt.max_tokens > 1)
+    engine = data.draw(st.sampled_from(engines))
+    fuller = dataclasses.replace(
+        engine,
+        running=engine.running + data.draw(st.integers(0, 100)),
+        kv_free=engine.kv_free * data.draw(st.floats(0, 1)),
+    )
+
+    def decodes(key: str, pool: list[Engine]) -> bool:
+        chosen = choose(pool, prompt, policy, handoff_s, chance)
+        return isinstance(chosen, Route) and key == chosen.decode
+
+    if not decodes(engine.key, engines):
+        pool = [fuller if each is engine else each for each in engines]
+        assert not decodes(engine.key, pool)
+
+
+@given(_engines, _prompts, _handoffs, _chances)
+def test_the_best_prefill_engine_is_predicted_to_be_first(
+    engines: list[Engine], prompt: Prompt, handoff_s: float, chance: Chance
+) -> None:
+    chosen = choose(engines, prompt, HANDED_OFF, handoff_s, chance)
+    if isinstance(chosen, Route) and chosen.prefill is not None:
+        times = {
+            engine.key: engine.prefill_s(prompt.uncached(engine))
+            for engine in engines
+            if engine.role.prefills and engine.key != chosen.decode
+        }
+        assert times[chosen.prefill] == min(times.values())
+
+
+@given(_engines, _prompts, _policies, _handoffs, _chances)
+@example([prefill(), decode()], Prompt(1, 2), Policy(local_below=0), 0.0, Chance())
+def test_where_every_prompt_is_to_be_handed_off_every_one_is_that_can_be(
+    engines: list[Engine], prompt: Prompt, policy: Policy, handoff_s: float, chance: Chance
+) -> None:
+    policy = dataclasses.replace(policy, local_below=0)
+    chosen = choose(engines, prompt, policy, handoff_s, chance)
+    if isinstance(chosen, Route):
+        assert chosen.reason not in (Reason.SHORT, Reason.PREFILL_BUSY)
+
+
+@given(_engines, _prompts, _policies, _handoffs, _chances)
+def test_waiting_or_failing_for_want_of_a_prefill_engine_is_what_the_policy_says(
+    engines: list[Engine], prompt: Prompt, policy: Policy, handoff_s: float, chance: Chance
+) -> None:
+    chosen = choose(engines, prompt, policy, handoff_s, chance)
+    if chosen is Unroutable.NO_PREFILL:
+        assert policy.no_prefill is NoPrefill.FAIL
+    if chosen is Unroutable.QUEUE_FOR_PREFILL:
+        assert policy.no_prefill is NoPrefill.QUEUE

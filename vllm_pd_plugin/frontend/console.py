@@ -1,0 +1,179 @@
+"""``vllm-pd engines`` and ``vllm-pd top``: a frontend's pool, seen and changed from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from vllm_pd_plugin.errors import PdError
+from vllm_pd_plugin.frontend.options import ADMIN_KEY_VARIABLE
+
+_DEFAULT_FRONTEND = "http://127.0.0.1:8000"
+_TIMEOUT_S = 10.0
+_STATE_STYLES = {"up": "green", "down": "red", "draining": "yellow", "broken": "red"}
+
+_ENGINES = f"""See and change the engines of a running frontend.
+
+The admin key, if the frontend has one, is read from {ADMIN_KEY_VARIABLE}.
+
+examples:
+  vllm-pd engines list
+  vllm-pd engines add --role decode http://10.0.0.7:8000
+  vllm-pd engines drain http://10.0.0.7:8000 --timeout 120
+  vllm-pd engines remove http://10.0.0.7:8000
+  vllm-pd engines list --frontend http://10.0.0.1:8000
+"""
+_TOP = """A live table of a frontend's engines and requests; Ctrl-C ends it.
+
+examples:
+  vllm-pd top
+  vllm-pd top --frontend http://10.0.0.1:8000 --interval 2
+"""
+
+
+class AdminError(PdError):
+    """A frontend does not do what is asked; the message says why."""
+
+
+def call(frontend: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    """Call a frontend's admin API. Raises AdminError."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(ADMIN_KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    url = f"{frontend.rstrip('/')}/pd/v1{path}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        raise AdminError(f"{frontend} refuses ({error.code}): {text}") from error
+    except (OSError, ValueError) as error:
+        raise AdminError(
+            f"no frontend answers at {frontend}: {error}; say where with --frontend"
+        ) from error
+
+
+def engines(arguments: Sequence[str]) -> int:
+    """Run ``vllm-pd engines``; returns the exit status."""
+    parser = _parser("engines", _ENGINES)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--frontend", default=_DEFAULT_FRONTEND, metavar="URL")
+    commands.add_parser("list", parents=[common], help="show every engine")
+    add = commands.add_parser("add", parents=[common], help="take an engine into the pool")
+    add.add_argument("url")
+    add.add_argument("--role", choices=["prefill", "decode", "both"], required=True)
+    drain = commands.add_parser(
+        "drain", parents=[common], help="give an engine nothing new, until `add` names it again"
+    )
+    drain.add_argument("url")
+    drain.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="what is left on it after so long goes on elsewhere (default: %(default)s)",
+    )
+    remove = commands.add_parser(
+        "remove", parents=[common], help="take an engine out; what is under way goes on elsewhere"
+    )
+    remove.add_argument("url")
+    args = parser.parse_args(list(arguments))
+    match args.command:
+        case "list":
+            Console().print(table_of(call(args.frontend, "GET", "/pool"), {}))
+        case "add":
+            call(args.frontend, "POST", "/engines", {"url": args.url, "role": args.role})
+        case "drain":
+            body = {"url": args.url, "timeout_s": args.timeout}
+            call(args.frontend, "POST", "/engines/drain", body)
+        case "remove":
+            call(args.frontend, "DELETE", f"/engines?url={quote(args.url, safe='')}")
+    return 0
+
+
+def top(
+    arguments: Sequence[str],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Run ``vllm-pd top``; returns the exit status."""
+    parser = _parser("top", _TOP)
+    parser.add_argument("--frontend", default=_DEFAULT_FRONTEND, metavar="URL")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
+    parser.add_argument("--once", action="store_true", help="print one table and end")
+    args = parser.parse_args(list(arguments))
+    pool, then = call(args.frontend, "GET", "/pool"), clock()
+    if args.once:
+        Console().print(table_of(pool, {}))
+        return 0
+    try:
+        with Live(table_of(pool, {}), auto_refresh=False) as live:
+            while True:
+                sleep(args.interval)
+                before, pool = pool, call(args.frontend, "GET", "/pool")
+                now = clock()
+                live.update(table_of(pool, rates(before, pool, now - then)), refresh=True)
+                then = now
+    except KeyboardInterrupt:
+        return 0
+
+
+def rates(before: Mapping[str, Any], after: Mapping[str, Any], seconds: float) -> dict[str, float]:
+    """Return how many tokens a second each engine has given out between two looks."""
+    counts = {engine["url"]: engine["tokens_given"] for engine in before["engines"]}
+    return {
+        engine["url"]: max(0, engine["tokens_given"] - counts[engine["url"]]) / seconds
+        for engine in after["engines"]
+        if engine["url"] in counts and seconds > 0
+    }
+
+
+def table_of(pool: Mapping[str, Any], tokens_per_s: Mapping[str, float]) -> Table:
+    """Return what is shown of a pool."""
+    title = f"{pool['requests_open']} requests under way, {pool['requests_waiting']} waiting"
+    table = Table(title=title)
+    table.add_column("engine")
+    for name in ("role", "state"):
+        table.add_column(name)
+    for name in ("running", "waiting", "prompt tokens", "KV", "tokens/s", "prefill tokens/s"):
+        table.add_column(name, justify="right")
+    for engine in pool["engines"]:
+        state, url = engine["state"], engine["url"]
+        shown = f"[{_STATE_STYLES[state]}]{state}[/]"
+        if engine["problem"]:
+            shown += f": {engine['problem']}"
+        rate = engine["prefill_tokens_per_s"]
+        table.add_row(
+            url,
+            engine["role"],
+            shown,
+            str(engine["running"]),
+            str(engine["waiting"]),
+            str(engine["waiting_tokens"]),
+            f"{engine['kv_usage']:.0%}",
+            f"{tokens_per_s[url]:.0f}" if url in tokens_per_s else "-",
+            f"{rate:.0f}" if rate else "-",
+        )
+    return table
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"vllm-pd {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
