@@ -84,6 +84,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
 	$(BIN)/python -m benchmarks.memory --handoffs 2000 --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
+	$(BIN)/python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
+	$(BIN)/python -m benchmarks.goodput --workloads long-in --json benchmarks/results/goodput.json
 	$(BIN)/python -m benchmarks.chaos --frontend --topology 2P2D --json benchmarks/results/chaos-frontend.json
 
 quality: setup

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 from transformers import AutoTokenizer
@@ -32,15 +33,15 @@ from benchmarks.handoff_run import rotated
 from benchmarks.memory import MIB, growth
 from benchmarks.processes import family, own_cpu_seconds, part_of
 from benchmarks.rows import Row
-from tests.engine import Engine, free_port, say, spawn, start_frontend
+from tests.engine import Engine, EngineError, free_port, say, spawn, start_frontend
 
 WORD = " castle"
 """What the canned engines write, again and again: one token."""
 
 ANSWER_TOKENS = 64
-WARM_UP_REQUESTS = 32
+WARM_UP_REQUESTS, WARM_UP_CONCURRENCY = 32, 8
 NUM_BODIES = 512
-SETTLE_S = 2.0
+SETTLE_S, ALL_LISTEN_S = 2.0, 120.0
 PROMPT_END_TOKENS = 8
 STREAMS_OPENING_S = 60.0
 SOAK_CONCURRENCY, SOAK_WARM_UP, SOAK_SAMPLES = 32, 2000, 10
@@ -102,7 +103,30 @@ def start_site(model: Path, workers: int, step_ms: float, folder: Path, stack: E
     servers.append(frontend)
     for server in servers:
         server.wait_until_ready()
+    _wait_until_all_listen(frontend, workers)
     return Site(frontend, (prefill, decode), workers, token, WORD.encode())
+
+
+def _wait_until_all_listen(frontend: Engine, workers: int) -> None:
+    """Wait until so many of a frontend's processes listen: it is healthy as soon as one does.
+
+    Raises:
+        EngineError: they did not in time.
+    """
+    port = urlsplit(frontend.url).port
+    deadline = time.monotonic() + ALL_LISTEN_S
+    while sum(_listens(process, port) for process in family(frontend.process.pid)) < workers:
+        if time.monotonic() > deadline:
+            raise EngineError(f"not all processes of the frontend listen:\n{frontend.log_tail()}")
+        time.sleep(0.25)
+
+
+def _listens(process: psutil.Process, port: int | None) -> bool:
+    try:
+        opened = process.net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return False
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in opened)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +140,7 @@ class Canned:
     def closed(self, concurrencies: Sequence[int], seconds: float, repeat: int) -> list[Row]:
         """Return a row for each concurrency."""
         requests = self._bodies(NUM_BODIES, ANSWER_TOKENS)
-        self._loop(requests[:WARM_UP_REQUESTS], min(8, WARM_UP_REQUESTS))
+        self._loop(requests[:WARM_UP_REQUESTS], WARM_UP_CONCURRENCY)
         runs: dict[int, list[Run | None]] = {concurrency: [] for concurrency in concurrencies}
         for repetition, concurrency in itertools.product(range(repeat), concurrencies):
             self._loop(requests[:concurrency], concurrency)

@@ -202,6 +202,7 @@ def facts_of(plan: Plan, arms: Sequence[str], model: str, flags: Sequence[str]) 
         "second": cores.other,
         "warm_up": plan.warm_up_s,
         "seconds": plan.seconds,
+        "drain": plan.drain_s,
     }
     return [
         f"Workloads: {'; '.join(map(str, plan.workloads))}. Seed {plan.seed}.",

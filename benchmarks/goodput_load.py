@@ -104,6 +104,4 @@ class _Load:
 
 
 async def _sleep_until(moment: float) -> None:
-    left = moment - time.perf_counter()
-    if left > 0:
-        await asyncio.sleep(left)
+    await asyncio.sleep(max(0.0, moment - time.perf_counter()))  # others run in any case

@@ -33,7 +33,8 @@ NOTES = (
     "prefix caches are emptied at the start of a turn.",
     "At each rate {warm_up:g} s of arrivals come first that do not count, then {seconds:g} s that "
     "do; arrivals go on until the last one that counts has ended, or has missed every SLO. "
-    "What has failed, or was broken off, has met none.",
+    "What is under way {drain:g} s after the last arrival is broken off; that, and what has "
+    "failed, has met no SLO.",
     "A request meets an SLO if its TTFT (from when it was due) and its mean TPOT (first to last "
     "token, over the tokens after the first) both do. A ladder of rates is climbed until fewer "
     "than 50 % meet the loosest SLO.",

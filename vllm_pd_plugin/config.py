@@ -11,6 +11,8 @@ from vllm_pd_plugin.codecs import AUTO, Codec
 from vllm_pd_plugin.errors import ConfigError
 
 CLUSTER_KEY_VARIABLE = "VLLM_PD_CLUSTER_KEY"
+ADMIN_KEY_VARIABLE = "VLLM_PD_ADMIN_KEY"
+"""The key of a frontend's admin API; see ``frontend.admin``."""
 MIN_CLUSTER_KEY_LENGTH = 16
 
 

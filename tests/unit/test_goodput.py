@@ -8,12 +8,14 @@ import json
 import math
 import random
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from benchmarks import goodput_load
+from benchmarks import goodput, goodput_load
 from benchmarks.client import RequestFailed
-from benchmarks.goodput import parse_arguments, rising_rates, slo
+from benchmarks.goodput import Bench, Plan, parse_arguments, rising_rates, slo
 from benchmarks.goodput_arms import ARMS
 from benchmarks.goodput_load import Taken, Target, load
 from benchmarks.goodput_plan import (
@@ -208,7 +210,7 @@ def test_the_tables_have_a_line_for_each_row() -> None:
 
 
 def test_the_notes_can_be_filled_in() -> None:
-    shown = {"arms": "a", "first": 0, "second": 1, "warm_up": 8.0, "seconds": 40.0}
+    shown = {"arms": "a", "first": 0, "second": 1, "warm_up": 8.0, "seconds": 40.0, "drain": 9.0}
     text = "\n".join(note.format(**shown) for note in NOTES)
     assert "core 0" in text
     assert "8 s of arrivals" in text
@@ -263,6 +265,66 @@ def test_the_tail_ends_when_all_that_count_have_ended(monkeypatch: pytest.Monkey
     tail = [Request(0.05 + 0.001 * number, (5,), False) for number in range(50)]
     _, server = loaded([Request(0.0, (9,), True), *tail], monkeypatch)
     assert len(server.asked) == 1
+
+
+# --- a whole run
+
+
+class FakeArm:
+    """Meets everything up to 1 a second; wakes only in some repetitions."""
+
+    def __init__(self, name: str, wakes: Sequence[bool]) -> None:
+        self.name, self.urls, self.model = name, ("u",), "m"
+        self.wakes = list(wakes)
+        self.calls: list[str] = []
+
+    def wake(self, prompts: object) -> None:
+        self.calls.append("wake")
+        if not self.wakes.pop(0):
+            raise RequestFailed("asleep")
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+
+    def routes(self) -> dict[str, float]:
+        return {"short": float(len(self.calls))}
+
+    def tails(self) -> str:
+        return ""
+
+
+def test_an_arm_that_fails_in_one_repetition_has_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arms = [FakeArm("alone x2", [True, True]), FakeArm("pdplugin", [False, True])]
+    rates: list[float] = []
+
+    def fake_load(target: Target, workload: Workload, requests: list[Request], s: float) -> Taken:
+        rate = len(requests) / 100
+        rates.append(rate)
+        return Taken([GOOD if rate < 1.5 else BAD] * 20, 0, 3.0)
+
+    monkeypatch.setattr(goodput, "load", fake_load)
+    plan = Plan([LONG_IN], (TIGHT, LOOSE), [1.0, 2.0, 4.0], 20, 60, 1, 2, 1)
+    with (tmp_path / "requests").open("w") as lines:
+        bench = Bench(arms, plan, lines)  # type: ignore[arg-type]
+        bench.repeat(0)
+        bench.repeat(1)
+    rows = bench.rows()
+    assert [(row["arm"], row["slo"], row["n"]) for row in rows] == [
+        ("alone x2", "tight", 2),
+        ("pdplugin", "tight", 1),
+        ("alone x2", "loose", 2),
+        ("pdplugin", "loose", 1),
+    ]
+    assert rows[1]["max_rates"][0] is None
+    assert len(rates) == 6  # the third rate is not tried
+    assert bench.latest_ms == 3
+    assert all(arm.calls == ["wake", "pause"] * 2 for arm in arms)
+    written = [json.loads(line) for line in (tmp_path / "requests").read_text().splitlines()]
+    assert len(written) == 6 * 20
+    assert {line["ttft_ms"] for line in written} == {50, None}
+    assert "| pdplugin | 1 |" in dict(tables(rows))["Requests a second of which 90 % meet the SLO"]
 
 
 # --- the command line

@@ -20,10 +20,10 @@ from typing import Any, Literal
 from fastapi import APIRouter, Depends, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_pd_plugin.config import is_loopback
+from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE, is_loopback
 from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.membership import Membership
-from vllm_pd_plugin.frontend.options import ADMIN_KEY_VARIABLE, engine_url
+from vllm_pd_plugin.frontend.options import engine_url
 from vllm_pd_plugin.frontend.routing import Role
 
 

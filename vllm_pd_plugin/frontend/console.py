@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE
 from vllm_pd_plugin.errors import PdError
-from vllm_pd_plugin.frontend.options import ADMIN_KEY_VARIABLE
 
 _DEFAULT_FRONTEND = "http://127.0.0.1:8000"
 _TIMEOUT_S = 10.0

@@ -11,13 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vllm_pd_plugin.channel import CurveKeys
-from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE, PdConfig
 from vllm_pd_plugin.frontend.dispatch import Limits
 from vllm_pd_plugin.frontend.membership import Engines, Wanted
 from vllm_pd_plugin.frontend.metrics import Objectives, parse_slo
 from vllm_pd_plugin.frontend.routing import EngineKey, NoPrefill, Policy, Role, Strategy
 
-ADMIN_KEY_VARIABLE = "VLLM_PD_ADMIN_KEY"
 _TIMEOUTS = Limits()
 
 
