@@ -95,6 +95,8 @@ class Dealer:
             self._on_message(frames)
 
     def _watch(self) -> None:
+        if self._socket.closed:
+            return
         with contextlib.suppress(zmq.Again):
             self._monitor.recv_multipart(zmq.NOBLOCK)
             self._drain()  # what had arrived before it was lost

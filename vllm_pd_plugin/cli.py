@@ -110,6 +110,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 def up(arguments: Sequence[str]) -> int:
     """Start engines on this machine and serve them; returns the exit status."""
+    environ = dict(os.environ)  # before vLLM changes it
     from vllm_pd_plugin.frontend import local, options
 
     def prepare(args: argparse.Namespace, parser: Any, own: set[str]) -> tuple[Any, ...]:
@@ -122,6 +123,7 @@ def up(arguments: Sequence[str]) -> int:
             local.engine_arguments(parser, rest, own),
             args.log_dir or Path(tempfile.mkdtemp(prefix="vllm-pd-")),
             args.tensor_parallel_size,
+            environ,
         )
         pool = [(engine.url, engine.role) for engine in engines]
         for_workers = local.without(parser, rest, options.LOCAL_OPTIONS)
@@ -139,6 +141,7 @@ def _run_frontend(
     prepare: Callable[[argparse.Namespace, Any, set[str]], tuple[Any, ...]],
 ) -> int:
     """Run a frontend until it is told to stop, with vLLM's own parser for its options."""
+    environ = dict(os.environ)  # before vLLM changes it
     import uvloop
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -168,7 +171,7 @@ def _run_frontend(
     try:
         parsed, engines, for_workers = prepare(args, parser, own)
         worker = [sys.executable, "-m", "vllm_pd_plugin.cli", "serve", *for_workers]
-        uvloop.run(serve_frontend(args, parsed, engines, worker))
+        uvloop.run(serve_frontend(args, parsed, engines, worker, environ))
     except PdError as error:
         print(f"vllm-pd {name}: {error}", file=sys.stderr)
         status = 1

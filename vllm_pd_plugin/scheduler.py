@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MIN_REST_S, _MAX_REST_S = 0.001, 0.032
+_MIN_NAP_S, _MAX_NAP_S, _MAX_REST_S = 0.001, 0.032, 5.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ class SchedulerSide:
         self._control: ControlPlane
         self._events: deque[Event] = deque()
         self._has_news = threading.Event()
-        self._rest_s = _MIN_REST_S
+        self._nap_s = _MIN_NAP_S
+        self._input: Queue[Any] | None = None
         self._stats = PdStats()
         self._consuming = ConsumingRequests(role.recomputes, self._call, self._stats)
         self._producing = ProducingRequests(config.stretch_bytes, self._call, self._stats)
@@ -145,7 +147,7 @@ class SchedulerSide:
         )
         divert_outputs(core, server)
         server.watch_prefix_cache()
-        self._tokens = server
+        self._tokens, self._input = server, core.input_queue
 
     def describe_engine(self) -> dict[str, Any]:
         """Return what a frontend has to know before it can attach."""
@@ -316,15 +318,20 @@ class SchedulerSide:
             raise ParamsError("seed_first_token needs KV that is not computed here")
 
     def _rest(self, is_empty: bool) -> None:
-        """Sleep a little in a step that computes nothing, unless there is news.
+        """Sleep in a step that computes nothing, until there is news.
 
-        vLLM steps an engine that only waits as often as it can: others need the core. Events and
-        new requests end a rest; an abort waits for its end."""
+        vLLM steps an engine that only waits as often as it can, and each step keeps its workers
+        spinning for a second: others need the core. Events and new requests end a rest at once,
+        an abort after a nap."""
         waits = is_empty and (len(self._consuming) > 0 or self._producing.holds_blocks)
-        if waits and not self._has_news.wait(self._rest_s):
-            self._rest_s = min(2 * self._rest_s, _MAX_REST_S)
-        else:
-            self._rest_s = _MIN_REST_S
+        until = time.monotonic() + (_MAX_REST_S if self._input is not None else self._nap_s)
+        while waits:
+            if self._has_news.wait(self._nap_s):
+                self._nap_s = _MIN_NAP_S
+                break
+            self._nap_s = min(2 * self._nap_s, _MAX_NAP_S)
+            if time.monotonic() > until or not (self._input is None or self._input.empty()):
+                break
         self._has_news.clear()
 
     def _take_events(self) -> None:

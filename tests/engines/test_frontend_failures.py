@@ -322,3 +322,33 @@ def test_without_an_engine_requests_are_turned_away_in_time(cluster: Cluster) ->
         body, short = other.body("A", 2000), {"X-Request-Timeout": "0.5"}
         late = httpx.post(f"{other.url}/v1/completions", json=body, headers=short, timeout=30)
         assert late.status_code == 504
+
+
+def test_workers_share_a_port_and_what_they_know_of_the_engines(cluster: Cluster) -> None:
+    other = cluster.serve("--workers", "2", "--queue-timeout", "1")
+    url = cluster.urls["decode-0"]
+
+    def states() -> set[str]:
+        """Ask often enough that both workers have answered."""
+        pools = [httpx.get(f"{other.url}/pd/v1/pool", timeout=10).json() for _ in range(16)]
+        return {e["state"] for pool in pools for e in pool["engines"] if e["url"] == url}
+
+    with running([other]):
+        workers = psutil.Process(other.process.pid).children()
+        assert len(workers) == 2
+        wait_until(lambda: states() == {"up"})
+        prompt = random_prompt(300, 8)
+        expected = stream(cluster.alone, prompt, 20)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: stream(other, prompt, 20), range(16)))
+        assert answers == [expected] * 16
+        assert other.metrics()['pd_frontend_requests_total{slo_class="default"}'] == 16
+        assert engines(other, "drain", url, "--timeout", "0").returncode == 0
+        wait_until(lambda: states() == {"draining"})
+        assert engines(other, "add", "--role", "decode", url).returncode == 0
+        wait_until(lambda: states() == {"up"})
+        workers[0].kill()
+        wait_until(lambda: len(psutil.Process(other.process.pid).children()) == 2, 60)
+        other.wait_until_ready()
+        assert stream(other, prompt, 20) == expected
+    assert other.process.returncode == 0

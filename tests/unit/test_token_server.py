@@ -123,15 +123,22 @@ def test_attaching_again_ends_what_was_under_way(
     assert frontend.numbers() == [1]
 
 
-def test_a_frontend_may_come_from_elsewhere(engine: ServingEngine, frontend: FakeFrontend) -> None:
-    """As after a connection was renewed."""
+def test_what_comes_from_another_connection_is_none_of_the_frontend_s(
+    engine: ServingEngine, frontend: FakeFrontend
+) -> None:
     frontend.add("r")
-    moved = engine.frontend("moved")
-    moved.incarnation = frontend.incarnation
-    moved.say(tokens.Ping())
+    other = engine.frontend("other")
+    other.incarnation = frontend.incarnation
+    engine.clock.advance(1)
+    other.say(tokens.Ping())
+    other.abort("r")
+    other.add("s")
+    assert added(engine) == ["r"]
+    assert aborted(engine) == []
+    assert engine.server.turn() == engine.clock.now - 1 + tokens.LEASE_S
     engine.give(frontend, 50)
-    assert [output.new_token_ids for output in moved.outputs()] == [[50]]
-    assert frontend.outputs() == []
+    assert [output.new_token_ids for output in frontend.outputs()] == [[50]]
+    assert other.outputs() == []
 
 
 def test_there_is_a_most_of_frontends_and_those_there_are_may_attach_again(

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,11 @@ async def serve(
     options: FrontendOptions,
     local: Sequence[LocalEngine],
     worker: Sequence[str],
+    environ: Mapping[str, str],
 ) -> None:
     """Serve until SIGINT or SIGTERM, then let what is under way end.
 
-    local: engines to run for as long. worker: what starts one of several workers.
+    local: engines to run for as long. worker, environ: what starts one of several workers.
 
     Raises:
         NoEnginesError: none came up in time.
@@ -61,7 +62,7 @@ async def serve(
     """
     log_like_vllm()
     if options.workers > 1 and ENGINES_FILE_VARIABLE not in os.environ:
-        await run_workers(args, options, local, worker)
+        await run_workers(args, options, local, worker, environ)
         return
     signal.signal(signal.SIGTERM, _interrupt)  # until the server has handlers of its own
     shared = os.environ.get(ENGINES_FILE_VARIABLE)

@@ -111,7 +111,8 @@ class PoolCore(EngineCoreClient):
         self.dispatch.add(request)
 
     async def abort_requests_async(self, request_ids: Iterable[str]) -> None:
-        self.dispatch.abort(request_ids)
+        """End requests that have come to a stop string, which only this process looks for."""
+        self.dispatch.stop(request_ids)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing to do: ``PoolLLM`` closes the dispatch."""
@@ -166,6 +167,11 @@ class PoolLLM(AsyncLLM):
         """Check what only a frontend can know of a request, and begin it."""
         refuse_transfer_params(getattr(params, "extra_args", None) or {})
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """End requests whose clients have gone."""
+        given = (request_id,) if isinstance(request_id, str) else list(request_id)
+        self.dispatch.abort(self.output_processor.abort_requests(given, internal))
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         params, prompt = request.sampling_params, request.prompt_token_ids

@@ -21,6 +21,7 @@ from vllm_pd_plugin.errors import PdError
 
 _DEFAULT_FRONTEND = "http://127.0.0.1:8000"
 _TIMEOUT_S = 10.0
+_PIPE_WIDTH = 160
 _STATE_STYLES = {"up": "green", "down": "red", "draining": "yellow", "broken": "red"}
 
 _ENGINES = f"""See and change the engines of a running frontend.
@@ -94,7 +95,7 @@ def engines(arguments: Sequence[str]) -> int:
     args = parser.parse_args(list(arguments))
     match args.command:
         case "list":
-            Console().print(table_of(call(args.frontend, "GET", "/pool"), {}))
+            _print(table_of(call(args.frontend, "GET", "/pool"), {}))
         case "add":
             call(args.frontend, "POST", "/engines", {"url": args.url, "role": args.role})
         case "drain":
@@ -118,7 +119,7 @@ def top(
     args = parser.parse_args(list(arguments))
     pool, then = call(args.frontend, "GET", "/pool"), clock()
     if args.once:
-        Console().print(table_of(pool, {}))
+        _print(table_of(pool, {}))
         return 0
     try:
         with Live(table_of(pool, {}), auto_refresh=False) as live:
@@ -146,7 +147,7 @@ def table_of(pool: Mapping[str, Any], tokens_per_s: Mapping[str, float]) -> Tabl
     """Return what is shown of a pool."""
     title = f"{pool['requests_open']} requests under way, {pool['requests_waiting']} waiting"
     table = Table(title=title)
-    table.add_column("engine")
+    table.add_column("engine", overflow="fold")
     for name in ("role", "state"):
         table.add_column(name)
     for name in ("running", "waiting", "prompt tokens", "KV", "tokens/s", "prefill tokens/s"):
@@ -169,6 +170,11 @@ def table_of(pool: Mapping[str, Any], tokens_per_s: Mapping[str, float]) -> Tabl
             f"{rate:.0f}" if rate else "-",
         )
     return table
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    Console(width=console.width if console.is_terminal else _PIPE_WIDTH).print(table)
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:

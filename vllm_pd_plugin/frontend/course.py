@@ -305,11 +305,12 @@ class Course:
     def engine_lost(self, engine: EngineKey) -> None:
         """An engine is gone, or must not be used any more: the legs on it are over."""
         for leg in self.legs:
-            if leg.engine == engine:
-                del self._legs[leg.kind]
+            if leg.engine != engine:
+                continue
+            if leg.kind is LegKind.PREFILL and not self._seeds and self.decodes:
+                del self._legs[leg.kind]  # the handoff was over
                 self._dispatcher.drop(leg, abort=True)
-                if leg.kind is LegKind.PREFILL and not self._seeds and self.decodes:
-                    continue  # the handoff was over
+            else:
                 self.fail([engine], Failure.ENGINE_LOST)
                 return
         # It had sampled its token, but the decode engine may not have all KV yet.

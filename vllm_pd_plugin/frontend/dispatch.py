@@ -157,6 +157,13 @@ class Dispatch:
             if underway := self._courses.get(request_id):
                 underway.course.cancel()
 
+    def stop(self, request_ids: Iterable[RequestId]) -> None:
+        """The clients have got all of their answers to these."""
+        for request_id in request_ids:
+            if underway := self._courses.get(request_id):
+                self.metrics.finished(underway.timeline)
+                underway.course.cancel()
+
     def give_up(self, ending: Ending) -> None:
         """End everything."""
         for underway in list(self._courses.values()):
@@ -191,11 +198,12 @@ class Dispatch:
         self._start_waiting()
 
     def _set_draining(self, member: Member, until: float | None) -> None:
+        if until == member.drain_until:
+            return
+        member.drain_until = until
         if until is None:
-            member.is_draining = False
             self._draining.pop(member.key, None)
-        elif not member.is_draining:
-            member.is_draining = True
+        else:
             self._draining[member.key] = self.now() + until - time.time()
 
     def _remove(self, member: Member) -> None:
@@ -235,7 +243,7 @@ class Dispatch:
     # --- what links say ----------------------------------------------------------------------
 
     def attached(self, link: Link, load: EngineLoad) -> None:
-        member = self.pool.get(link.url)
+        member = self._member(link)
         if member is None:
             return
         member.mismatch = self._mismatch(member)
@@ -249,22 +257,22 @@ class Dispatch:
         self._start_waiting()
 
     def loaded(self, link: Link, load: EngineLoad) -> None:
-        if member := self.pool.get(link.url):
+        if member := self._member(link):
             member.set_load(load)
 
     def cached(self, link: Link, changes: Blocks) -> None:
-        if self.pool.get(link.url):
+        if self._member(link):
             self._prefixes.change(link.url, changes)
 
     def lost(self, link: Link, why: str) -> None:
-        self._prefixes.forget(link.url)
-        if member := self.pool.get(link.url):
+        if member := self._member(link):
+            self._prefixes.forget(link.url)
             self.metrics.engine_lost()
             self._leave(member)
 
     def gave_out(self, link: Link, outputs: EngineCoreOutputs) -> None:
         """Take the outputs of one step of an engine."""
-        member = self.pool.get(link.url)
+        member = self._member(link)
         batch: list[EngineCoreOutput] = []
         self._batch = batch
         now = self.now()
@@ -284,6 +292,11 @@ class Dispatch:
         finally:
             self._batch = None
             self._give(batch)
+
+    def _member(self, link: Link) -> Member | None:
+        """Return whose link it is; None when another one, or none, is in its place."""
+        member = self.pool.get(link.url)
+        return member if member is not None and member.link is link else None
 
     def _leave(self, member: Member) -> None:
         """Let everything that an engine works on go on elsewhere."""

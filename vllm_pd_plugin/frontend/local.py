@@ -44,8 +44,8 @@ class EngineStartError(PdError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LocalProcess:
-    """How one process is started. environ: added to this process's own. log: None for this
-    process's own output."""
+    """How one process is started. environ: all of it; vLLM changes this process's own as it sees
+    fit for this process. log: None for this process's own output."""
 
     name: str
     command: tuple[str, ...]
@@ -92,29 +92,33 @@ def without(parser: Any, arguments: Sequence[str], dropped: set[str]) -> list[st
 
 
 def divide(items: Sequence[int], num_engines: int, each: int = 0) -> list[list[int]]:
-    """Divide cores or GPUs among engines, in order; cores are shared where there are too few.
+    """Divide cores or GPUs among engines, in order; there must be one for each at least.
 
     each: how many an engine must have; 0 divides all of them evenly.
     """
     size = each or max(1, len(items) // num_engines)
-    return [
-        [items[(engine * size + place) % len(items)] for place in range(size)]
-        for engine in range(num_engines)
-    ]
+    return [list(items[engine * size : (engine + 1) * size]) for engine in range(num_engines)]
 
 
 def plan_engines(
-    counts: Mapping[Role, int], model: str, arguments: Sequence[str], logs: Path, tp_size: int
+    counts: Mapping[Role, int],
+    model: str,
+    arguments: Sequence[str],
+    logs: Path,
+    tp_size: int,
+    environ: Mapping[str, str],
 ) -> list[LocalEngine]:
     """Return the engines to start, each with its part of this machine.
+
+    environ: what each gets of its surroundings, beside that.
 
     Raises:
         ConfigError: there are fewer GPUs than the engines need.
     """
     names = [(f"{role.value}-{i}", role) for role, count in counts.items() for i in range(count)]
-    environs = _environs(len(names), tp_size)
+    parts = _environs(len(names), tp_size, environ)
     engines = []
-    for (name, role), environ in zip(names, environs, strict=True):
+    for (name, role), part in zip(names, parts, strict=True):
         port = _free_port()
         command = (
             sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments,
@@ -122,42 +126,51 @@ def plan_engines(
             "--kv-connector", "pdplugin", "--kv-role", role.value,
         )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
-        engines.append(LocalEngine(name, command, environ, logs / f"{name}.log", role, url))
+        log = logs / f"{name}.log"
+        engines.append(LocalEngine(name, command, {**environ, **part}, log, role, url))
     return engines
 
 
-def _environs(num_engines: int, tp_size: int) -> list[dict[str, str]]:
+def _environs(num_engines: int, tp_size: int, environ: Mapping[str, str]) -> list[dict[str, str]]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         cores = sorted(os.sched_getaffinity(0))
-        binds = [
-            "|".join(_ranges(rank) for rank in divide(part, tp_size))
-            for part in divide(cores, num_engines)
-        ]
+        if num_engines * tp_size > len(cores):
+            # Engines that are bound to the same core hold each other up, however idle the others.
+            parts = [{"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}] * num_engines
+        else:
+            parts = [
+                {
+                    "VLLM_CPU_OMP_THREADS_BIND": "|".join(
+                        ",".join(map(str, rank)) for rank in divide(part, tp_size)
+                    )
+                }
+                for part in divide(cores, num_engines)
+            ]
+        chosen = {k: v for k, v in environ.items() if k == "VLLM_CPU_OMP_THREADS_BIND"}
         return [
             {
-                "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", bind),
-                "VLLM_CPU_KVCACHE_SPACE": os.environ.get(
+                **part,
+                **chosen,
+                "VLLM_CPU_KVCACHE_SPACE": environ.get(
                     "VLLM_CPU_KVCACHE_SPACE", str(_kv_gib(num_engines))
                 ),
             }
-            for bind in binds
+            for part in parts
         ]
     import torch
 
-    num_gpus = torch.cuda.device_count()
+    names = (environ.get("CUDA_VISIBLE_DEVICES") or "").split(",")
+    visible = names if names != [""] else list(map(str, range(torch.cuda.device_count())))
+    num_gpus = len(visible)
     if num_gpus < num_engines * tp_size:
         raise ConfigError(
             f"{num_engines} engines of {tp_size} GPUs each need {num_engines * tp_size} GPUs, and "
             f"this machine has {num_gpus}; start fewer with --prefill and --decode"
         )
-    parts = divide(range(num_gpus), num_engines, tp_size)
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, part))} for part in parts]
-
-
-def _ranges(cores: Sequence[int]) -> str:
-    return ",".join(map(str, cores))
+    gpus = divide(range(num_gpus), num_engines, tp_size)
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i] for i in part)} for part in gpus]
 
 
 def _kv_gib(num_engines: int) -> int:
@@ -242,9 +255,8 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **wanted.environ},
-                start_new_session=True,  # Ctrl-C is ours: what is under way ends first
-                preexec_fn=_end_with_parent,
+                env=dict(wanted.environ),
+                preexec_fn=_set_apart,
             )
         self._processes[wanted.name] = process
         status = await process.wait()
@@ -259,8 +271,14 @@ def _tail(log: Path | None) -> str:
     return "\n".join([":", *lines])
 
 
-def _end_with_parent() -> None:
-    """In the child: be killed when the parent is, however that ends."""
+def _set_apart() -> None:
+    """In the child: be in a process group of its own, as Ctrl-C is the parent's, who lets what is
+    under way end; and end when the parent does, however that ends.
+
+    Not in a session of its own: Linux may schedule sessions against each other, and one engine
+    that spins then starves another.
+    """
+    os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

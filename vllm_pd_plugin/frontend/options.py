@@ -173,7 +173,7 @@ def parse_options(
         slos=dict(parse_slo(text) for text in args.slo),
         wait_s=args.wait_for_engines,
         workers=max(1, args.workers),
-        admin_key=os.environ.get(ADMIN_KEY_VARIABLE),
+        admin_key=os.environ.get(ADMIN_KEY_VARIABLE) or None,
         keys=CurveKeys.derive(cluster_key) if cluster_key else None,
     )
 
@@ -185,7 +185,12 @@ def parse_engines(args: argparse.Namespace) -> list[tuple[EngineKey, Role]]:
 
 def engine_url(text: str) -> EngineKey:
     """Read an engine's address: http://HOST:PORT."""
-    parts = urlsplit(text if "://" in text else f"http://{text}")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        rest = f"{parts.path.strip('/')}{parts.query}{parts.fragment}"
+        is_address = parts.hostname and parts.port != 0 and not rest
+    except ValueError:
+        is_address = False
+    if not is_address or parts.scheme not in ("http", "https"):
         raise argparse.ArgumentTypeError(f"{text!r} is not an engine's address (http://HOST:PORT)")
     return f"{parts.scheme}://{parts.netloc}"

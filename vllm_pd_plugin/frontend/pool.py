@@ -29,14 +29,15 @@ class MemberState(enum.StrEnum):
 class Member:
     """One engine of the pool.
 
-    role: as the operator has sorted it in. is_draining: it gets nothing new.
+    role: as the operator has sorted it in.
     load: what it has said last; ``own`` was this frontend's part in it.
     """
 
     key: EngineKey
     role: Role
     link: Link
-    is_draining: bool = False
+    drain_until: float | None = None
+    """Set when it gets nothing new: when what is left on it goes on elsewhere; see ``Wanted``."""
     mismatch: str = ""
     """Why it cannot be used though it is there."""
     tokens_given: int = 0
@@ -44,7 +45,7 @@ class Member:
     legs: set[Leg] = dataclasses.field(default_factory=set)
     prefill_rate: float | None = None
     _own_tokens_then: int = 0
-    _own_running_then: int = 0
+    _own_requests_then: int = 0
     _failures: int = 0
     _open_until: float = 0.0
 
@@ -63,6 +64,10 @@ class Member:
         if self.is_draining:
             return MemberState.DRAINING
         return MemberState.BROKEN if self.is_broken(now) else MemberState.UP
+
+    @property
+    def is_draining(self) -> bool:
+        return self.drain_until is not None
 
     @property
     def own_tokens(self) -> int:
@@ -100,12 +105,12 @@ class Member:
 
     def set_load(self, load: EngineLoad) -> None:
         self.load = load
-        self._own_tokens_then, self._own_running_then = self.own_tokens, self.own_running
+        self._own_tokens_then, self._own_requests_then = self.own_tokens, len(self.legs)
 
     def snapshot(self) -> Engine:
         """Return what routing may know: own requests exactly, those of others as last told."""
         others_tokens = max(0, self.load.waiting_tokens - self._own_tokens_then)
-        others_running = max(0, self.load.running + self.load.waiting - self._own_running_then)
+        others_running = max(0, self.load.running + self.load.waiting - self._own_requests_then)
         return Engine(
             self.key,
             self.role,

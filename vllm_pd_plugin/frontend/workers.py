@@ -12,13 +12,14 @@ import asyncio
 import logging
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from vllm.entrypoints.launchers.launcher import setup_server
 
+from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.frontend.local import LocalProcess, Supervisor
 from vllm_pd_plugin.frontend.membership import Membership
 from vllm_pd_plugin.frontend.options import FrontendOptions
@@ -35,14 +36,17 @@ async def run_workers(
     options: FrontendOptions,
     local: Sequence[LocalProcess],
     command: Sequence[str],
+    environ: Mapping[str, str],
 ) -> None:
     """Run until SIGINT or SIGTERM.
 
-    command: starts one worker.
+    command, environ: start one worker.
 
     Raises:
         EngineStartError: an engine or a worker ended before all were up.
     """
+    if args.uds:
+        raise ConfigError("--uds is of no use with --workers: they share a port")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -53,6 +57,7 @@ async def run_workers(
         path = shared / "engines.json"
         Membership.open(options.engines, path)
         environ = {
+            **environ,
             ENGINES_FILE_VARIABLE: str(path),
             "PROMETHEUS_MULTIPROC_DIR": str(shared),
         }

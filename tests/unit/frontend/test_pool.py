@@ -174,7 +174,7 @@ def test_an_engine_says_how_it_is(member: Member) -> None:
         member.failed(NOW)
     assert member.state(NOW) is MemberState.BROKEN
     assert member.state(NOW + COOL_DOWN_S) is MemberState.UP
-    member.is_draining = True
+    member.drain_until = 0.0
     assert member.state(NOW) is MemberState.DRAINING
     member.mismatch = "another model"
     assert (member.state(NOW), member.problem) == (MemberState.DOWN, "another model")
@@ -212,7 +212,7 @@ def test_engines_that_must_not_be_used_are_not_even_if_there_is_no_other(
 ) -> None:
     pool = make_pool(clock, p=Role.PREFILL, d=Role.DECODE)
     if why == "draining":
-        pool["d"].is_draining = True
+        pool["d"].drain_until = 0.0
     else:
         pool["d"].mismatch = why
     assert usable(pool) == ["p"]

@@ -226,6 +226,13 @@ def test_a_session_stays_where_it_was_while_there_is_room() -> None:
     assert route([prefill(), decode("a")], session).decode == "a"
 
 
+def test_a_session_does_not_hold_up_those_who_take_turns() -> None:
+    engines = [prefill(), decode("a"), decode("b")]
+    policy = Policy(decode=Strategy.ROUND_ROBIN, local_below=0)
+    session = dataclasses.replace(LONG, session="b")
+    assert route(engines, session, policy, chance=Chance(0)).decode == "a"
+
+
 def test_taking_turns_goes_round() -> None:
     engines = [decode("d2"), prefill("p1"), decode("d0"), prefill("p0"), decode("d1")]
     policy = Policy(Strategy.ROUND_ROBIN, Strategy.ROUND_ROBIN, local_below=0)
