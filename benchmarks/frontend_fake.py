@@ -34,6 +34,8 @@ from vllm_pd_plugin.channel import Listener, Loop
 from vllm_pd_plugin.ids import Incarnation, RequestId, new_incarnation
 
 MAX_MODEL_LEN = 8192
+VOCAB_SIZE = 49_152
+"""Of the test models."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -196,6 +198,8 @@ def start_engine(
         max_num_seqs=4096,
         max_num_batched_tokens=MAX_MODEL_LEN,
         data_parallel_size=1,
+        codecs=("auto", "raw"),
+        vocab_size=VOCAB_SIZE,
         model_digest="canned",
         kv_tokens=2**24,
         block_tokens=128,

@@ -87,12 +87,18 @@ def parse_codec(params: Mapping[str, Any] | None, config: PdConfig) -> CodecChoi
     narrowest = config.narrowest
     wanted = None if params is None else params.get("codec")
     name = config.codec if wanted is None else wanted
-    allowed = [AUTO, *(codec for codec in Codec if codec.rank <= narrowest.rank)]
+    allowed = allowed_codecs(config)
     if name not in allowed:
         raise ParamsError(
             f"codec={_short(name)} is not allowed here; allowed are {', '.join(allowed)}"
         )
     return CodecChoice(None if name == AUTO else Codec(name), narrowest)
+
+
+def allowed_codecs(config: PdConfig) -> tuple[str, ...]:
+    """Return what a request may ask for."""
+    narrowest = config.narrowest
+    return (AUTO, *(codec.value for codec in Codec if codec.rank <= narrowest.rank))
 
 
 def _source(place: Mapping[str, Any], handoff_id: HandoffId, trusted_network: bool) -> Source:

@@ -33,6 +33,7 @@ from vllm_pd_plugin.ids import EngineId, RequestId, Source, new_incarnation
 from vllm_pd_plugin.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.metrics import PdStats
 from vllm_pd_plugin.params import (
+    allowed_codecs,
     describe_handoff,
     parse_codec,
     parse_sources,
@@ -168,6 +169,8 @@ class SchedulerSide:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             data_parallel_size=config.parallel_config.data_parallel_size,
+            codecs=allowed_codecs(self._config),
+            vocab_size=config.model_config.get_vocab_size(),
             model_digest=self._model_digest,
             kv_tokens=config.cache_config.kv_cache_size_tokens or 0,
             block_tokens=config.cache_config.block_size,

@@ -57,6 +57,7 @@ class EngineDescription(msgspec.Struct, frozen=True):
 
     role: ``prefill``, ``decode`` or ``both``.
     control_host, control_port: where other engines reach its control channel.
+    codecs: that a request may ask for here.
     model_digest: of what decides the meaning of KV; engines of one pool have the same.
     kv_tokens: size of its KV cache. block_tokens: of one block.
     """
@@ -71,6 +72,8 @@ class EngineDescription(msgspec.Struct, frozen=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     data_parallel_size: int
+    codecs: tuple[str, ...]
+    vocab_size: int
     model_digest: str
     kv_tokens: int
     block_tokens: int

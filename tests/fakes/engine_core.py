@@ -45,6 +45,8 @@ def describe(**changes: Any) -> tokens.EngineDescription:
         "max_num_seqs": 16,
         "max_num_batched_tokens": 2048,
         "data_parallel_size": 1,
+        "codecs": ("auto", "raw"),
+        "vocab_size": 1000,
         "model_digest": "digest",
         "kv_tokens": 10_000,
         "block_tokens": 16,

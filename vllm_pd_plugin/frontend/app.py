@@ -117,8 +117,16 @@ async def _serve(
     there = [member.link.description for member in core.dispatch.pool if member.is_up]
     config = frontend_config(args, min(each.max_model_len for each in there))
     core.dispatch.require(
-        Requirement(config.model_config.max_model_len, there[0].model_digest, vllm_version)
+        Requirement(
+            config.model_config.max_model_len,
+            config.model_config.get_vocab_size(),
+            there[0].model_digest,
+            vllm_version,
+        )
     )
+    if problem := core.dispatch.serves():
+        problems = _problems(core.dispatch)
+        raise NoEnginesError(f"the engines do not serve {args.model} ({problem}): {problems}")
     client = PoolLLM(config, core, args.enable_log_requests)
     tasks = await client.get_supported_tasks()
     args.middleware = [*args.middleware, f"{ContextMiddleware.__module__}.ContextMiddleware"]

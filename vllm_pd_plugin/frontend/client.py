@@ -23,7 +23,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_pd_plugin.codecs import AUTO, Codec
+from vllm_pd_plugin.codecs import AUTO
 from vllm_pd_plugin.frontend.course import Course, Ending
 from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits, Underway
 from vllm_pd_plugin.frontend.metrics import FrontendMetrics, Objectives
@@ -31,7 +31,7 @@ from vllm_pd_plugin.frontend.routing import Policy
 from vllm_pd_plugin.frontend.tracing import record, spans_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from vllm.config import VllmConfig
     from vllm.tasks import SupportedTask
@@ -165,7 +165,8 @@ class PoolLLM(AsyncLLM):
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> RequestOutputCollector:
         """Check what only a frontend can know of a request, and begin it."""
-        refuse_transfer_params(getattr(params, "extra_args", None) or {})
+        arguments = getattr(params, "extra_args", None) or {}
+        refuse_transfer_params(arguments, self.dispatch.allowed_codecs())
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
@@ -239,15 +240,17 @@ class PoolLLM(AsyncLLM):
         record(spans, now, attributes, request.trace_headers)
 
 
-def refuse_transfer_params(extra_args: Mapping[str, Any]) -> None:
-    """Refuse what a client may not say to the connector. Raises VLLMValidationError."""
+def refuse_transfer_params(extra_args: Mapping[str, Any], codecs: Collection[str]) -> None:
+    """Refuse what a client may not say to the connector.
+
+    codecs: that every engine allows. Raises VLLMValidationError.
+    """
     transfer = extra_args.get("kv_transfer_params")
     if transfer is None:
         return
     if not isinstance(transfer, dict) or set(transfer) - _CLIENT_PARAMS:
         text = f"kv_transfer_params may hold {', '.join(_CLIENT_PARAMS)}, and nothing else"
         raise VLLMValidationError(text, parameter="kv_transfer_params")
-    codecs = [AUTO, *(codec.value for codec in Codec)]
     if transfer.get("codec", AUTO) not in codecs:
-        text = f"codec must be one of {', '.join(codecs)}"
+        text = f"codec must be one of {', '.join(sorted(codecs))}"
         raise VLLMValidationError(text, parameter="kv_transfer_params")

@@ -20,6 +20,7 @@ from vllm.v1.engine import (
     EngineCoreRequest,
 )
 
+from vllm_pd_plugin.codecs import AUTO, Codec
 from vllm_pd_plugin.frontend.context import current
 from vllm_pd_plugin.frontend.course import Course, Ending, Failure, Leg
 from vllm_pd_plugin.frontend.legs import LegKind
@@ -70,6 +71,7 @@ class Requirement:
     """What an engine must be to be used: as long a context, the same model, the same vLLM."""
 
     max_model_len: int
+    vocab_size: int
     model_digest: str
     vllm_version: str
 
@@ -175,6 +177,12 @@ class Dispatch:
         missing = choose(engines, Prompt(1_000_000, 2), self.policy)
         return missing.value if isinstance(missing, Unroutable) else None
 
+    def allowed_codecs(self) -> set[str]:
+        """Return the codecs that a client may ask for: every engine that decodes allows them."""
+        decodes = [m.link.description for m in self.pool if m.is_up and m.role.decodes]
+        allowed = [set(description.codecs) for description in decodes]
+        return set.intersection(*allowed) if allowed else {AUTO, *Codec}
+
     # --- engines -----------------------------------------------------------------------------
 
     def require(self, requirement: Requirement) -> None:
@@ -234,6 +242,8 @@ class Dispatch:
                 f"its --max-model-len is {is_there.max_model_len}, and this frontend serves "
                 f"{wanted.max_model_len}"
             )
+        if is_there.vocab_size != wanted.vocab_size:
+            return f"it runs {is_there.model}, which has another vocabulary than this frontend's"
         if is_there.model_digest != wanted.model_digest:
             return f"it runs another model than the other engines ({is_there.model})"
         if is_there.vllm_version != wanted.vllm_version:

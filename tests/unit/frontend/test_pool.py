@@ -262,7 +262,7 @@ def test_a_role_that_somebody_can_fill_is_filled(roles: list[Role], data: st.Dat
     pool = make_pool(clock, **{f"e{i}": role for i, role in enumerate(roles)})
     for member in pool:
         link_of(member).is_attached = data.draw(st.booleans())
-        member.is_draining = data.draw(st.booleans())
+        member.drain_until = NOW if data.draw(st.booleans()) else None
         for _ in range(data.draw(st.integers(0, 3))):
             member.failed(clock.now)
     excluded = {member.key for member in pool if data.draw(st.booleans())}
