@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests import models
 from tests.engine import Engine, running, start, start_frontend
@@ -352,3 +354,70 @@ def test_workers_share_a_port_and_what_they_know_of_the_engines(cluster: Cluster
         other.wait_until_ready()
         assert stream(other, prompt, 20) == expected
     assert other.process.returncode == 0
+
+
+class Collector:
+    """Takes OpenTelemetry spans over HTTP."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, Any] = {}
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                export = ExportTraceServiceRequest.FromString(body)
+                for resource in export.resource_spans:
+                    for scope in resource.scope_spans:
+                        collector.spans |= {span.name: span for span in scope.spans}
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args: Any) -> None:
+                """Nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_a_request_leaves_a_trace_of_its_way(cluster: Cluster) -> None:
+    collector = Collector()
+    environ = {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+    }
+    options = ("--local-below", "0", "--otlp-traces-endpoint", collector.url)
+    other = cluster.serve(*options, environ=environ)
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    with running([other]):
+        parent = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+        body = other.body(random_prompt(300, 9), 8)
+        httpx.post(f"{other.url}/v1/completions", json=body, headers=parent).raise_for_status()
+        wanted = {"pd.route", "pd.prefill", "pd.transfer", "pd.first_token", "pd.decode"}
+        wait_until(lambda: wanted <= set(collector.spans))
+    collector.close()
+    assert {collector.spans[name].trace_id.hex() for name in wanted} == {trace_id}
+    prefill, decode = collector.spans["pd.prefill"], collector.spans["pd.decode"]
+    assert prefill.end_time_unix_nano <= decode.start_time_unix_nano
+    attributes = {each.key: each.value.string_value for each in decode.attributes}
+    assert attributes["pd.route"] == "disaggregated"
+    assert attributes["pd.prefill_engine"] == cluster.urls["prefill-0"]
+    assert attributes["pd.decode_engine"] == cluster.urls["decode-0"]
+
+
+def test_more_requests_than_may_wait_are_turned_away(cluster: Cluster) -> None:
+    other = cluster.serve("--max-num-queued-reqs", "2")
+
+    def ask(index: int) -> tuple[int, str | None]:
+        body = other.body(random_prompt(100, index), 300)
+        answer = httpx.post(f"{other.url}/v1/completions", json=body, timeout=60)
+        return answer.status_code, answer.headers.get("retry-after")
+
+    with running([other]), ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert {(200, None), (503, "1")} == set(answers)

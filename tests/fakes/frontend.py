@@ -15,7 +15,8 @@ with warnings.catch_warnings():
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-    from vllm_pd_plugin.frontend.course import Course, Ending, Failure, Leg
+    from vllm_pd_plugin.frontend.course import Course, Leg
+    from vllm_pd_plugin.frontend.endings import Ending, Failure
     from vllm_pd_plugin.frontend.legs import LegKind
     from vllm_pd_plugin.frontend.routing import EngineKey, Reason, Route, Unroutable
 

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from tests.unit.test_metrics import one_of_each
-    from vllm_pd_plugin.frontend.course import Ending, Failure
+    from vllm_pd_plugin.frontend.endings import Ending, Failure
     from vllm_pd_plugin.frontend.metrics import FrontendMetrics, Timeline
     from vllm_pd_plugin.frontend.routing import Reason, Role, Route
     from vllm_pd_plugin.metrics import PdPromMetrics

@@ -24,8 +24,9 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_pd_plugin.codecs import AUTO
-from vllm_pd_plugin.frontend.course import Course, Ending
+from vllm_pd_plugin.frontend.course import Course
 from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits, Underway
+from vllm_pd_plugin.frontend.endings import Ending
 from vllm_pd_plugin.frontend.metrics import FrontendMetrics, Objectives
 from vllm_pd_plugin.frontend.routing import Policy
 from vllm_pd_plugin.frontend.tracing import record, spans_of

@@ -8,13 +8,13 @@ no clock; its ``Dispatcher`` does what it says.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 
+from vllm_pd_plugin.frontend.endings import Ending, Failure
 from vllm_pd_plugin.frontend.legs import (
     Handoff,
     LegKind,
@@ -37,31 +37,6 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4
 """The first one, and a budget of three more."""
-
-
-class Failure(enum.StrEnum):
-    """Why an attempt failed; the ``reason`` label of ``pd_frontend_retries_total``."""
-
-    ENGINE_LOST = "engine_lost"
-    ENGINE_STOPPED = "engine_stopped"
-    """The engine ended the request: it is shutting down."""
-    REQUEST_FAILED = "request_failed"
-    """The engine ended the request with an error: a handoff that failed, for one."""
-    TIMEOUT = "timeout"
-
-
-class Ending(enum.StrEnum):
-    """Why a request ended without being finished; a label of ``pd_frontend_failures_total``."""
-
-    NO_ENGINE = "no_engine"
-    ATTEMPTS_EXHAUSTED = "attempts_exhausted"
-    NOT_REPLAYABLE = "not_replayable"
-    REPLAY_DIFFERS = "replay_differs"
-    DEADLINE = "deadline"
-    UNSENDABLE = "unsendable"
-    """It has something in it that cannot be written down."""
-    SHUTDOWN = "shutdown"
-    INTERNAL = "internal"
 
 
 @dataclasses.dataclass(slots=True, eq=False)

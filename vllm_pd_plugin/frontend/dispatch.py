@@ -22,7 +22,8 @@ from vllm.v1.engine import (
 
 from vllm_pd_plugin.codecs import AUTO, Codec
 from vllm_pd_plugin.frontend.context import current
-from vllm_pd_plugin.frontend.course import Course, Ending, Failure, Leg
+from vllm_pd_plugin.frontend.course import Course, Leg
+from vllm_pd_plugin.frontend.endings import Ending, Failure
 from vllm_pd_plugin.frontend.legs import LegKind
 from vllm_pd_plugin.frontend.link import Connection, Link
 from vllm_pd_plugin.frontend.membership import Engines

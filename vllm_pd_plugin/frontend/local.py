@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,7 @@ class Supervisor:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._has_served = False
+        self._stopping = asyncio.Event()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with EngineStartError when one ends before all were up."""
 
@@ -214,20 +215,21 @@ class Supervisor:
 
     async def stop(self) -> None:
         """End all, in good order if they let us."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        processes = [p for p in self._processes.values() if p.returncode is None]
-        for process in processes:
-            _signal(process, signal.SIGTERM)
-        waits = [asyncio.wait_for(process.wait(), self._stop_s) for process in processes]
-        for process, result in zip(
-            processes, await asyncio.gather(*waits, return_exceptions=True), strict=True
-        ):
-            if isinstance(result, BaseException):
-                text = "process %d did not end in %.0f s: killed"
-                logger.warning(text, process.pid, self._stop_s)
-            _signal(process, signal.SIGKILL)  # children that it left behind, too
+        self._stopping.set()
+        self._signal_all(signal.SIGTERM)
+        if not self._tasks:
+            return
+        _, pending = await asyncio.wait(self._tasks, timeout=self._stop_s)
+        if pending:
+            names = ", ".join(task.get_name() for task in pending)
+            logger.warning("%s did not end in %.0f s: killed", names, self._stop_s)
+            self._signal_all(signal.SIGKILL)
+            await asyncio.wait(pending)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for process in self._processes.values():
+            if process.returncode is None:
+                _signal(process, number)
 
     async def _keep_up(self, wanted: LocalProcess) -> None:
         loop = asyncio.get_running_loop()
@@ -235,6 +237,8 @@ class Supervisor:
         while True:
             started_at = loop.time()
             status = await self._run(wanted)
+            if self._stopping.is_set():
+                return
             if not self._has_served:
                 if not self.failure.done():
                     text = f"{wanted.name} ended with status {status}" + _tail(wanted.log)
@@ -244,7 +248,9 @@ class Supervisor:
                 backoff_s = _FIRST_BACKOFF_S
             text = "%s ended with status %s; starting it again in %.0f s"
             logger.warning(text, wanted.name, status, backoff_s)
-            await asyncio.sleep(backoff_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff_s)
+                return
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     async def _run(self, wanted: LocalProcess) -> int:
@@ -259,6 +265,8 @@ class Supervisor:
                 preexec_fn=_set_apart,
             )
         self._processes[wanted.name] = process
+        if self._stopping.is_set():
+            _signal(process, signal.SIGTERM)
         status = await process.wait()
         _signal(process, signal.SIGKILL)  # what is left of its children
         return status

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from prometheus_client import Counter, Gauge, Histogram
 
 from vllm_pd_plugin.errors import ConfigError
-from vllm_pd_plugin.frontend.course import Ending, Failure
+from vllm_pd_plugin.frontend.endings import Ending, Failure
 from vllm_pd_plugin.frontend.routing import Reason, Role, Route
 
 DEFAULT_CLASS = "default"

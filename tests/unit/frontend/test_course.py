@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     )
     from vllm.v1.metrics.stats import PrefillStats
 
-    from vllm_pd_plugin.frontend.course import Ending
+    from vllm_pd_plugin.frontend.endings import Ending
     from vllm_pd_plugin.frontend.legs import LegKind
     from vllm_pd_plugin.frontend.routing import Unroutable
 

@@ -22,7 +22,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from vllm.v1.engine import FinishReason
 
-    from vllm_pd_plugin.frontend.course import MAX_ATTEMPTS, Course, Ending, Failure
+    from vllm_pd_plugin.frontend.course import MAX_ATTEMPTS, Course
+    from vllm_pd_plugin.frontend.endings import Ending, Failure
     from vllm_pd_plugin.frontend.routing import Reason, Route, Unroutable
 
 EXTENDED: dict[str, Any] = {}

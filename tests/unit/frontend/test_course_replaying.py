@@ -22,7 +22,8 @@ with warnings.catch_warnings():
     from vllm.v1.engine import EngineCoreOutput, FinishReason
     from vllm.v1.outputs import LogprobsLists
 
-    from vllm_pd_plugin.frontend.course import Course, Ending, Failure
+    from vllm_pd_plugin.frontend.course import Course
+    from vllm_pd_plugin.frontend.endings import Ending, Failure
     from vllm_pd_plugin.frontend.legs import LegKind
 
 DECODE, WHOLE_LEG = LegKind.DECODE, LegKind.WHOLE

@@ -33,8 +33,9 @@ with warnings.catch_warnings():
         output_of,
         outputs_of,
     )
-    from vllm_pd_plugin.frontend.course import Course, Ending
+    from vllm_pd_plugin.frontend.course import Course
     from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits
+    from vllm_pd_plugin.frontend.endings import Ending
     from vllm_pd_plugin.frontend.routing import NoPrefill, Policy, Role
 
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
