@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MIN_NAP_S, _MAX_NAP_S, _MAX_REST_S = 0.001, 0.032, 5.0
+_MIN_REST_S, _MAX_REST_S = 0.001, 0.032
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,8 +91,7 @@ class SchedulerSide:
         self._control: ControlPlane
         self._events: deque[Event] = deque()
         self._has_news = threading.Event()
-        self._nap_s = _MIN_NAP_S
-        self._input: Queue[Any] | None = None
+        self._rest_s = _MIN_REST_S
         self._stats = PdStats()
         self._consuming = ConsumingRequests(role.recomputes, self._call, self._stats)
         self._producing = ProducingRequests(config.stretch_bytes, self._call, self._stats)
@@ -148,7 +146,7 @@ class SchedulerSide:
         )
         divert_outputs(core, server)
         server.watch_prefix_cache()
-        self._tokens, self._input = server, core.input_queue
+        self._tokens = server
 
     def describe_engine(self) -> dict[str, Any]:
         """Return what a frontend has to know before it can attach."""
@@ -321,20 +319,15 @@ class SchedulerSide:
             raise ParamsError("seed_first_token needs KV that is not computed here")
 
     def _rest(self, is_empty: bool) -> None:
-        """Sleep in a step that computes nothing, until there is news.
+        """Sleep a little in a step that computes nothing, unless there is news.
 
-        vLLM steps an engine that only waits as often as it can, and each step keeps its workers
-        spinning for a second: others need the core. Events and new requests end a rest at once,
-        an abort after a nap."""
+        vLLM steps an engine that only waits as often as it can: others need the core. Events and
+        new requests end a rest; an abort waits for its end."""
         waits = is_empty and (len(self._consuming) > 0 or self._producing.holds_blocks)
-        until = time.monotonic() + (_MAX_REST_S if self._input is not None else self._nap_s)
-        while waits:
-            if self._has_news.wait(self._nap_s):
-                self._nap_s = _MIN_NAP_S
-                break
-            self._nap_s = min(2 * self._nap_s, _MAX_NAP_S)
-            if time.monotonic() > until or not (self._input is None or self._input.empty()):
-                break
+        if waits and not self._has_news.wait(self._rest_s):
+            self._rest_s = min(2 * self._rest_s, _MAX_REST_S)
+        else:
+            self._rest_s = _MIN_REST_S
         self._has_news.clear()
 
     def _take_events(self) -> None:
