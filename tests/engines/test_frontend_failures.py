@@ -25,7 +25,7 @@ from tests.engine import Engine, running, start, start_frontend
 from tests.engines.conftest import ARGUMENTS, random_prompt
 from tests.engines.test_openai import engine_urls
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 NAMES = ("prefill-0", "decode-0", "decode-1")
 ARGS = (*ARGUMENTS["tiny-llama"], "--max-num-batched-tokens", "768")
@@ -76,7 +76,7 @@ class Cluster:
 
     def wait_until_whole(self) -> None:
         """Wait until every engine is up again, and holds nothing."""
-        wait_until(lambda: all(e["state"] == "up" for e in self.pool()["engines"]), 120)
+        wait_until(lambda: all(e["state"] == "up" for e in self.pool()["engines"]), 240)
         for name in NAMES:
             self.engine(name).wait_until_at_rest(60)
         assert self.pool()["requests_open"] == 0

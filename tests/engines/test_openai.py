@@ -17,7 +17,7 @@ from tests import models
 from tests.engine import Engine, free_port, running, start, start_frontend
 from tests.engines.conftest import ARGUMENTS
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 TOOLS = [
     {
