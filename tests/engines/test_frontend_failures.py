@@ -120,8 +120,18 @@ def _whole(cluster: Cluster) -> None:
     cluster.wait_until_whole()
 
 
-def stream(server: Engine, prompt: list[int], num_tokens: int, **sampling: Any) -> list[Any]:
-    """Return the tokens of a streamed answer, and its finish reason or error at the end."""
+def stream(
+    server: Engine,
+    prompt: list[int],
+    num_tokens: int,
+    *,
+    begun: threading.Semaphore | None = None,
+    **sampling: Any,
+) -> list[Any]:
+    """Return the tokens of a streamed answer, and its finish reason or error at the end.
+
+    `begun` is released when the first tokens have come.
+    """
     body = server.body(prompt, num_tokens, ignore_eos=True, stream=True, **sampling)
     body.pop("logprobs")
     got: list[Any] = []
@@ -133,6 +143,8 @@ def stream(server: Engine, prompt: list[int], num_tokens: int, **sampling: Any) 
             if "error" in part:
                 return [*got, part["error"]["message"]]
             choice = part["choices"][0]
+            if begun and not got:
+                begun.release()
             got += choice["token_ids"] or []
             if choice["finish_reason"]:
                 got.append(choice["finish_reason"])
@@ -151,28 +163,26 @@ def test_streams_go_on_when_their_decode_engine_dies(cluster: Cluster) -> None:
     """Each as its sampling allows; what was drawn at random with penalties cannot be drawn again,
     and its client is told so."""
     unseeded = {"temperature": 1.0, "presence_penalty": 0.5}
-    prompts = [random_prompt(300, 20 + i) for i in range(len(SAMPLINGS))]
-    expected = [
-        stream(cluster.alone, prompt, 400, **sampling)
-        for prompt, sampling in zip(prompts, SAMPLINGS.values(), strict=True)
-    ]
+    requests = [(random_prompt(300, 20 + i), each) for i, each in enumerate(SAMPLINGS.values())]
+    expected = [stream(cluster.alone, prompt, 600, **sampling) for prompt, sampling in requests]
+    requests.append((random_prompt(200, 2), unseeded))
     retries = 'pd_frontend_retries_total{reason="engine_lost"}'
     before = cluster.counted(retries)
     other = cluster.urls["decode-1"]
     cluster.tell("/engines/drain", url=other)
-    with ThreadPoolExecutor(8) as pool:
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(len(requests)) as pool:
         answers = [
-            pool.submit(stream, cluster.frontend, prompt, 400, **sampling)
-            for prompt, sampling in zip(prompts, SAMPLINGS.values(), strict=True)
+            pool.submit(stream, cluster.frontend, prompt, 600, begun=begun, **sampling)
+            for prompt, sampling in requests
         ]
-        refused = pool.submit(stream, cluster.frontend, random_prompt(200, 2), 400, **unseeded)
-        wait_until(lambda: cluster.legs("decode-0") == len(SAMPLINGS) + 1)
+        assert all(begun.acquire(timeout=60) for _ in requests)
         cluster.tell("/engines", url=other, role="decode")
         cluster.signal("decode-0", signal.SIGKILL)
-        assert [answer.result(120) for answer in answers] == expected
-        got = refused.result(120)
-    assert 0 < len(got) < 400
-    assert "need a seed" in got[-1]
+        *got, refused = [answer.result(120) for answer in answers]
+    assert got == expected
+    assert 0 < len(refused) < 600
+    assert "need a seed" in refused[-1]
     assert cluster.counted(retries) == before + len(SAMPLINGS)
 
 
