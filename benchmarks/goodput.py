@@ -2,8 +2,8 @@
 
 Arms, each with two engines, one a core: `alone x2` (no connector, asked in turn), `nixl` (vLLM's
 NixlConnector behind vllm-router), `pdplugin` (behind `vllm-pd serve --local-below 0`) and
-`pdplugin-auto` (behind `vllm-pd serve`, which hands off what it finds worth it). The API servers,
-frontend, router and client share both cores with the engines.
+`pdplugin-auto` (engines of role both behind `vllm-pd serve`, which hands off what it finds worth
+it). The API servers, frontend, router and client share both cores with the engines.
 
 For each arm and workload a ladder of Poisson rates is climbed. Goodput is the highest rate at which
 90 % of the requests keep to both limits of the SLO, TTFT and mean TPOT. Needs two cores and some

@@ -1,7 +1,6 @@
 """The arms of `benchmarks.goodput`: two engines each, one a core, and what stands before them.
 
-All engines of all arms are up during the whole run, but only one arm is awake at a time. Two arms
-may have the same engines behind frontends of their own.
+All engines of all arms are up during the whole run, but only one arm is awake at a time.
 """
 
 from __future__ import annotations
@@ -36,15 +35,16 @@ ARMS = {
     "nixl": "a prefill and a decode engine with vLLM's NixlConnector, behind vllm-router",
     "pdplugin": "a prefill and a decode engine with pdplugin, behind `vllm-pd serve "
     "--local-below 0`: every prompt is handed off",
-    "pdplugin-auto": "the same two engines behind `vllm-pd serve`, which decides for each request "
-    "whether its prompt is handed off",
+    "pdplugin-auto": "two engines of role both with pdplugin, behind `vllm-pd serve`, which "
+    "decides for each request where it is decoded and whether its prompt is handed off",
 }
 
-_FRONTENDS: Mapping[str, Sequence[str]] = {
-    "pdplugin": ("--local-below", "0"),
-    "pdplugin-auto": (),
+_ROLES = {
+    "alone x2": ("first", "second"),
+    "nixl": ("prefill", "decode"),
+    "pdplugin": ("prefill", "decode"),
+    "pdplugin-auto": ("both", "both"),
 }
-"""Options of each arm's ``vllm-pd serve``."""
 
 _SETTLE_S = 1.5
 """A frontend that was stopped finds its engines silent, and attaches anew."""
@@ -181,35 +181,27 @@ def start_arms(
     say(f"starting {', '.join(names)}: one to five minutes; logs in {folder}")
     servers: list[Engine] = []
     stack.callback(stop_all, servers)
-    kinds = dict.fromkeys(map(_kind, names))
-    pairs = {kind: _start_pair(kind, model, flags, cores, folder, servers) for kind in kinds}
+    pairs = {name: _start_pair(name, model, flags, cores, folder, servers) for name in names}
     wait_until_paused(servers)
     arms: list[Arm] = []
-    for kind, pair in pairs.items():
+    for name, pair in pairs.items():
         for engine in pair:
             engine.signal_all(signal.SIGCONT)
-        wanted = [name for name in names if _kind(name) == kind]
-        own = [_with_front(name, pair, model, cores, folder, servers, stack) for name in wanted]
-        for server in (server for arm in own for server in arm.servers):
+        arm = _with_front(name, pair, model, cores, folder, servers, stack)
+        for server in arm.servers:
             _wait_until_ready(server, START_TIMEOUT_S)
-        for arm in own:
-            arm.signal(signal.SIGSTOP)
-        arms += own
+        arm.signal(signal.SIGSTOP)
+        arms.append(arm)
     prompts = Prompts(1)
     for arm in arms:
         arm.wake(prompts)
         arm.pause()
         say(f"{arm.name} answers")
-    return sorted(arms, key=lambda arm: list(names).index(arm.name))
-
-
-def _kind(name: str) -> str:
-    """Return which engines an arm has: the arms with a frontend share theirs."""
-    return "pdplugin" if name in _FRONTENDS else name
+    return arms
 
 
 def _start_pair(
-    kind: str,
+    arm: str,
     model: Path,
     flags: Sequence[str],
     cores: Cores,
@@ -217,20 +209,19 @@ def _start_pair(
     servers: list[Engine],
 ) -> tuple[Engine, Engine]:
     """Start two engines and return at once; each is added to ``servers``."""
-    roles = ("first", "second") if kind == "alone x2" else ("prefill", "decode")
-    for role, core in zip(roles, (cores.compute, cores.other), strict=True):
+    for role, core in zip(_ROLES[arm], (cores.compute, cores.other), strict=True):
         # Of the development mode only the request that empties the prefix cache is used.
         environ = {"VLLM_SERVER_DEV_MODE": "1"}
         connector: list[str] = []
-        if kind == "nixl":
+        if arm == "nixl":
             connector = nixl_arguments()
             environ |= {
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             }
-        elif kind == "pdplugin":
+        elif arm.startswith("pdplugin"):
             connector = connector_arguments(role)
-        name = f"{kind.replace(' ', '-')}-{role}"
+        name = f"{arm.replace(' ', '-')}-{role}-on-{core}"
         words = [*flags, *connector]
         servers.append(start(name, model, words, cores=str(core), folder=folder, environ=environ))
     return servers[-2], servers[-1]
@@ -253,10 +244,10 @@ def _with_front(
         log = folder / "nixl-router.log"
         router = start_vllm_router(first.url, second.url, log, stack)
         return Arm(name, pair, (router.url,), router, cores)
-    arguments = (
-        "--prefill", first.url, "--decode", second.url,
-        "--disable-uvicorn-access-log", *_FRONTENDS[name],
-    )  # fmt: skip
+    pool = ("--prefill", first.url, "--decode", second.url, "--local-below", "0")
+    if name == "pdplugin-auto":
+        pool = ("--both", first.url, second.url)
+    arguments = (*pool, "--disable-uvicorn-access-log")
     frontend = start_frontend("serve", model, arguments, folder=folder)
     frontend.name = f"{name} frontend"
     servers.append(frontend)

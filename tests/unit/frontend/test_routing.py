@@ -126,6 +126,18 @@ def test_a_prompt_that_holds_up_decodes_for_too_long_is_handed_off(
     assert route(engines, Prompt(100, 100), policy, handoff_s=0.01).reason is expected
 
 
+@pytest.mark.parametrize(
+    ("there", "expected"), [(0, Reason.DISAGGREGATED), (2, Reason.DISAGGREGATED), (3, Reason.SHORT)]
+)
+def test_a_prompt_does_not_hold_up_more_decodes_elsewhere(there: int, expected: Reason) -> None:
+    """The other engine decodes, too; the headroom of the first is made so that it is chosen."""
+    here = both("here", prefill_rate=1000.0, running=3, max_running=1000)
+    other = both("other", prefill_rate=1000.0, running=there, max_running=4, kv_free=0.2)
+    chosen = route([here, other], Prompt(100, 100), Policy(), handoff_s=0.01)
+    assert chosen.decode == "here"
+    assert chosen.reason is expected
+
+
 def test_a_prompt_is_computed_where_the_queue_is_shorter() -> None:
     busy = prefill(prefill_rate=1000.0, prefill_tokens=10_000)
     chosen = route([busy, decode(prefill_rate=1000.0)], Prompt(2000, 100), Policy())
