@@ -1,6 +1,7 @@
 """The arms of `benchmarks.goodput`: two engines each, one a core, and what stands before them.
 
-All engines of all arms are up during the whole run, but only one arm is awake at a time.
+All engines of all arms are up during the whole run, but only one arm is awake at a time. The arms
+with a frontend have the same engines, of role both: for more there is not the memory.
 """
 
 from __future__ import annotations
@@ -33,17 +34,16 @@ from tests.engine import (
 ARMS = {
     "alone x2": "two engines without a connector, the client asks them in turn",
     "nixl": "a prefill and a decode engine with vLLM's NixlConnector, behind vllm-router",
-    "pdplugin": "a prefill and a decode engine with pdplugin, behind `vllm-pd serve "
-    "--local-below 0`: every prompt is handed off",
-    "pdplugin-auto": "two engines of role both with pdplugin, behind `vllm-pd serve`, which "
-    "decides for each request where it is decoded and whether its prompt is handed off",
+    "pdplugin": "two engines with pdplugin behind `vllm-pd serve --prefill … --decode … "
+    "--local-below 0`: one only prefills, the other only decodes, every prompt is handed off",
+    "pdplugin-auto": "the same two engines behind `vllm-pd serve --both`, which decides for each "
+    "request where it is decoded and whether its prompt is handed off",
 }
 
 _ROLES = {
     "alone x2": ("first", "second"),
     "nixl": ("prefill", "decode"),
-    "pdplugin": ("prefill", "decode"),
-    "pdplugin-auto": ("both", "both"),
+    "pdplugin": ("both", "both"),
 }
 
 _SETTLE_S = 1.5
@@ -181,27 +181,35 @@ def start_arms(
     say(f"starting {', '.join(names)}: one to five minutes; logs in {folder}")
     servers: list[Engine] = []
     stack.callback(stop_all, servers)
-    pairs = {name: _start_pair(name, model, flags, cores, folder, servers) for name in names}
+    kinds = dict.fromkeys(map(_kind, names))
+    pairs = {kind: _start_pair(kind, model, flags, cores, folder, servers) for kind in kinds}
     wait_until_paused(servers)
     arms: list[Arm] = []
-    for name, pair in pairs.items():
+    for kind, pair in pairs.items():
         for engine in pair:
             engine.signal_all(signal.SIGCONT)
-        arm = _with_front(name, pair, model, cores, folder, servers, stack)
-        for server in arm.servers:
+        wanted = [name for name in names if _kind(name) == kind]
+        own = [_with_front(name, pair, model, cores, folder, servers, stack) for name in wanted]
+        for server in (server for arm in own for server in arm.servers):
             _wait_until_ready(server, START_TIMEOUT_S)
-        arm.signal(signal.SIGSTOP)
-        arms.append(arm)
+        for arm in own:
+            arm.signal(signal.SIGSTOP)
+        arms += own
     prompts = Prompts(1)
     for arm in arms:
         arm.wake(prompts)
         arm.pause()
         say(f"{arm.name} answers")
-    return arms
+    return sorted(arms, key=lambda arm: list(names).index(arm.name))
+
+
+def _kind(name: str) -> str:
+    """Return which engines an arm has: the arms with a frontend share theirs."""
+    return "pdplugin" if name.startswith("pdplugin") else name
 
 
 def _start_pair(
-    arm: str,
+    kind: str,
     model: Path,
     flags: Sequence[str],
     cores: Cores,
@@ -209,19 +217,19 @@ def _start_pair(
     servers: list[Engine],
 ) -> tuple[Engine, Engine]:
     """Start two engines and return at once; each is added to ``servers``."""
-    for role, core in zip(_ROLES[arm], (cores.compute, cores.other), strict=True):
+    for role, core in zip(_ROLES[kind], (cores.compute, cores.other), strict=True):
         # Of the development mode only the request that empties the prefix cache is used.
         environ = {"VLLM_SERVER_DEV_MODE": "1"}
         connector: list[str] = []
-        if arm == "nixl":
+        if kind == "nixl":
             connector = nixl_arguments()
             environ |= {
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             }
-        elif arm.startswith("pdplugin"):
+        elif kind == "pdplugin":
             connector = connector_arguments(role)
-        name = f"{arm.replace(' ', '-')}-{role}-on-{core}"
+        name = f"{kind.replace(' ', '-')}-{role}-on-{core}"
         words = [*flags, *connector]
         servers.append(start(name, model, words, cores=str(core), folder=folder, environ=environ))
     return servers[-2], servers[-1]

@@ -205,8 +205,11 @@ def _local_reason(
     decode = dataclasses.replace(decode, prefill_rate=decode.prefill_rate or prefill.prefill_rate)
     here_s = decode.prefill_s(uncached)
     there_s = prefill.prefill_s(prompt.uncached(prefill)) + handoff_s
-    # Where the other engine decodes, too, its decodes would be held up in the place of these.
-    held_up_there = prefill.running if prefill.role.decodes else 0
+    held_up_there = 0
+    if prefill.role.decodes:
+        # Its own decodes would be held up in the place of these: that must be worth it.
+        held_up_there = prefill.running
+        there_s += policy.max_stall_s
     if here_s > there_s or (decode.running > held_up_there and here_s > policy.max_stall_s):
         return None
     return Reason.PREFILL_BUSY if prefill.prefill_tokens else Reason.SHORT

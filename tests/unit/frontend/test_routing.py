@@ -138,6 +138,14 @@ def test_a_prompt_does_not_hold_up_more_decodes_elsewhere(there: int, expected: 
     assert chosen.reason is expected
 
 
+@pytest.mark.parametrize(
+    ("rate", "expected"), [(1100.0, Reason.SHORT), (4000.0, Reason.DISAGGREGATED)]
+)
+def test_an_engine_that_decodes_too_must_be_clearly_sooner(rate: float, expected: Reason) -> None:
+    engines = [both("here", prefill_rate=1000.0), both("a", prefill_rate=rate)]
+    assert route(engines, Prompt(100, 100), Policy()).reason is expected
+
+
 def test_a_prompt_is_computed_where_the_queue_is_shorter() -> None:
     busy = prefill(prefill_rate=1000.0, prefill_tokens=10_000)
     chosen = route([busy, decode(prefill_rate=1000.0)], Prompt(2000, 100), Policy())
