@@ -69,7 +69,8 @@ EXAMPLES = """examples:
   python -m benchmarks.chaos --frontend --topology 2P2D
 
 The status is 1 if the arm `pdplugin` had anything but answers and failures with a reason, or the
-arm `frontend` anything but answers and clients that left; 2 if the run could not go on.
+arm `frontend` anything but answers and clients that left, or no engine was killed there; 2 if the
+run could not go on.
 """
 
 

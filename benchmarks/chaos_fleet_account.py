@@ -186,9 +186,11 @@ def _reasons(judged: Sequence[Judged]) -> dict[str, int]:
 
 
 def is_clean(row: Mapping[str, Any]) -> bool:
-    """Say whether every client that stayed got its whole answer, and nothing is held any more."""
+    """Say whether engines were killed, every client that stayed got its whole answer, and nothing
+    is held any more."""
     names = ("failed", "wrong", "duplicated", "missing", "hung", "leaked_blocks", "engine_deaths")
-    return row["came_to_rest"] and row["sent"] > 0 and all(row[name] == 0 for name in names)
+    was_tried = row["sent"] > 0 and sum(row["kills"].values()) > 0
+    return row["came_to_rest"] and was_tried and all(row[name] == 0 for name in names)
 
 
 def reason_counts(metrics: Mapping[str, float]) -> dict[str, dict[str, int]]:

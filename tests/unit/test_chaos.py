@@ -505,6 +505,7 @@ def test_a_fleet_is_clean_if_every_client_that_stayed_got_its_answer() -> None:
         assert not fleet_account.is_clean(fleet_row(Verdict.ANSWERED, bad))
     for changed in (
         {"came_to_rest": False},
+        {"kills": {}},
         {"engine_deaths": 1},
         {"leaked_blocks": {"prefill-0": 1, "decode-0": 0}},
         {"leaked_blocks": {"prefill-0": 0, "decode-0": None}},

@@ -57,6 +57,8 @@ class Reason(enum.StrEnum):
     """So little is to be computed that it disturbs nobody on the decode engine."""
     PREFILL_BUSY = "prefill_busy"
     """The prefill engines' queue is longer than what the decode engine would take."""
+    NO_GAIN = "no_gain"
+    """The other engine decodes, too: a handoff would move the disturbance, and bring little."""
     ONE_TOKEN = "one_token"
     """Only one token is wanted: nothing is left to decode."""
     NO_PREFILL = "no_prefill"
@@ -126,7 +128,8 @@ class Policy:
 
     local_below: prompts with fewer uncached tokens are not handed off; None decides by prediction.
     max_stall_s: the longest that a prompt computed on a decode engine may hold up its decodes,
-        when that is decided by prediction.
+        when that is decided by prediction; and by how much sooner an engine that decodes, too, must
+        be to compute prompts for another one.
     """
 
     prefill: Strategy = Strategy.BEST
@@ -204,22 +207,27 @@ def _local_reason(
         return None  # nothing has been measured yet
     decode = dataclasses.replace(decode, prefill_rate=decode.prefill_rate or prefill.prefill_rate)
     here_s = decode.prefill_s(uncached)
-    there_s = prefill.prefill_s(prompt.uncached(prefill)) + handoff_s
-    held_up_there = 0
-    if prefill.role.decodes:
-        # Its own decodes would be held up in the place of these: that must be worth it.
-        held_up_there = prefill.running
-        there_s += policy.max_stall_s
-    if here_s > there_s or (decode.running > held_up_there and here_s > policy.max_stall_s):
+    there_s = _handed_off_s(prefill, prompt, policy) + handoff_s
+    held_up_there = prefill.running if prefill.role.decodes else 0
+    disturbs = decode.running > 0 and here_s > policy.max_stall_s
+    if here_s > there_s or (disturbs and decode.running > held_up_there):
         return None
-    return Reason.PREFILL_BUSY if prefill.prefill_tokens else Reason.SHORT
+    if prefill.prefill_tokens:
+        return Reason.PREFILL_BUSY
+    return Reason.NO_GAIN if disturbs else Reason.SHORT
+
+
+def _handed_off_s(engine: Engine, prompt: Prompt, policy: Policy) -> float:
+    """Return how soon an engine computes a prompt for another one, in seconds. One that decodes,
+    too, has decodes of its own to hold up: it must be clearly sooner."""
+    return engine.prefill_s(prompt.uncached(engine)) + policy.max_stall_s * engine.role.decodes
 
 
 def _choose_prefill(
     engines: Sequence[Engine], prompt: Prompt, policy: Policy, chance: Chance
 ) -> Engine:
     candidates = _candidates(engines, policy.prefill, chance)
-    return min(candidates, key=lambda e: (e.prefill_s(prompt.uncached(e)), e.key))
+    return min(candidates, key=lambda e: (_handed_off_s(e, prompt, policy), e.key))
 
 
 def _choose_decode(

@@ -127,7 +127,8 @@ def test_a_prompt_that_holds_up_decodes_for_too_long_is_handed_off(
 
 
 @pytest.mark.parametrize(
-    ("there", "expected"), [(0, Reason.DISAGGREGATED), (2, Reason.DISAGGREGATED), (3, Reason.SHORT)]
+    ("there", "expected"),
+    [(0, Reason.DISAGGREGATED), (2, Reason.DISAGGREGATED), (3, Reason.NO_GAIN)],
 )
 def test_a_prompt_does_not_hold_up_more_decodes_elsewhere(there: int, expected: Reason) -> None:
     """The other engine decodes, too; the headroom of the first is made so that it is chosen."""
@@ -144,6 +145,17 @@ def test_a_prompt_does_not_hold_up_more_decodes_elsewhere(there: int, expected: 
 def test_an_engine_that_decodes_too_must_be_clearly_sooner(rate: float, expected: Reason) -> None:
     engines = [both("here", prefill_rate=1000.0), both("a", prefill_rate=rate)]
     assert route(engines, Prompt(100, 100), Policy()).reason is expected
+
+
+@pytest.mark.parametrize(("waiting", "chosen"), [(0, "p"), (40, "p"), (60, "b")])
+def test_a_prefill_engine_goes_before_one_that_decodes_too(waiting: int, chosen: str) -> None:
+    """Unless that is sooner by 50 ms: so many tokens take so many milliseconds."""
+    engines = [
+        prefill(prefill_rate=1000.0, prefill_tokens=waiting),
+        both("b", prefill_rate=1000.0, kv_free=0.5),
+        decode(),
+    ]
+    assert route(engines) == Route(chosen, "d", Reason.DISAGGREGATED)
 
 
 def test_a_prompt_is_computed_where_the_queue_is_shorter() -> None:
