@@ -46,6 +46,7 @@ class Member:
     prefill_rate: float | None = None
     _own_tokens_then: int = 0
     _own_requests_then: int = 0
+    _own_kv_tokens_then: int = 0
     _failures: int = 0
     _open_until: float = 0.0
 
@@ -79,6 +80,11 @@ class Member:
         )
 
     @property
+    def own_kv_tokens(self) -> int:
+        """Tokens of the prompts of this frontend's requests, whose KV it holds or will hold."""
+        return sum(leg.num_tokens for leg in self.legs)
+
+    @property
     def own_running(self) -> int:
         return sum(leg.kind is not LegKind.PREFILL for leg in self.legs)
 
@@ -106,11 +112,14 @@ class Member:
     def set_load(self, load: EngineLoad) -> None:
         self.load = load
         self._own_tokens_then, self._own_requests_then = self.own_tokens, len(self.legs)
+        self._own_kv_tokens_then = self.own_kv_tokens
 
     def snapshot(self) -> Engine:
         """Return what routing may know: own requests exactly, those of others as last told."""
         others_tokens = max(0, self.load.waiting_tokens - self._own_tokens_then)
         others_running = max(0, self.load.running + self.load.waiting - self._own_requests_then)
+        more_kv = self.own_kv_tokens - self._own_kv_tokens_then
+        kv_usage = self.load.kv_usage + more_kv / max(1, self.link.description.kv_tokens)
         return Engine(
             self.key,
             self.role,
@@ -118,7 +127,7 @@ class Member:
             self.prefill_rate,
             others_running + self.own_running,
             max(1, self.link.description.max_num_seqs),
-            1.0 - self.load.kv_usage,
+            min(1.0, max(0.0, 1.0 - kv_usage)),
         )
 
 

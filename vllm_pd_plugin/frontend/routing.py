@@ -1,7 +1,8 @@
 """Which engines work on a request; pure functions of a snapshot of the pool.
 
 The prefill engine is the one whose first token is predicted to come first, the decode engine the
-one with most room; a prompt of which little is to be computed is not handed off at all.
+one with most room and fewest prompts to compute. A prompt of which little is to be computed is not
+handed off at all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ EngineKey = str
 
 _TYPICAL_RATE = 2000.0
 """Prompt tokens a second of an engine of which nothing is known yet; only ratios matter then."""
+_SCARCE_KV = 0.25
+"""Share of the KV cache below which what is free limits an engine more than its slots do."""
+_REQUEST_S = 0.1
+"""So much computing of prompts weighs as much as one request that an engine decodes."""
 
 
 class Role(enum.StrEnum):
@@ -100,8 +105,9 @@ class Engine:
 
     @property
     def headroom(self) -> float:
-        """Return how much room there is for one request more, 0 to 1."""
-        return min(self.kv_free, 1.0 - self.running / self.max_running)
+        """Return how much room there is for one request more, 0 to 1. The slots decide, which say
+        how long a step takes, as long as there is KV memory enough."""
+        return min(self.kv_free / _SCARCE_KV, 1.0 - self.running / self.max_running)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -240,9 +246,10 @@ def _choose_decode(
     candidates = _candidates(engines, policy.decode, chance)
 
     def worth(engine: Engine) -> tuple[float, str]:
-        # A cached prefix is room that need not be filled.
-        share = prompt.cached.get(engine.key, 0) / max(1, prompt.num_tokens)
-        return engine.headroom + 0.25 * share, engine.key
+        # A cached prefix need not be computed there; prompts that wait there hold up the answer.
+        saved = prompt.cached.get(engine.key, 0) - engine.prefill_tokens
+        saved_s = saved / (engine.prefill_rate or _TYPICAL_RATE)
+        return engine.headroom + saved_s / _REQUEST_S / engine.max_running, engine.key
 
     return max(candidates, key=worth)
 

@@ -61,6 +61,17 @@ def test_what_this_frontend_sends_counts_at_once(member: Member) -> None:
     assert (engine.prefill_tokens, engine.running) == (700 + 200, 3 + 2)
 
 
+def test_the_memory_that_this_frontend_s_prompts_will_take_counts_at_once(member: Member) -> None:
+    kv_tokens = member.link.description.kv_tokens
+    member.legs.add(leg(DECODE, kv_tokens // 4))
+    member.set_load(EngineLoad(running=1, kv_usage=0.5))
+    assert member.snapshot().kv_free == 0.5
+    member.legs.add(leg(WHOLE, kv_tokens // 4))
+    assert member.snapshot().kv_free == pytest.approx(0.25)
+    member.legs.clear()
+    assert member.snapshot().kv_free == pytest.approx(0.75)
+
+
 def test_what_this_frontend_has_under_way_is_not_counted_twice(member: Member) -> None:
     member.legs |= {leg(WHOLE), leg(DECODE)}
     member.set_load(EngineLoad(running=3, waiting_tokens=700))

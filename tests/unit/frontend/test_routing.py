@@ -234,19 +234,41 @@ def test_the_decode_engine_is_the_one_with_most_room() -> None:
         prefill(),
         decode("full of requests", running=200),
         decode("full of kv", kv_free=0.1),
-        decode("roomy", running=64, kv_free=0.5),
+        decode("roomy", running=64, kv_free=0.3),
     ]
     assert route(engines).decode == "roomy"
     small = decode("small", running=8, max_running=10)
     assert route([prefill(), small, decode("large", running=100)]).decode == "large"
 
 
-def test_a_cached_prefix_outweighs_a_little_room() -> None:
-    engines = [prefill(), decode("a", kv_free=0.8), decode("b", kv_free=0.7)]
-    assert route(engines).decode == "a"
-    assert route(engines, dataclasses.replace(LONG, cached={"b": 4000})).decode == "b"
-    engines = [prefill(), decode("a", kv_free=0.8), decode("b", kv_free=0.3)]
-    assert route(engines, dataclasses.replace(LONG, cached={"b": 4000})).decode == "a"
+def test_requests_weigh_alike_while_there_is_kv_enough() -> None:
+    engines = [
+        prefill(),
+        decode("short ones", running=3),
+        decode("long ones", running=2, kv_free=0.3),
+    ]
+    assert route(engines).decode == "long ones"
+
+
+@pytest.mark.parametrize(
+    ("cached", "chosen"), [(0, "idle"), (200, "idle"), (3000, "cached"), (4000, "cached")]
+)
+def test_a_cached_prefix_is_worth_as_much_as_it_saves(cached: int, chosen: str) -> None:
+    engines = [
+        prefill(),
+        decode("idle", running=2, prefill_rate=4000.0),
+        decode("cached", running=8, prefill_rate=4000.0),  # 6 decodes: 0.6 s of computing
+    ]
+    assert route(engines, dataclasses.replace(LONG, cached={"cached": cached})).decode == chosen
+
+
+@pytest.mark.parametrize(("waiting", "chosen"), [(2000, "queue"), (3000, "decodes")])
+def test_prompts_that_wait_count_as_requests(waiting: int, chosen: str) -> None:
+    engines = [
+        both("decodes", running=6, prefill_rate=4000.0),
+        both("queue", prefill_tokens=waiting, prefill_rate=4000.0),
+    ]
+    assert route(engines).decode == chosen
 
 
 def test_a_session_stays_where_it_was_while_there_is_room() -> None:
@@ -281,7 +303,7 @@ def test_of_two_at_random_the_better_one_is_taken(
     first: float, second: float, expected: str
 ) -> None:
     """Of those, the one with the lower number has more room; which two is the chance's."""
-    engines = [prefill(), *[decode(f"d{i}", kv_free=0.9 - 0.2 * i) for i in range(3)]]
+    engines = [prefill(), *[decode(f"d{i}", running=10 * i) for i in range(3)]]
     policy = Policy(decode=Strategy.POWER_OF_TWO, local_below=0)
     assert route(engines, policy=policy, chance=Chance(0, first, second)).decode == expected
 
@@ -378,13 +400,15 @@ def test_more_queue_never_brings_an_engine_a_prompt(
         engine, prefill_tokens=engine.prefill_tokens + data.draw(st.integers(1, 50_000))
     )
 
-    def computes(key: str, pool: list[Engine]) -> bool:
-        chosen = choose(pool, prompt, policy, handoff_s, chance)
-        return isinstance(chosen, Route) and key == (chosen.prefill or chosen.decode)
-
-    if not computes(engine.key, engines):
-        pool = [busier if each is engine else each for each in engines]
-        assert not computes(engine.key, pool)
+    pool = [busier if each is engine else each for each in engines]
+    before = choose(engines, prompt, policy, handoff_s, chance)
+    after = choose(pool, prompt, policy, handoff_s, chance)
+    assert isinstance(before, Route) == isinstance(after, Route)
+    if isinstance(before, Route) and isinstance(after, Route) and before.decode == after.decode:
+        if engine.key != (before.prefill or before.decode):
+            assert engine.key != (after.prefill or after.decode)
+    elif isinstance(after, Route):  # another engine is free to prefill when one no longer decodes
+        assert engine.key != after.decode
 
 
 @given(_engines, _prompts, _policies, _handoffs, _chances, st.data())
