@@ -38,10 +38,11 @@ NOTES = (
     "A request meets an SLO if its TTFT (from when it was due) and its mean TPOT (first to last "
     "token, over the tokens after the first) both do. A ladder of rates is climbed until fewer "
     "than 50 % meet the loosest SLO.",
-    "The highest rate is where a straight line between the last rate of the ladder that at least "
-    "90 % have met and the first one that they have not crosses 90 %; 0 if that is the first "
-    "rate, `>=` if there is no such rate. It is taken in each repetition; shown are median and "
-    "quartiles.",
+    "The highest rate: a request's strain is the larger of TTFT and TPOT, each over its limit; "
+    "90 % meet the SLO as long as the strain's 90th percentile is 1 at the most. The rate at which "
+    "it is 1 lies on a straight line between the last rate of the ladder at which it was not above "
+    "1 and the next one; 0 if it was above 1 at the first rate, `>=` if at none. It is taken in "
+    "each repetition; shown are median and quartiles.",
     "TTFT p90, TPOT p90 and ITL p99 are of all repetitions together, at the highest rate of the "
     "ladder that at least 90 % have met in all of them together.",
     "Ratios are ratios of medians; in brackets the quartiles of the ratios of the single "
@@ -74,8 +75,12 @@ class Answer:
     def has_failed(self) -> bool:
         return math.isinf(self.ttft_ms)
 
+    def strain(self, slo: Slo) -> float:
+        """Return how close it came to its limits: above 1 it missed one."""
+        return max(self.ttft_ms / slo.ttft_ms, self.tpot_ms / slo.tpot_ms)
+
     def meets(self, slo: Slo) -> bool:
-        return self.ttft_ms <= slo.ttft_ms and self.tpot_ms <= slo.tpot_ms
+        return self.strain(slo) <= 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,33 +105,40 @@ def is_hopeless(answers: Sequence[Answer], slos: Sequence[Slo]) -> bool:
     return max(attainment(answers, slo) for slo in slos) < HOPELESS
 
 
-def met_steps(shares: Sequence[tuple[float, float]]) -> int:
+def strain(answers: Sequence[Answer], slo: Slo) -> float:
+    """Return what 90 % of the requests kept to, of an SLO's limits: 1 is just met; 0 of none."""
+    return _nearest_rank([answer.strain(slo) for answer in answers], TARGET) if answers else 0.0
+
+
+def met_steps(strains: Sequence[tuple[float, float]]) -> int:
     """Return how many rates, from the first on, were met by enough requests."""
-    return sum(1 for _ in itertools.takewhile(lambda each: each[1] >= TARGET, shares))
+    return sum(1 for _ in itertools.takewhile(lambda each: each[1] <= 1, strains))
 
 
-def max_rate(shares: Sequence[tuple[float, float]]) -> float:
+def max_rate(strains: Sequence[tuple[float, float]]) -> float:
     """Return the highest rate at which enough requests meet an SLO.
 
-    shares: rates, rising, and which share met it. Between the last rate before the first that
-    was missed, and that one, the share is taken to fall in a straight line.
+    strains: rates, rising, and ``strain`` at each. Between the last rate before the first that was
+    missed, and that one, it is taken to rise in a straight line.
     """
-    number = met_steps(shares)
+    number = met_steps(strains)
     if number == 0:
         return 0.0
-    rate, share = shares[number - 1]
-    if number == len(shares):
+    rate, met = strains[number - 1]
+    if number == len(strains):
         return rate
-    next_rate, next_share = shares[number]
-    return rate + (next_rate - rate) * (share - TARGET) / (share - next_share)
+    next_rate, missed = strains[number]
+    return rate + (next_rate - rate) * (1 - met) / (missed - met)
 
 
 def nearest_rank(values: Sequence[float], share: float) -> float | None:
     """Return the smallest value that so large a share of all does not exceed; None of nothing."""
-    if not values:
-        return None
-    found = sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+    found = _nearest_rank(values, share) if values else math.inf
     return round(found, 2) if math.isfinite(found) else None
+
+
+def _nearest_rank(values: Sequence[float], share: float) -> float:
+    return sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
 
 
 def goodput_rows(
@@ -142,7 +154,7 @@ def goodput_rows(
 def _row(arm: str, workload: str, slo: Slo, ladders: Sequence[Ladder | None]) -> Row:
     steps = [step for ladder in ladders for step in ladder or ()]
     single = [
-        [(step.rate, attainment(step.answers, slo)) for step in ladder] if ladder else None
+        [(step.rate, strain(step.answers, slo)) for step in ladder] if ladder else None
         for ladder in ladders
     ]
     good = [each for each in single if each is not None]
@@ -153,7 +165,7 @@ def _row(arm: str, workload: str, slo: Slo, ladders: Sequence[Ladder | None]) ->
         for rate, taken in steps_at.items()
     }
     shares = [(rate, attainment(answers, slo)) for rate, answers in answers_at.items()]
-    number = met_steps(shares)
+    number = met_steps([(rate, strain(answers, slo)) for rate, answers in answers_at.items()])
     met_rate = shares[number - 1][0] if number else None
     met = answers_at[met_rate] if met_rate is not None else []
     max_rates = [max_rate(each) for each in good]
@@ -172,7 +184,7 @@ def _row(arm: str, workload: str, slo: Slo, ladders: Sequence[Ladder | None]) ->
         "max_rates": [None if each is None else round(max_rate(each), 3) for each in single],
         "is_bounded": all(met_steps(each) < len(each) for each in good),
         "attainment": [[rate, round(share, 4)] for rate, share in shares],
-        "attainments": [[[rate, round(share, 4)] for rate, share in each] for each in good],
+        "strains": [[[rate, _finite(value)] for rate, value in each] for each in good],
         "requests": [[rate, len(answers)] for rate, answers in answers_at.items()],
         "failed": [[r, sum(a.has_failed for a in answers)] for r, answers in answers_at.items()],
         "met_rate": met_rate,
@@ -181,6 +193,10 @@ def _row(arm: str, workload: str, slo: Slo, ladders: Sequence[Ladder | None]) ->
         "itl_p99_ms": nearest_rank(gaps, 0.99),
         "routes": _routes(steps_at.get(met_rate, []) if met_rate is not None else []),
     }
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _routes(steps: Sequence[Step]) -> dict[str, float]:

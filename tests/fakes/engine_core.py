@@ -179,7 +179,7 @@ class ServingEngine:
         self.server = TokenServer(
             core, describe(), self.incarnation, self._calls.append, self._send, self.clock
         )
-        divert_outputs(core, self.server)
+        divert_outputs(core, self.server, self.clock)
 
     def frontend(self, name: str = "frontend") -> FakeFrontend:
         """Another one, which has not attached."""

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import goodput, goodput_load
 from benchmarks.client import RequestFailed
@@ -32,6 +34,7 @@ from benchmarks.goodput_plan import (
 )
 from benchmarks.goodput_rows import (
     NOTES,
+    TARGET,
     Answer,
     Step,
     attainment,
@@ -39,12 +42,14 @@ from benchmarks.goodput_rows import (
     is_hopeless,
     max_rate,
     nearest_rank,
+    strain,
     tables,
     to_base,
 )
 from benchmarks.rows import Row
 
 TIGHT, LOOSE = Slo("tight", 100, 10), Slo("loose", 1000, 100)
+LATE = Answer(150, 5, (5.0,))
 GOOD, SLOW, BAD = Answer(50, 5, (5.0,)), Answer(500, 50, (50.0,)), Answer.failed()
 PHASES = Phases(warm_up_s=2, counted_s=5, tail_s=3)
 
@@ -121,18 +126,35 @@ def test_the_ladder_ends_where_fewer_than_half_meet_the_loosest() -> None:
     assert is_hopeless([GOOD, SLOW, BAD, BAD, BAD], [TIGHT, LOOSE])
 
 
+def test_the_strain_is_what_nine_of_ten_keep_to() -> None:
+    answers = [Answer(10.0 * n, 1, ()) for n in range(1, 11)]
+    assert strain(answers, TIGHT) == pytest.approx(0.9)
+    assert strain([Answer(10, 12, ())], TIGHT) == pytest.approx(1.2)
+    assert strain([*answers[:8], BAD, BAD], TIGHT) == math.inf
+    assert strain([], TIGHT) == 0
+
+
+@given(st.lists(st.tuples(st.floats(1, 300), st.floats(1, 30)), min_size=1))
+def test_nine_of_ten_meet_an_slo_if_the_strain_is_one_at_the_most(
+    times: list[tuple[float, float]],
+) -> None:
+    answers = [Answer(ttft, tpot, ()) for ttft, tpot in times]
+    assert (strain(answers, TIGHT) <= 1) == (attainment(answers, TIGHT) >= TARGET)
+
+
 def test_the_highest_rate_is_on_the_line_between_met_and_missed() -> None:
-    assert max_rate([(1, 1.0), (2, 0.95), (3, 0.75), (4, 0.1)]) == pytest.approx(2.25)
-    assert max_rate([(1, 0.9), (2, 0.8)]) == pytest.approx(1)
+    assert max_rate([(1, 0.5), (2, 0.9), (3, 1.3), (4, 9.0)]) == pytest.approx(2.25)
+    assert max_rate([(1, 1.0), (2, 1.2)]) == pytest.approx(1)
+    assert max_rate([(1, 0.5), (2, math.inf)]) == pytest.approx(1)
 
 
 def test_a_rate_that_is_met_above_one_that_is_missed_does_not_count() -> None:
-    assert max_rate([(1, 1.0), (2, 0.8), (3, 0.95), (4, 0.2)]) == pytest.approx(1.5)
+    assert max_rate([(1, 0.8), (2, 1.2), (3, 0.9), (4, 1.5)]) == pytest.approx(1.5)
 
 
 def test_the_highest_rate_is_0_below_the_ladder_and_its_end_above() -> None:
-    assert max_rate([(0.5, 0.89), (1, 1.0)]) == 0
-    assert max_rate([(0.5, 1.0), (1, 0.97)]) == 1
+    assert max_rate([(0.5, 1.1), (1, 0.2)]) == 0
+    assert max_rate([(0.5, 0.2), (1, 0.9)]) == 1
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
@@ -147,7 +169,7 @@ def test_a_percentile_is_one_of_the_values() -> None:
 def ladder(*shares: float, routes: dict[str, float] | None = None) -> list[Step]:
     """Rates 1, 2, 3 and so on, of which these shares of 20 requests meet the tight SLO."""
     return [
-        Step(float(rate), [GOOD] * round(20 * s) + [BAD] * round(20 - 20 * s), routes or {})
+        Step(float(rate), [GOOD] * round(20 * s) + [LATE] * round(20 - 20 * s), routes or {})
         for rate, s in enumerate(shares, 1)
     ]
 
@@ -173,7 +195,15 @@ def test_a_row_has_the_shares_of_all_repetitions_together() -> None:
     _, ours = make_rows()
     assert ours["attainment"] == [[1.0, pytest.approx(2.5 / 3, abs=1e-4)], [2.0, 1.0], [3.0, 0.8]]
     assert ours["requests"] == [[1.0, 60], [2.0, 40], [3.0, 20]]
-    assert ours["failed"] == [[1.0, 10], [2.0, 0], [3.0, 4]]
+    assert ours["failed"] == [[1.0, 0], [2.0, 0], [3.0, 0]]
+
+
+def test_a_row_says_how_many_have_failed() -> None:
+    steps = [Step(1.0, [GOOD] * 19 + [BAD], {}), Step(2.0, [BAD] * 3, {})]
+    (row,) = goodput_rows("x", "chat", [TIGHT], [steps])
+    assert row["failed"] == [[1.0, 1], [2.0, 3]]
+    assert row["strains"] == [[[1.0, 0.5], [2.0, None]]]
+    assert row["max_rate"] == 1.0
 
 
 def test_latencies_are_those_at_the_highest_rate_that_was_met() -> None:
