@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.goodput_plan import Slo
 from benchmarks.output import markdown
-from benchmarks.rows import Ratio, Row, median, quartiles, ratio
+from benchmarks.rows import Ratio, Row, median, quartiles
 
 BASE_ARM = "alone x2"
 TARGET = 0.9
@@ -45,8 +45,8 @@ NOTES = (
     "each repetition; shown are median and quartiles.",
     "TTFT p90, TPOT p90 and ITL p99 are of all repetitions together, at the highest rate of the "
     "ladder that at least 90 % have met in all of them together.",
-    "Ratios are ratios of medians; in brackets the quartiles of the ratios of the single "
-    "repetitions.",
+    "Ratios are medians of the ratios of the single repetitions, in brackets their quartiles: the "
+    "requests of a repetition are the same for every arm, and others than those of the next.",
 )
 
 
@@ -205,11 +205,14 @@ def _routes(steps: Sequence[Step]) -> dict[str, float]:
 
 
 def to_base(rows: Sequence[Row], row: Row) -> Ratio | None:
-    """Return the ratio of a row's highest rate to that of ``alone x2``."""
+    """Return how a row's highest rate compares with that of ``alone x2``; by repetition, as these
+    have requests of their own. None where there is nothing to compare."""
     base = _find(rows, row, BASE_ARM)
     if base is None or base is row or len(base["max_rates"]) != len(row["max_rates"]):
         return None
-    return ratio(row, base, "max_rates")
+    pairs = zip(row["max_rates"], base["max_rates"], strict=True)
+    single = [own / other for own, other in pairs if own is not None and other]
+    return Ratio(median(single), *quartiles(single)) if single else None
 
 
 def _find(rows: Sequence[Row], like: Row, arm: str) -> Row | None:

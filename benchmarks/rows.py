@@ -62,7 +62,7 @@ class Disturbance:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ratio:
-    """A ratio of medians, and the quartiles of the single repetitions' ratios."""
+    """A ratio, and the quartiles of the single repetitions' ratios."""
 
     value: float
     low: float
@@ -198,7 +198,7 @@ def find(rows: Sequence[Row], like: Row, **different: Any) -> Row | None:
 
 
 def ratio(over: Row, under: Row, samples: str, base: Row | None = None) -> Ratio | None:
-    """Return ``over / under`` of a list of samples, each less those of ``base`` if given.
+    """Return the ratio of the medians of two lists of samples, each less ``base``'s if given.
 
     None where the denominator is not positive, or no repetition has both.
     """

@@ -216,7 +216,7 @@ def test_the_ratio_is_to_two_engines_alone() -> None:
     rows = make_rows()
     found = to_base(rows, rows[1])
     assert found is not None
-    assert found.value == pytest.approx(2 / 1.5)
+    assert found.value == pytest.approx((2.5 / 1.5 + 2 / 1.5) / 2)
     assert to_base(rows, rows[0]) is None
 
 
@@ -233,7 +233,7 @@ def test_the_tables_have_a_line_for_each_row() -> None:
         "| long-in | tight (100/10 ms) | alone x2 | 2 | 1.50 (1.50 to 1.50) |  | 1/s | 50.0 | 5.0 "
         "| 5.0 |"
     ) in goodput
-    assert "| pdplugin | 3 | >= 2.00 (1.00 to 2.25) | 1.33 (1.42 to 1.58) |" in goodput
+    assert "| pdplugin | 3 | >= 2.00 (1.00 to 2.25) | 1.50 (1.42 to 1.58) |" in goodput
     assert "| long-in | tight (100/10 ms) | pdplugin | 83 % | 100 % | 80 % |" in shares
     assert "| chat | loose (1000/100 ms) | x | 1/s | 20 | short |" in routes
     assert json.loads(json.dumps(rows)) == rows
