@@ -214,9 +214,8 @@ def _local_reason(
     decode = dataclasses.replace(decode, prefill_rate=decode.prefill_rate or prefill.prefill_rate)
     here_s = decode.prefill_s(uncached)
     there_s = _handed_off_s(prefill, prompt, policy) + handoff_s
-    held_up_there = prefill.running if prefill.role.decodes else 0
     disturbs = decode.running > 0 and here_s > policy.max_stall_s
-    if here_s > there_s or (disturbs and decode.running > held_up_there):
+    if here_s > there_s or (disturbs and not prefill.role.decodes):
         return None
     if prefill.prefill_tokens:
         return Reason.PREFILL_BUSY

@@ -127,16 +127,31 @@ def test_a_prompt_that_holds_up_decodes_for_too_long_is_handed_off(
 
 
 @pytest.mark.parametrize(
-    ("there", "expected"),
-    [(0, Reason.DISAGGREGATED), (2, Reason.DISAGGREGATED), (3, Reason.NO_GAIN)],
+    ("running", "waiting", "expected"), [(4, 0, "no_gain"), (2, 500, "prefill_busy")]
 )
-def test_a_prompt_does_not_hold_up_more_decodes_elsewhere(there: int, expected: Reason) -> None:
-    """The other engine decodes, too; the headroom of the first is made so that it is chosen."""
-    here = both("here", prefill_rate=1000.0, running=3, max_running=1000)
-    other = both("other", prefill_rate=1000.0, running=there, max_running=4, kv_free=0.2)
+def test_a_prompt_does_not_hold_up_decodes_elsewhere_instead(
+    running: int, waiting: int, expected: str
+) -> None:
+    """The other engine decodes, too: more requests, or fewer while it computes a prompt."""
+    here = both("here", prefill_rate=1000.0, running=3)
+    other = both("other", prefill_rate=1000.0, running=running, prefill_tokens=waiting)
     chosen = route([here, other], Prompt(100, 100), Policy(), handoff_s=0.01)
-    assert chosen.decode == "here"
-    assert chosen.reason is expected
+    assert chosen == Route(None, "here", Reason(expected))
+
+
+def test_prompts_that_come_together_are_computed_side_by_side() -> None:
+    pool = {
+        "a": both("a", prefill_rate=3000.0, running=4, prefill_tokens=512),
+        "b": both("b", prefill_rate=3000.0, running=5),
+    }
+    for _ in range(7):
+        chosen = route(list(pool.values()), Prompt(512, 64), Policy(), handoff_s=0.01)
+        computes = pool[chosen.prefill or chosen.decode]
+        more = computes.prefill_tokens + 512
+        pool[computes.key] = dataclasses.replace(computes, prefill_tokens=more)
+        decodes = pool[chosen.decode]
+        pool[decodes.key] = dataclasses.replace(decodes, running=decodes.running + 1)
+    assert [engine.prefill_tokens for engine in pool.values()] == [2048, 2048]
 
 
 @pytest.mark.parametrize(
