@@ -456,10 +456,12 @@ def test_less_room_never_brings_an_engine_an_answer(
 def test_the_best_prefill_engine_is_predicted_to_be_first(
     engines: list[Engine], prompt: Prompt, handoff_s: float, chance: Chance
 ) -> None:
+    """One that decodes, too, by more than the time that it may hold its decodes up."""
     chosen = choose(engines, prompt, HANDED_OFF, handoff_s, chance)
     if isinstance(chosen, Route) and chosen.prefill is not None:
         times = {
             engine.key: engine.prefill_s(prompt.uncached(engine))
+            + (HANDED_OFF.max_stall_s if engine.role is Role.BOTH else 0.0)
             for engine in engines
             if engine.role.prefills and engine.key != chosen.decode
         }
