@@ -41,6 +41,7 @@ from vllm_pd_plugin.params import (
 )
 from vllm_pd_plugin.peers import Identity, PeerTable
 from vllm_pd_plugin.producing import ProducingRequests
+from vllm_pd_plugin.step_statistics import StepStatistics
 from vllm_pd_plugin.token_server import TokenServer, divert_outputs
 from vllm_pd_plugin.tokens import EngineDescription
 
@@ -144,7 +145,7 @@ class SchedulerSide:
             self._listener.send,
             time.monotonic,
         )
-        divert_outputs(core, server)
+        divert_outputs(core, server, StepStatistics(time.monotonic))
         server.watch_prefix_cache()
         self._tokens = server
 

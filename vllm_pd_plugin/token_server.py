@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -27,13 +26,13 @@ from vllm.v1.engine import (
     FinishReason,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
-from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_pd_plugin import tokens
 from vllm_pd_plugin.ids import Incarnation, RequestId
 from vllm_pd_plugin.peer_codec import PeerDecoder
+from vllm_pd_plugin.step_statistics import StepStatistics
 from vllm_pd_plugin.wire import VersionError, WireError
 
 if TYPE_CHECKING:
@@ -45,9 +44,6 @@ logger = logging.getLogger(__name__)
 _FIRST_CLIENT_INDEX = 1_000_000
 """Above any index that vLLM gives to its own API servers."""
 _MAX_FRONTENDS, _MAX_NAME = 1024, 80
-_TELL_EVERY_S = 0.25
-"""The API server publishes gauges; it need not be woken at every step for them."""
-_NO_COUNTS = SchedulerStats()
 _WHOLE_PREFIX = (KVCacheSpecKind.FULL_ATTENTION.value, KVCacheSpecKind.MLA_ATTENTION.value)
 """Kinds of layers that need the whole prefix: where these have it, the others do."""
 
@@ -317,43 +313,19 @@ def _tokens_to_compute(request: Any) -> int:
     return 0 if fetches else max(0, request.num_prompt_tokens - request.num_computed_tokens)
 
 
-def divert_outputs(
-    core: EngineCoreProc, server: TokenServer, clock: Callable[[], float] = time.monotonic
-) -> None:
+def divert_outputs(core: EngineCoreProc, server: TokenServer, statistics: StepStatistics) -> None:
     """Let what the core gives out for frontends go to the token server."""
     put_nowait = core.output_queue.put_nowait
-    told_at = -_TELL_EVERY_S
 
     def divert(item: Any) -> None:
-        nonlocal told_at
         if isinstance(item, tuple) and item[0] >= _FIRST_CLIENT_INDEX:
             client_index, outputs = item
             stats, outputs.scheduler_stats = outputs.scheduler_stats, None
             server.take_outputs(client_index, outputs)
-            if stats is None:
+            if stats is None or not statistics.are_due(stats):
                 return
-            now = clock()
-            if now < told_at + _TELL_EVERY_S and _can_be_skipped(stats):
-                return
-            told_at = now
             # vLLM gives a step's statistics to any one client; only the API server publishes them.
             item = (0, EngineCoreOutputs(scheduler_stats=stats))
         put_nowait(item)
 
     core.output_queue.put_nowait = divert
-
-
-def _can_be_skipped(stats: SchedulerStats) -> bool:
-    """Whether the next step says the same anew: it counts nothing, and a next step will come."""
-    busy = stats.num_running_reqs + stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
-    external = stats.connector_prefix_cache_stats
-    counts = dataclasses.replace(
-        stats,
-        num_running_reqs=0,
-        num_waiting_reqs=0,
-        num_skipped_waiting_reqs=0,
-        num_kv_fetch_reqs_by_stage={},
-        kv_cache_usage=0.0,
-        connector_prefix_cache_stats=None if external == PrefixCacheStats() else external,
-    )
-    return busy > 0 and bool(counts == _NO_COUNTS)

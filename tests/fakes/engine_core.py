@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     from vllm.v1.serial_utils import MsgpackEncoder
 
     from vllm_pd_plugin.peer_codec import PeerDecoder
+    from vllm_pd_plugin.step_statistics import StepStatistics
     from vllm_pd_plugin.token_server import TokenServer, divert_outputs
 
 MAX_MODEL_LEN, VOCABULARY = 64, 1000
@@ -179,7 +180,7 @@ class ServingEngine:
         self.server = TokenServer(
             core, describe(), self.incarnation, self._calls.append, self._send, self.clock
         )
-        divert_outputs(core, self.server, self.clock)
+        divert_outputs(core, self.server, StepStatistics(self.clock))
 
     def frontend(self, name: str = "frontend") -> FakeFrontend:
         """Another one, which has not attached."""

@@ -22,9 +22,8 @@ with warnings.catch_warnings():
         EngineCoreRequestType,
         FinishReason,
     )
-    from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.request import RequestStatus
-    from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
     from tests.fakes.engine_core import (
         MAX_MODEL_LEN,
@@ -338,44 +337,16 @@ def test_a_step_s_statistics_go_to_the_api_server_whoever_got_them(
     assert outputs.scheduler_stats is None
 
 
-def steps(engine: ServingEngine, frontend: FakeFrontend, *stats: SchedulerStats) -> list[Any]:
-    """Let a step give out each of these; return which of them the API server got."""
-    for each in stats:
-        outputs = EngineCoreOutputs(scheduler_stats=each)
-        engine.core.output_queue.put_nowait((frontend.client_index, outputs))
-    engine.settle()
-    queue = engine.core.output_queue
-    return [queue.get_nowait()[1].scheduler_stats for _ in range(queue.qsize())]
-
-
-def test_gauges_are_not_told_at_every_step_but_the_last_ones_are(
+def test_gauges_do_not_wake_the_api_server_at_every_step(
     engine: ServingEngine, frontend: FakeFrontend
 ) -> None:
     frontend.add("r")
-    busy = [SchedulerStats(n, kv_cache_usage=0.1 * n) for n in (3, 2, 1)]
-    idle = SchedulerStats(connector_prefix_cache_stats=PrefixCacheStats())
-    assert steps(engine, frontend, *busy, idle) == [busy[0], idle]
-    assert steps(engine, frontend, busy[1]) == []
-    engine.clock.advance(0.25)
-    assert steps(engine, frontend, busy[1], busy[2]) == [busy[1]]
-
-
-@pytest.mark.parametrize(
-    "counted",
-    [
-        {"prefix_cache_stats": PrefixCacheStats(requests=1, queries=10)},
-        {"prefix_cache_stats": PrefixCacheStats(reset=True)},
-        {"connector_prefix_cache_stats": PrefixCacheStats(requests=1, hits=5)},
-        {"kv_connector_stats": {"fetches": 1}},
-        {"spec_decoding_stats": SpecDecodingStats(num_spec_tokens=2, num_drafts=1)},
-    ],
-)
-def test_what_a_step_has_counted_is_always_told(
-    engine: ServingEngine, frontend: FakeFrontend, counted: dict[str, Any]
-) -> None:
-    frontend.add("r")
-    stats = [SchedulerStats(1), SchedulerStats(1, **counted), SchedulerStats(1)]
-    assert steps(engine, frontend, *stats) == stats[:2]
+    for running in (3, 2):
+        outputs = EngineCoreOutputs(scheduler_stats=SchedulerStats(running))
+        engine.core.output_queue.put_nowait((frontend.client_index, outputs))
+    engine.settle()
+    assert engine.core.output_queue.qsize() == 1
+    assert frontend.numbers() == [1, 2]
 
 
 def test_without_statistics_the_api_server_is_not_bothered(

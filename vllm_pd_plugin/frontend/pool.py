@@ -25,12 +25,25 @@ class MemberState(enum.StrEnum):
     """Its circuit breaker is open: it gets requests only if there is no other."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """This frontend's part in what an engine has to do.
+
+    waiting_tokens: of prompts that it still has to compute. requests: all that it works on.
+    kv_tokens: of the prompts of these, whose KV it holds or will hold.
+    """
+
+    waiting_tokens: int = 0
+    requests: int = 0
+    kv_tokens: int = 0
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Member:
     """One engine of the pool.
 
     role: as the operator has sorted it in.
-    load: what it has said last; ``own`` was this frontend's part in it.
+    load: what it has said last; ``_share_then`` was this frontend's part in it.
     """
 
     key: EngineKey
@@ -44,9 +57,7 @@ class Member:
     load: EngineLoad = EngineLoad()
     legs: set[Leg] = dataclasses.field(default_factory=set)
     prefill_rate: float | None = None
-    _own_tokens_then: int = 0
-    _own_requests_then: int = 0
-    _own_kv_tokens_then: int = 0
+    _share_then: Share = Share()
     _failures: int = 0
     _open_until: float = 0.0
 
@@ -80,9 +91,8 @@ class Member:
         )
 
     @property
-    def own_kv_tokens(self) -> int:
-        """Tokens of the prompts of this frontend's requests, whose KV it holds or will hold."""
-        return sum(leg.num_tokens for leg in self.legs)
+    def share(self) -> Share:
+        return Share(self.own_tokens, len(self.legs), sum(leg.num_tokens for leg in self.legs))
 
     @property
     def own_running(self) -> int:
@@ -110,20 +120,19 @@ class Member:
         self.prefill_rate = rate if before is None else before + _NEW_RATE_WEIGHT * (rate - before)
 
     def set_load(self, load: EngineLoad) -> None:
-        self.load = load
-        self._own_tokens_then, self._own_requests_then = self.own_tokens, len(self.legs)
-        self._own_kv_tokens_then = self.own_kv_tokens
+        self.load, self._share_then = load, self.share
 
     def snapshot(self) -> Engine:
         """Return what routing may know: own requests exactly, those of others as last told."""
-        others_tokens = max(0, self.load.waiting_tokens - self._own_tokens_then)
-        others_running = max(0, self.load.running + self.load.waiting - self._own_requests_then)
-        more_kv = self.own_kv_tokens - self._own_kv_tokens_then
+        then, now = self._share_then, self.share
+        others_tokens = max(0, self.load.waiting_tokens - then.waiting_tokens)
+        others_running = max(0, self.load.running + self.load.waiting - then.requests)
+        more_kv = now.kv_tokens - then.kv_tokens
         kv_usage = self.load.kv_usage + more_kv / max(1, self.link.description.kv_tokens)
         return Engine(
             self.key,
             self.role,
-            others_tokens + self.own_tokens,
+            others_tokens + now.waiting_tokens,
             self.prefill_rate,
             others_running + self.own_running,
             max(1, self.link.description.max_num_seqs),
