@@ -1,6 +1,7 @@
 # Everything happens in .venv; each target does its whole set-up, and is quick when it is done.
 #
 #   make demo    a chat over one prefill and one decode engine, with a frontend before them
+#   make demo-ray  the same on a local Ray, with `serve run`
 #   make test    all tests (unit tests, then real engines)
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
@@ -19,7 +20,7 @@ SETUP := .venv/.done
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models demo test check format bench quality lock clean
+.PHONY: help setup models demo demo-ray test check format bench quality lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -42,6 +43,11 @@ demo: setup
 	@$(BIN)/python -m tests.models smollm2
 	@$(BIN)/python examples/chat.py "$$($(BIN)/python -c 'from tests.models import smollm2; print(smollm2())')" \
 		-- --dtype float32 --enforce-eager --max-model-len 4096
+
+demo-ray: setup
+	@$(BIN)/python -m tests.models smollm2
+	@$(BIN)/python examples/chat_ray.py "$$($(BIN)/python -c 'from tests.models import smollm2; print(smollm2())')" \
+		-- engine_args.dtype=float32 engine_args.enforce-eager=true engine_args.max-model-len=4096
 
 test: setup
 	@$(BIN)/python -m tests.models
@@ -85,9 +91,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.memory --handoffs 2000 --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
 	$(BIN)/python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
-	$(BIN)/python -m benchmarks.goodput --workloads long-in --rates 2,2.5,3,3.5 --seconds 18 --warm-up 5 --json benchmarks/results/goodput.json
+	$(BIN)/python -m benchmarks.goodput --workloads long-in --rates 4,5.5,7,8.5 --seconds 18 --warm-up 5 --json benchmarks/results/goodput.json
 	$(BIN)/python -m benchmarks.goodput --workloads chat,short-in --arms "alone x2,pdplugin,pdplugin-auto" --rates 2,3,4.5,6 --seconds 10 --warm-up 3 --json benchmarks/results/goodput-others.json
 	$(BIN)/python -m benchmarks.chaos --frontend --topology 2P2D --json benchmarks/results/chaos-frontend.json
+	$(BIN)/python -m benchmarks.ingress --json benchmarks/results/ingress.json
+	$(BIN)/python -m benchmarks.autoscale --json benchmarks/results/autoscale.json
 
 quality: setup
 	@$(BIN)/python -m tests.models smollm2

@@ -35,6 +35,7 @@ examples:
   vllm-pd up MODEL
   vllm-pd up MODEL --prefill 1 --decode 2 --port 8080 --max-model-len 8192
   vllm-pd up MODEL --prefill 2 --decode 2 --tensor-parallel-size 2 --local-below 256
+  vllm-pd up --deployment examples/ray_serve.yaml
 """
 _SERVE = """One OpenAI endpoint over prefill and decode engines.
 
@@ -112,25 +113,38 @@ def up(arguments: Sequence[str]) -> int:
     """Start engines on this machine and serve them; returns the exit status."""
     environ = dict(os.environ)  # before vLLM changes it
     from vllm_pd_plugin.frontend import local, options
+    from vllm_pd_plugin.frontend.deployment import take_deployment
+
+    try:
+        deployment, typed = take_deployment(arguments)
+        said = [deployment.model, *deployment.up_words()] if deployment else []
+    except PdError as error:
+        print(f"vllm-pd up: {error}", file=sys.stderr)
+        return 1
 
     def prepare(args: argparse.Namespace, parser: Any, own: set[str]) -> tuple[Any, ...]:
-        rest = list(arguments)
-        if args.model_tag in rest:
-            rest.remove(args.model_tag)
+        def of_a_server(words: Sequence[str]) -> list[str]:
+            rest = list(words)
+            if args.model_tag in rest:
+                rest.remove(args.model_tag)
+            return rest
+
         engines = local.plan_engines(
             local.parse_counts(args),
             args.model,
-            local.engine_arguments(parser, rest, own),
+            local.engine_settings(
+                deployment, local.engine_arguments(parser, of_a_server(typed), own)
+            ),
             args.log_dir or Path(tempfile.mkdtemp(prefix="vllm-pd-")),
             args.tensor_parallel_size,
             environ,
         )
         pool = [(engine.url, engine.role) for engine in engines]
-        for_workers = local.without(parser, rest, options.LOCAL_OPTIONS)
+        for_workers = local.without(parser, of_a_server([*said, *typed]), options.LOCAL_OPTIONS)
         urls = [word for url, role in pool for word in (f"--{role.value}", url)]
         return options.parse_options(args, pool), engines, [args.model, *for_workers, *urls]
 
-    return _run_frontend("up", _UP, arguments, options.add_local_options, prepare)
+    return _run_frontend("up", _UP, [*said, *typed], options.add_local_options, prepare)
 
 
 def _run_frontend(
@@ -143,26 +157,15 @@ def _run_frontend(
     """Run a frontend until it is told to stop, with vLLM's own parser for its options."""
     environ = dict(os.environ)  # before vLLM changes it
     import uvloop
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_pd_plugin.frontend import options
     from vllm_pd_plugin.frontend.app import serve as serve_frontend
 
     cli_env_setup()
-    parser = FlexibleArgumentParser(
-        prog=f"vllm-pd {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser = make_arg_parser(parser)
-    theirs = set(parser._option_string_actions)
-    add_own_options(parser)
-    options.add_frontend_options(parser)
-    own = set(parser._option_string_actions) - theirs
-    parser.set_defaults(host="127.0.0.1", shutdown_timeout=30)
+    parser, own = options.make_parser(f"vllm-pd {name}", description, add_own_options)
     args = parser.parse_args(list(arguments))
     args.model = args.model_tag or args.model
     configure_logging_from_args(args)

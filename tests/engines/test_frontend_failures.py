@@ -125,6 +125,7 @@ def stream(
     num_tokens: int,
     *,
     begun: threading.Semaphore | None = None,
+    timeout_s: float = 120.0,
     **sampling: Any,
 ) -> list[Any]:
     """Return the tokens of a streamed answer, and its finish reason or error at the end.
@@ -134,7 +135,8 @@ def stream(
     body = server.body(prompt, num_tokens, ignore_eos=True, stream=True, **sampling)
     body.pop("logprobs")
     got: list[Any] = []
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as answer:
+    url = f"{server.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=timeout_s) as answer:
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
                 continue

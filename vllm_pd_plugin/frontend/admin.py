@@ -41,17 +41,11 @@ class EngineToDrain(BaseModel):
     timeout_s: float = Field(default=60.0, ge=0, le=3600)
 
 
-def make_router(
-    dispatch: Dispatch,
-    membership: Membership,
-    apply: Callable[[], None],
-    host: str | None,
-    key: str | None,
-) -> APIRouter:
-    """Return the routes.
+def make_pool_router(dispatch: Dispatch, host: str | None, key: str | None) -> APIRouter:
+    """Return the route that only looks.
 
-    apply: called when the membership has changed.
-    host: that the server binds. key: that callers must know; None allows loopback only.
+    host: that the server binds; None where that is not known.
+    key: that callers must know; None allows loopback only.
     """
 
     def authenticate(request: Request) -> None:
@@ -71,6 +65,22 @@ def make_router(
     @router.get("/pool")
     async def pool() -> dict[str, Any]:
         return describe_pool(dispatch)
+
+    return router
+
+
+def make_router(
+    dispatch: Dispatch,
+    membership: Membership,
+    apply: Callable[[], None],
+    host: str | None,
+    key: str | None,
+) -> APIRouter:
+    """Return all routes; see ``make_pool_router``.
+
+    apply: called when the membership has changed.
+    """
+    router = make_pool_router(dispatch, host, key)
 
     @router.post("/engines", status_code=201)
     async def add(engine: EngineToAdd) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from fastapi import FastAPI
 from vllm import AsyncEngineArgs, envs
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -31,6 +32,7 @@ from vllm_pd_plugin.frontend.link import Connection
 from vllm_pd_plugin.frontend.local import LocalEngine, Supervisor
 from vllm_pd_plugin.frontend.membership import Membership
 from vllm_pd_plugin.frontend.options import FrontendOptions
+from vllm_pd_plugin.frontend.routing import Role
 from vllm_pd_plugin.frontend.workers import ENGINES_FILE_VARIABLE, run_workers
 from vllm_pd_plugin.ids import new_incarnation
 from vllm_pd_plugin.vllm_hooks import log_like_vllm
@@ -106,21 +108,22 @@ async def _until(failure: asyncio.Future[None], work: Coroutine[Any, Any, None])
         task.cancel()
 
 
-async def _serve(
-    args: argparse.Namespace,
-    options: FrontendOptions,
-    core: PoolCore,
-    connection: Connection,
-    membership: Membership,
-    sock: socket.socket,
-) -> None:
+async def make_app(args: argparse.Namespace, core: PoolCore, any_digest: bool = False) -> FastAPI:
+    """Return vLLM's OpenAI application over engines that are there.
+
+    any_digest: engines of the same model whose KV differs are used, too; those that hand KV to each
+    other must be alike. Else all must be like the first.
+
+    Raises:
+        NoEnginesError: they do not serve this model.
+    """
     there = [member.link.description for member in core.dispatch.pool if member.is_up]
     config = frontend_config(args, min(each.max_model_len for each in there))
     core.dispatch.require(
         Requirement(
             config.model_config.max_model_len,
             config.model_config.get_vocab_size(),
-            there[0].model_digest,
+            None if any_digest else there[0].model_digest,
             vllm_version,
         )
     )
@@ -131,6 +134,19 @@ async def _serve(
     tasks = await client.get_supported_tasks()
     args.middleware = [*args.middleware, f"{ContextMiddleware.__module__}.ContextMiddleware"]
     app = build_app(args, tasks, client.model_config)
+    await init_app_state(client, app.state, args, tasks)
+    return app
+
+
+async def _serve(
+    args: argparse.Namespace,
+    options: FrontendOptions,
+    core: PoolCore,
+    connection: Connection,
+    membership: Membership,
+    sock: socket.socket,
+) -> None:
+    app = await make_app(args, core)
     follower = asyncio.create_task(_follow(membership, core.dispatch, connection))
     app.include_router(
         make_router(
@@ -141,7 +157,6 @@ async def _serve(
             options.admin_key,
         )
     )
-    await init_app_state(client, app.state, args, tasks)
     log_config = get_uvicorn_log_config(args)
     shutdown = await serve_http(
         app,
@@ -176,15 +191,20 @@ async def _follow(membership: Membership, dispatch: Dispatch, connection: Connec
             logger.exception("the list of engines cannot be read")
 
 
-async def wait_for_engines(dispatch: Dispatch, wait_s: float) -> None:
+async def wait_for_engines(
+    dispatch: Dispatch, wait_s: float, expected: Collection[Role] = ()
+) -> None:
     """Wait until a request can be served, and say from time to time what is missing.
+
+    expected: roles of which one engine at least is waited for, too, if one request could be served
+    without them.
 
     Raises:
         NoEnginesError: it took too long.
     """
     loop = asyncio.get_running_loop()
     deadline, next_word = loop.time() + wait_s, loop.time() + _PROGRESS_S
-    while not _is_complete(dispatch):
+    while not _is_complete(dispatch, expected):
         if loop.time() > deadline:
             if dispatch.serves() is None:
                 return  # without prefill engines, as configured
@@ -195,15 +215,19 @@ async def wait_for_engines(dispatch: Dispatch, wait_s: float) -> None:
         await asyncio.sleep(0.1)
 
 
-def _is_complete(dispatch: Dispatch) -> bool:
+def _is_complete(dispatch: Dispatch, expected: Collection[Role]) -> bool:
     """Whether a request can be served, and handed off if any engine was named for that."""
     prefills = [member.is_up for member in dispatch.pool if member.role.prefills]
-    return dispatch.serves() is None and (not prefills or any(prefills))
+    there = {member.role for member in dispatch.pool if member.is_up}
+    handed_off = not prefills or any(prefills)
+    return dispatch.serves() is None and handed_off and there.issuperset(expected)
 
 
 def _problems(dispatch: Dispatch) -> str:
     missing = [f"{m.key} ({m.role}): {m.problem}" for m in dispatch.pool if not m.is_up]
-    return "; ".join(missing) or "no engine of the other role was named"
+    if not missing:
+        return "no engine of the other role is known" if len(dispatch.pool) else "none is known yet"
+    return "; ".join(missing)
 
 
 def frontend_config(args: argparse.Namespace, max_model_len: int) -> VllmConfig:

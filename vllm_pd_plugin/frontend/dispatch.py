@@ -69,11 +69,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Requirement:
-    """What an engine must be to be used: as long a context, the same model, the same vLLM."""
+    """What an engine must be to be used: as long a context, the same model, the same vLLM.
+
+    model_digest: None where engines of several are used side by side, each kind for itself.
+    """
 
     max_model_len: int
     vocab_size: int
-    model_digest: str
+    model_digest: str | None
     vllm_version: str
 
 
@@ -142,6 +145,11 @@ class Dispatch:
         """Return how many requests wait for an engine to come up."""
         return len(self._waiting)
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Return how many prompt tokens these requests have."""
+        return sum(len(each.course.prompt) for each in self._waiting.values())
+
     # --- requests ----------------------------------------------------------------------------
 
     def add(self, request: EngineCoreRequest) -> None:
@@ -149,6 +157,7 @@ class Dispatch:
         context = current()
         course = Course(request, self)
         slo_class = self.metrics.slo_class(context.slo_class)
+        self.metrics.arrived(len(course.prompt))
         now = course.arrived_at
         deadline = now + min(self._limits.request_s, context.timeout_s)
         self._courses[course.id] = Underway(course, Timeline(now, slo_class), Marks(now), deadline)
@@ -197,14 +206,26 @@ class Dispatch:
         """Make the pool what is wanted; what is under way on an engine that leaves goes on
         elsewhere."""
         for member in self.pool:
-            wanted = engines.get(member.key)
-            if wanted is None or wanted.role is not member.role:
+            if member.key not in engines:
                 self._remove(member)
         for url, wanted in engines.items():
             if self.pool.get(url) is None:
                 self.pool.add(Member(url, wanted.role, Link(url, connection, self)))
+            self._set_role(self.pool[url], wanted.role)
             self._set_draining(self.pool[url], wanted.drain_until)
         self._start_waiting()
+
+    def _set_role(self, member: Member, role: Role) -> None:
+        """Sort an engine in elsewhere; what is under way on it stays there, if it can do both."""
+        if role is member.role:
+            return
+        logger.info("engine %s is of role %s from now on", member.key, role)
+        member.role = role
+        if member.link.is_attached:
+            member.mismatch = self._mismatch(member)
+            if member.mismatch:
+                logger.error("engine %s is not used: %s", member.key, member.mismatch)
+                self._leave(member)
 
     def _set_draining(self, member: Member, until: float | None) -> None:
         if until == member.drain_until:
@@ -245,7 +266,7 @@ class Dispatch:
             )
         if is_there.vocab_size != wanted.vocab_size:
             return f"it runs {is_there.model}, which has another vocabulary than this frontend's"
-        if is_there.model_digest != wanted.model_digest:
+        if wanted.model_digest not in (None, is_there.model_digest):
             return f"it runs another model than the other engines ({is_there.model})"
         if is_there.vllm_version != wanted.vllm_version:
             return f"it runs vLLM {is_there.vllm_version}, and this frontend {wanted.vllm_version}"

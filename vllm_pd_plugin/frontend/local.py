@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_pd_plugin.errors import ConfigError, PdError
+from vllm_pd_plugin.frontend.deployment import Deployment
 from vllm_pd_plugin.frontend.routing import EngineKey, Role
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,15 @@ class LocalProcess:
     command: tuple[str, ...]
     environ: Mapping[str, str]
     log: Path | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What all engines of a role get: options of ``vllm serve``, and environment on top of this
+    process's."""
+
+    arguments: Sequence[str] = ()
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,10 +110,35 @@ def divide(items: Sequence[int], num_engines: int, each: int = 0) -> list[list[i
     return [list(items[engine * size : (engine + 1) * size]) for engine in range(num_engines)]
 
 
+def engine_command(
+    model: str, arguments: Sequence[str], host: str, port: int, role: Role
+) -> tuple[str, ...]:
+    """Return what starts an engine with the connector."""
+    return (
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments,
+        "--host", host, "--port", str(port), "--disable-uvicorn-access-log",
+        "--kv-connector", "pdplugin", "--kv-role", role.value,
+    )  # fmt: skip
+
+
+def engine_settings(
+    deployment: Deployment | None, arguments: Sequence[str]
+) -> dict[Role, EngineSettings]:
+    """Return what engines get: what a deployment says, if there is one, and these arguments."""
+    if deployment is None:
+        return dict.fromkeys(Role, EngineSettings(arguments))
+    return {
+        role: EngineSettings(
+            [*deployment.engine_words(role), *arguments], deployment.engine_environ(role)
+        )
+        for role in Role
+    }
+
+
 def plan_engines(
     counts: Mapping[Role, int],
     model: str,
-    arguments: Sequence[str],
+    settings: Mapping[Role, EngineSettings],
     logs: Path,
     tp_size: int,
     environ: Mapping[str, str],
@@ -119,15 +154,12 @@ def plan_engines(
     parts = _environs(len(names), tp_size, environ)
     engines = []
     for (name, role), part in zip(names, parts, strict=True):
-        port = _free_port()
-        command = (
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments,
-            "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log",
-            "--kv-connector", "pdplugin", "--kv-role", role.value,
-        )  # fmt: skip
+        port = free_port()
+        command = engine_command(model, settings[role].arguments, "127.0.0.1", port, role)
         url = f"http://127.0.0.1:{port}"
         log = logs / f"{name}.log"
-        engines.append(LocalEngine(name, command, {**environ, **part}, log, role, url))
+        own = {**environ, **part, **settings[role].environ}
+        engines.append(LocalEngine(name, command, own, log, role, url))
     return engines
 
 
@@ -154,7 +186,7 @@ def _environs(num_engines: int, tp_size: int, environ: Mapping[str, str]) -> lis
                 **part,
                 **chosen,
                 "VLLM_CPU_KVCACHE_SPACE": environ.get(
-                    "VLLM_CPU_KVCACHE_SPACE", str(_kv_gib(num_engines))
+                    "VLLM_CPU_KVCACHE_SPACE", str(kv_gib(num_engines))
                 ),
             }
             for part in parts
@@ -173,16 +205,17 @@ def _environs(num_engines: int, tp_size: int, environ: Mapping[str, str]) -> lis
     return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i] for i in part)} for part in gpus]
 
 
-def _kv_gib(num_engines: int) -> int:
+def kv_gib(num_engines: int) -> int:
     """Return a KV cache size that leaves room for the weights: vLLM would take almost all memory
     for each engine."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(8, int(available / 2**30 / 3 / num_engines)))
 
 
-def _free_port() -> int:
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that nothing listens on there."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
 
@@ -229,7 +262,7 @@ class Supervisor:
     def _signal_all(self, number: signal.Signals) -> None:
         for process in self._processes.values():
             if process.returncode is None:
-                _signal(process, number)
+                signal_family(process, number)
 
     async def _keep_up(self, wanted: LocalProcess) -> None:
         loop = asyncio.get_running_loop()
@@ -241,7 +274,7 @@ class Supervisor:
                 return
             if not self._has_served:
                 if not self.failure.done():
-                    text = f"{wanted.name} ended with status {status}" + _tail(wanted.log)
+                    text = f"{wanted.name} ended with status {status}" + tail(wanted.log)
                     self.failure.set_exception(EngineStartError(text))
                 return
             if loop.time() - started_at > _STEADY_S:
@@ -254,25 +287,31 @@ class Supervisor:
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 
     async def _run(self, wanted: LocalProcess) -> int:
-        with ExitStack() as stack:
-            log = stack.enter_context(wanted.log.open("ab")) if wanted.log else None
-            process = await asyncio.create_subprocess_exec(
-                *wanted.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=dict(wanted.environ),
-                preexec_fn=_set_apart,
-            )
+        process = await spawn(wanted)
         self._processes[wanted.name] = process
         if self._stopping.is_set():
-            _signal(process, signal.SIGTERM)
+            signal_family(process, signal.SIGTERM)
         status = await process.wait()
-        _signal(process, signal.SIGKILL)  # what is left of its children
+        signal_family(process, signal.SIGKILL)  # what is left of its children
         return status
 
 
-def _tail(log: Path | None) -> str:
+async def spawn(wanted: LocalProcess) -> asyncio.subprocess.Process:
+    """Start a process that ends when the calling thread does."""
+    with ExitStack() as stack:
+        log = stack.enter_context(wanted.log.open("ab")) if wanted.log else None
+        return await asyncio.create_subprocess_exec(
+            *wanted.command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=dict(wanted.environ),
+            preexec_fn=_set_apart,
+        )
+
+
+def tail(log: Path | None) -> str:
+    """Return the end of a log, to follow a message."""
     if log is None:
         return ""
     lines = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
@@ -290,7 +329,7 @@ def _set_apart() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+def signal_family(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
     """Signal a process and all its children."""
     try:
         os.killpg(process.pid, number)

@@ -12,6 +12,8 @@ from vllm_pd_plugin.frontend.endings import Ending, Failure
 from vllm_pd_plugin.frontend.routing import Reason, Role, Route
 
 DEFAULT_CLASS = "default"
+_PAUSE_S = 1.0
+"""No step takes so long: the request has gone on elsewhere, or has waited."""
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60,
 )  # fmt: skip
@@ -72,11 +74,28 @@ class Timeline:
         return (self.last_at - self.first_at) / (self.num_tokens - 1)
 
 
+@dataclasses.dataclass(slots=True)
+class Totals:
+    """What has come and gone so far, for those who look at what changes.
+
+    requests, prompt_tokens: that have arrived. answers: requests that were answered; answer_tokens:
+    in them. intervals: times between tokens of one request, without pauses; itl_s: their sum.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    answers: int = 0
+    answer_tokens: int = 0
+    intervals: int = 0
+    itl_s: float = 0.0
+
+
 class FrontendMetrics:
     """Made once a process. slos: the objectives of each class of requests."""
 
     def __init__(self, slos: Mapping[str, Objectives]) -> None:
         self.slos = slos
+        self.totals = Totals()
         self._routes = Counter(
             "pd_frontend_routes", "Attempts of requests, by why they went where.", ["reason"]
         )
@@ -142,6 +161,11 @@ class FrontendMetrics:
         """Return the class of a request that asks for one; unknown ones are the default."""
         return wanted if wanted is not None and wanted in self.slos else DEFAULT_CLASS
 
+    def arrived(self, num_tokens: int) -> None:
+        """A prompt has come."""
+        self.totals.requests += 1
+        self.totals.prompt_tokens += num_tokens
+
     def routed(self, route: Route) -> None:
         self._routes.labels(route.reason.value).inc()
 
@@ -174,7 +198,11 @@ class FrontendMetrics:
             timeline.first_at = now
             self._ttft.labels(timeline.slo_class).observe(timeline.ttft_s)
         else:
-            self._itl.observe(now - timeline.last_at)
+            seconds = now - timeline.last_at
+            self._itl.observe(seconds)
+            if seconds < _PAUSE_S:
+                self.totals.intervals += num_tokens
+                self.totals.itl_s += seconds
             if timeline.second_at == 0.0:
                 timeline.second_at = now
                 self._ttst.labels(timeline.slo_class).observe(now - timeline.first_at)
@@ -185,6 +213,8 @@ class FrontendMetrics:
         """A request was answered."""
         name = timeline.slo_class
         self._finished.labels(name).inc()
+        self.totals.answers += 1
+        self.totals.answer_tokens += timeline.num_tokens
         tpot_s = timeline.tpot_s
         if tpot_s is not None:
             self._tpot.labels(name).observe(tpot_s)

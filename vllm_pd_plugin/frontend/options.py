@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +32,28 @@ class FrontendOptions:
     workers: int
     admin_key: str | None
     keys: CurveKeys | None
+
+
+def make_parser(
+    prog: str, description: str, add_own_options: Callable[[Any], None]
+) -> tuple[Any, set[str]]:
+    """Return a parser of vLLM's options and a frontend's, and the options vLLM does not have."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(
+        FlexibleArgumentParser(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    theirs = set(parser._option_string_actions)
+    add_own_options(parser)
+    add_frontend_options(parser)
+    own = set(parser._option_string_actions) - theirs
+    parser.set_defaults(host="127.0.0.1", shutdown_timeout=30)
+    return parser, own
 
 
 def add_frontend_options(parser: Any) -> None:
@@ -129,7 +151,7 @@ def add_engine_options(parser: Any) -> None:
         )
 
 
-LOCAL_OPTIONS = {"--prefill", "--decode", "--both", "--log-dir"}
+LOCAL_OPTIONS = {"--prefill", "--decode", "--both", "--log-dir", "--deployment"}
 
 
 def add_local_options(parser: Any) -> None:
@@ -146,6 +168,13 @@ def add_local_options(parser: Any) -> None:
             metavar="N",
             help=f"How many engines of role {role.value}. Default: %(default)s.",
         )
+    group.add_argument(
+        "--deployment",
+        type=Path,
+        metavar="FILE",
+        help="A deployment that says all of this, see docs/ray.md; options on the command line are "
+        "added to what it says.",
+    )
     group.add_argument(
         "--log-dir",
         type=Path,

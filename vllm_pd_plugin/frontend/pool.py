@@ -137,6 +137,7 @@ class Member:
             others_running + self.own_running,
             max(1, self.link.description.max_num_seqs),
             min(1.0, max(0.0, 1.0 - kv_usage)),
+            self.link.description.model_digest,
         )
 
 

@@ -89,6 +89,7 @@ class Engine:
     prefill_rate: tokens a second that it was seen to compute; None if it was not.
     running: requests that it decodes. max_running: how many it can at once.
     kv_free: share of its KV cache that is free, 0 to 1.
+    kind: KV goes only between engines of the same.
     """
 
     key: EngineKey
@@ -98,6 +99,7 @@ class Engine:
     running: int = 0
     max_running: int = 256
     kv_free: float = 1.0
+    kind: str = ""
 
     def prefill_s(self, num_tokens: int) -> float:
         """Return how long a prompt of so many uncached tokens takes from now on, in seconds."""
@@ -181,10 +183,12 @@ def choose(
         return Route(None, _choose_prefill(prefills, prompt, policy, chance).key, Reason.ONE_TOKEN)
     if not decodes:
         return Unroutable.NO_DECODE
-    decode = _choose_decode(decodes, prompt, policy, chance)
+    kinds = {engine.kind for engine in prefills}
+    fed = [engine for engine in decodes if engine.kind in kinds]
+    decode = _choose_decode(fed or decodes, prompt, policy, chance)
     if prompt.needs_whole_prompt:
         return Route(None, decode.key, Reason.WHOLE_PROMPT)
-    others = [engine for engine in prefills if engine.key != decode.key]
+    others = [e for e in prefills if e.key != decode.key and e.kind == decode.kind]
     if not others:
         if decode.role.prefills:  # the one engine there is does both
             return Route(None, decode.key, Reason.NO_PREFILL)

@@ -36,6 +36,7 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.frontend.course import Course
     from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits
     from vllm_pd_plugin.frontend.endings import Ending
+    from vllm_pd_plugin.frontend.membership import Wanted
     from vllm_pd_plugin.frontend.routing import NoPrefill, Policy, Role
 
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
@@ -457,5 +458,55 @@ def test_engines_are_as_busy_as_they_say_and_as_they_are_made() -> None:
         assert member.snapshot().prefill_tokens == 100 + len(PROMPT)
         world.give(p, output_of("r-1p", 50, finish=LENGTH))
         assert member.snapshot().prefill_tokens == 100
+
+    run(story)
+
+
+# --- roles and kinds -------------------------------------------------------------------------
+
+
+def use(world: World, **roles: Role) -> None:
+    nobody: Any = None
+    world.dispatch.use({url: Wanted(role) for url, role in roles.items()}, nobody)
+
+
+def test_an_engine_that_changes_its_role_keeps_what_it_works_on() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        d = world.engine("d", Role.DECODE, started_as="both")
+        e = world.engine("e", Role.BOTH)
+        world.add("r", max_tokens=4)
+        decoding = d if d.sent else e
+        assert decoding.sent == ["r-1d"]
+        use(world, p=Role.PREFILL, d=Role.PREFILL, e=Role.DECODE)
+        assert decoding.aborted == []
+        world.give(decoding, output_of("r-1d", 51))
+        world.add("s")
+        assert e.sent[-1] == "s-1d"
+        assert "s-1d" not in d.sent
+
+    run(story)
+
+
+def test_an_engine_cannot_take_a_role_that_it_was_not_started_for() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        d = world.engine("d", Role.DECODE)
+        e = world.engine("e", Role.DECODE)
+        use(world, p=Role.PREFILL, d=Role.PREFILL, e=Role.DECODE)
+        assert "was started with --kv-role decode" in world.dispatch.pool["d"].problem
+        world.add("r")
+        assert (d.sent, e.sent) == ([], ["r-1d"])
+        use(world, p=Role.PREFILL, d=Role.DECODE, e=Role.DECODE)
+        assert world.dispatch.pool["d"].problem == ""
+
+    run(story)
+
+
+def test_prompts_of_requests_that_wait_are_counted() -> None:
+    async def story(world: World) -> None:
+        world.add("r")
+        world.add("s")
+        assert (world.dispatch.num_waiting, world.dispatch.waiting_tokens) == (2, 2 * len(PROMPT))
 
     run(story)

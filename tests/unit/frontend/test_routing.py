@@ -30,15 +30,15 @@ HANDED_OFF = Policy(local_below=0)
 """Every prompt that can be."""
 
 
-def prefill(key: str = "p", **known: float | None) -> Engine:
+def prefill(key: str = "p", **known: float | str | None) -> Engine:
     return Engine(key, Role.PREFILL, **known)  # type: ignore[arg-type]
 
 
-def decode(key: str = "d", **known: float | None) -> Engine:
+def decode(key: str = "d", **known: float | str | None) -> Engine:
     return Engine(key, Role.DECODE, **known)  # type: ignore[arg-type]
 
 
-def both(key: str = "b", **known: float | None) -> Engine:
+def both(key: str = "b", **known: float | str | None) -> Engine:
     return Engine(key, Role.BOTH, **known)  # type: ignore[arg-type]
 
 
@@ -219,6 +219,22 @@ def test_one_engine_of_role_both_is_enough_whatever_the_policy(policy: NoPrefill
 @pytest.mark.parametrize("engines", [[], [prefill()], [prefill("p"), prefill("q")]])
 def test_without_a_decode_engine_nothing_can_be_done(engines: list[Engine]) -> None:
     assert choose(engines, LONG, Policy()) is Unroutable.NO_DECODE
+
+
+def test_kv_goes_only_between_engines_of_a_kind() -> None:
+    old, new = {"kind": "old"}, {"kind": "new"}
+    engines = [prefill("p1", **old), decode("d1", **old), prefill("p2", **new), decode("d2", **new)]
+    engines[1] = dataclasses.replace(engines[1], running=200)
+    assert route(engines) == Route("p2", "d2", Reason.DISAGGREGATED)
+    engines[3] = dataclasses.replace(engines[3], running=250)
+    assert route(engines) == Route("p1", "d1", Reason.DISAGGREGATED)
+
+
+def test_a_decode_engine_whose_kind_no_one_prefills_waits_for_one_that_does() -> None:
+    full = decode("d1", kind="old", running=250)
+    engines = [prefill("p1", kind="old"), full, decode("d2", kind="new")]
+    assert route(engines) == Route("p1", "d1", Reason.DISAGGREGATED)
+    assert route([engines[0], engines[2]]) == Route(None, "d2", Reason.NO_PREFILL)
 
 
 def test_two_engines_of_role_both_share_the_work() -> None:

@@ -39,6 +39,7 @@ _engines = st.lists(
         st.integers(0, 400),
         st.integers(1, 256),
         st.floats(0, 1),
+        st.sampled_from(["old", "new"]),
     ),
     max_size=6,
     unique_by=lambda engine: engine.key,
@@ -86,6 +87,8 @@ def test_whoever_is_chosen_is_there_and_of_the_right_role(
     if chosen.prefill is not None:
         assert roles[chosen.prefill].prefills
         assert chosen.prefill != chosen.decode
+        kinds = {engine.key: engine.kind for engine in engines}
+        assert kinds[chosen.prefill] == kinds[chosen.decode]
 
 
 @given(_engines, _prompts, _policies, _handoffs, _chances, st.randoms(use_true_random=False))
@@ -162,11 +165,14 @@ def test_the_best_prefill_engine_is_predicted_to_be_first(
     """One that decodes, too, by more than the time that it may hold its decodes up."""
     chosen = choose(engines, prompt, HANDED_OFF, handoff_s, chance)
     if isinstance(chosen, Route) and chosen.prefill is not None:
+        kinds = {engine.key: engine.kind for engine in engines}
         times = {
             engine.key: engine.prefill_s(prompt.uncached(engine))
             + (HANDED_OFF.max_stall_s if engine.role is Role.BOTH else 0.0)
             for engine in engines
-            if engine.role.prefills and engine.key != chosen.decode
+            if engine.role.prefills
+            and engine.key != chosen.decode
+            and engine.kind == kinds[chosen.decode]
         }
         assert times[chosen.prefill] == min(times.values())
 

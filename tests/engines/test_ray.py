@@ -1,0 +1,252 @@
+"""Pools on Ray Serve: real Ray, several nodes on this machine, real engines."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests import models
+from tests.engine import Engine, running, start
+from tests.engines.conftest import random_prompt
+from tests.engines.test_frontend_failures import stream
+from tests.ray_cluster import RayCluster, kill_family, wait_until
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_serve.yaml"
+ADMIN_KEY = secrets.token_hex(16)
+ENGINE_ARGS = {"dtype": "float32", "enforce-eager": True, "max-model-len": 4096}
+NUM_TOKENS = 300
+HEAL_S = 240.0
+
+
+class Site:
+    """The cluster, what runs on it, and what one engine alone has answered."""
+
+    def __init__(self, logs: Path) -> None:
+        self.cluster = RayCluster({"VLLM_PD_ADMIN_KEY": ADMIN_KEY, "VLLM_CPU_KVCACHE_SPACE": "1"})
+        self.config: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
+        self.model = models.tiny_llama()
+        self.prompts = [random_prompt(300, 80 + i) for i in range(6)]
+        self.expected: list[list[Any]] = []
+        self.question: tuple[str, str] = ("", "")
+        self._logs = logs
+
+    def __enter__(self) -> Site:
+        try:
+            self._set_up()
+        except BaseException:
+            self.cluster.stop()
+            raise
+        return self
+
+    def _set_up(self) -> None:
+        self._ask_one_engine()
+        self.cluster.start_head()
+        self.cluster.add("first", 4, stays=1)
+        self.config["http_options"]["port"] = self.cluster.http_port
+        args = self._args
+        args["model"] = str(self.model)
+        args["served_model_name"] = self.model.name
+        args["engine_args"] = dict(ENGINE_ARGS)
+        args["routing"] = {"local_below": 0}
+        for pool in ("prefill", "decode"):
+            args[pool] = {"replicas": 1, "num_cpus": 1, "drain_timeout_s": 30}
+        args["frontend"] = {
+            "replicas": 1,
+            "num_cpus": 1,
+            "resources": {"stays": 0.01},
+            "args": {"queue-timeout": HEAL_S},  # as long as it takes to start an engine
+        }
+        self.deploy()
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.stop()
+
+    @property
+    def _args(self) -> dict[str, Any]:
+        args: dict[str, Any] = self.config["applications"][0]["args"]
+        return args
+
+    @property
+    def ingress(self) -> Engine:
+        process: Any = None
+        return Engine("ingress", self.cluster.url, self.model.name, process, Path())
+
+    def _ask_one_engine(self) -> None:
+        words = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"]
+        with running([start("alone", self.model, words, cores="0", folder=self._logs)]) as (alone,):
+            self.expected = [stream(alone, prompt, NUM_TOKENS) for prompt in self.prompts]
+            self.question = ("Good morning", chat(alone.url, self.model.name, "Good morning"))
+
+    def deploy(self, **replicas: int) -> None:
+        """Deploy the configuration, with as many replicas of some deployments."""
+        config = copy.deepcopy(self.config)
+        if replicas:
+            config["applications"][0]["deployments"] = [
+                {"name": name, "num_replicas": number} for name, number in replicas.items()
+            ]
+        self.cluster.deploy(config)
+        self.cluster.wait_until_running()
+        wait_until(lambda: {"decode", "prefill"} <= set(self.roles()), HEAL_S, "engines are there")
+
+    def pool(self) -> list[dict[str, Any]]:
+        """Return the engines that take requests, as the frontend sees them."""
+        try:
+            answer = httpx.get(
+                f"{self.cluster.url}/pd/v1/pool",
+                headers={"Authorization": f"Bearer {ADMIN_KEY}"},
+                timeout=10,
+            )
+            answer.raise_for_status()
+        except httpx.HTTPError:
+            return []
+        engines: list[dict[str, Any]] = answer.json()["engines"]
+        return [engine for engine in engines if engine["state"] == "up"]
+
+    def roles(self) -> list[str]:
+        return sorted(engine["role"] for engine in self.pool())
+
+    def wait_for(self, *roles: str) -> None:
+        what = f"there are engines {roles}"
+        wait_until(lambda: self.roles() == sorted(roles), HEAL_S, f"{what}, not {self.pool()}")
+        self.cluster.wait_until_running()
+
+    def ask(self, index: int, begun: threading.Semaphore | None = None) -> list[Any]:
+        prompt = self.prompts[index]
+        return stream(self.ingress, prompt, NUM_TOKENS, begun=begun, timeout_s=HEAL_S)
+
+    @contextmanager
+    def load(self, num_clients: int = 2) -> Iterator[list[int]]:
+        """Ask one thing after another meanwhile; every answer must be what one engine says."""
+        stop = threading.Event()
+        answered: list[int] = []
+
+        def client(number: int) -> None:
+            index = number
+            while not stop.is_set():
+                index = (index + 1) % len(self.prompts)
+                assert self.ask(index) == self.expected[index]
+                answered.append(index)
+
+        with ThreadPoolExecutor(num_clients) as pool:
+            clients = [pool.submit(client, number) for number in range(num_clients)]
+            try:
+                yield answered
+            finally:
+                stop.set()
+                for each in clients:
+                    each.result(120)
+
+
+def chat(url: str, model: str, question: str) -> str:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    answer.raise_for_status()
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
+
+
+@pytest.fixture(scope="module")
+def site(logs: Path) -> Iterator[Site]:
+    with Site(logs) as site:
+        yield site
+
+
+def test_what_the_example_deploys_answers_like_one_engine(site: Site) -> None:
+    question, expected = site.question
+    assert chat(site.cluster.url, site.model.name, question) == expected
+    assert [site.ask(index) for index in range(2)] == site.expected[:2]
+    assert site.roles() == ["decode", "prefill"]
+
+
+def test_who_has_no_key_does_not_see_the_pool(site: Site) -> None:
+    assert httpx.get(f"{site.cluster.url}/pd/v1/pool", timeout=10).status_code == 401
+
+
+def test_a_pool_grows_and_shrinks_under_load_and_loses_nothing(site: Site) -> None:
+    with site.load(3) as answered:
+        site.deploy(DecodeEngine=2)
+        site.wait_for("decode", "decode", "prefill")
+        before = len(answered)
+        wait_until(lambda: len(answered) > before + 6, 120, "two decode engines answer")
+        site.deploy(DecodeEngine=1)
+        site.wait_for("decode", "prefill")
+    assert answered
+
+
+@pytest.mark.parametrize("pool", ["PrefillEngine", "DecodeEngine"])
+def test_streams_go_on_when_a_replica_dies(site: Site, pool: str) -> None:
+    site.deploy(DecodeEngine=2)
+    site.wait_for("decode", "decode", "prefill")
+    before = {engine["incarnation"] for engine in site.pool()}
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(6) as threads:
+        answers: list[Future[list[Any]]] = [threads.submit(site.ask, i, begun) for i in range(6)]
+        assert all(begun.acquire(timeout=60) for _ in answers)
+        kill_family(site.cluster.replicas(pool)[0]["pid"])
+        assert [answer.result(240) for answer in answers] == site.expected
+        # The prefill pool has one engine: until there is another, prompts are computed elsewhere.
+        assert site.ask(0) == site.expected[0]
+    site.wait_for("decode", "decode", "prefill")
+    assert len(before - {engine["incarnation"] for engine in site.pool()}) == 1
+
+
+def test_an_update_replaces_every_engine_and_drops_nothing(site: Site) -> None:
+    site.deploy()
+    site.wait_for("decode", "prefill")
+    before = {engine["incarnation"] for engine in site.pool()}
+    site.cluster.add("more", 4, stays=1)  # an update has old and new side by side
+    site._args["engine_args"]["max-num-seqs"] = 48
+    with site.load() as answered:
+        site.deploy()
+        wait_until(
+            lambda: before.isdisjoint(engine["incarnation"] for engine in site.pool()),
+            HEAL_S,
+            "no engine is an old one",
+        )
+        site.wait_for("decode", "prefill")
+    assert answered
+
+
+def test_streams_go_on_when_a_node_is_lost(site: Site) -> None:
+    """The node that is lost has a decode engine, and neither a frontend nor Serve's ingress."""
+    site.cluster.add("lost", 4, leaves=1)
+    site._args["decode"] |= {"resources": {"leaves": 0.01}}
+    site.deploy()
+    site.wait_for("decode", "prefill")
+    (old,) = [e["incarnation"] for e in site.pool() if e["role"] == "decode"]
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(site.ask, i, begun) for i in range(6)]
+        assert all(begun.acquire(timeout=60) for _ in answers)
+        site.cluster.add("other", 4, leaves=1)
+        site.cluster.lose("lost")
+        # Nobody decodes until Serve has started another engine, on another node.
+        assert [answer.result(300) for answer in answers] == site.expected
+    site.wait_for("decode", "prefill")
+    assert old not in {engine["incarnation"] for engine in site.pool()}
+
+
+def test_engines_outlive_the_head(site: Site) -> None:
+    before = {engine["incarnation"] for engine in site.pool()}
+    site.cluster.lose("head")
+    site.cluster.start_head()
+    site.wait_for("decode", "prefill")
+    assert {engine["incarnation"] for engine in site.pool()} == before
+    assert [site.ask(index) for index in range(6)] == site.expected

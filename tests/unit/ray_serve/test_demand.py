@@ -1,0 +1,179 @@
+"""How many engines a pool needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.ray_serve.demand import (
+    Demand,
+    EngineSeen,
+    Targets,
+    decode_need,
+    first_duty,
+    move,
+    prefill_need,
+    replicas,
+    together,
+)
+
+P, D = Role.PREFILL, Role.DECODE
+TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
+
+
+def engine(role: Role, **seen: Any) -> EngineSeen:
+    whole = {
+        "waiting_tokens": 0,
+        "prefill_rate": 1000.0 if role is P else None,
+        "running": 0,
+        "max_running": 100,
+        "kv_usage": 0.0,
+    }
+    return EngineSeen(role, **{**whole, **seen})
+
+
+def demand(*engines: EngineSeen, **seen: Any) -> Demand:
+    return Demand(engines={f"http://{i}": each for i, each in enumerate(engines)}, **seen)
+
+
+def test_nobody_asks_nobody_is_needed() -> None:
+    idle = demand(engine(P), engine(D))
+    assert prefill_need(idle, TARGETS) == 0
+    assert decode_need(idle, TARGETS) == 0
+
+
+def test_prefill_engines_keep_up_with_what_arrives() -> None:
+    assert prefill_need(demand(engine(P), prompt_tokens_per_s=800), TARGETS) == pytest.approx(1)
+    assert prefill_need(demand(engine(P), prompt_tokens_per_s=2400), TARGETS) == pytest.approx(3)
+
+
+def test_a_queue_is_worked_off_within_half_the_objective() -> None:
+    waiting = demand(engine(P, waiting_tokens=1000))
+    assert prefill_need(waiting, TARGETS) == pytest.approx(2)
+    assert prefill_need(demand(engine(P), waiting_tokens=1500), TARGETS) == pytest.approx(3)
+
+
+def test_without_prefill_engines_the_rate_of_others_counts() -> None:
+    alone = demand(engine(D, prefill_rate=500.0), prompt_tokens_per_s=800)
+    assert prefill_need(alone, TARGETS) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("engines", "traffic", "need"),
+    [
+        ([engine(D, running=85)], {"itl_s": 0.01}, 1.0),  # slots
+        ([engine(D, running=2, kv_usage=0.85)], {"itl_s": 0.01}, 1.0),  # KV
+        ([engine(D, running=8)], {"itl_s": 0.085}, 2.0),  # steps too long
+        (
+            [engine(D, running=1)],
+            {"itl_s": 0.5},
+            1.0,
+        ),  # no engine makes that short
+        ([engine(D, running=2), engine(D, running=2)], {"itl_s": 0.02125}, 1.0),
+    ],
+)
+def test_decode_engines_have_slots_memory_and_short_steps(
+    engines: list[EngineSeen], traffic: dict[str, float], need: float
+) -> None:
+    assert decode_need(demand(*engines, **traffic), TARGETS) == pytest.approx(need)
+
+
+def test_decode_engines_are_needed_for_what_has_not_come_through_yet() -> None:
+    """A prefill pool that is too small holds requests back from the decode engines."""
+    held_back = demand(
+        engine(P, waiting_tokens=9000),
+        engine(D, running=10),
+        requests_per_s=20.0,
+        answer_tokens=100.0,
+        itl_s=0.02125,
+    )
+    # 20/s x 100 tokens x 21 ms = 42 requests, where 10 are running.
+    assert decode_need(held_back, TARGETS) == pytest.approx(0.5 * 4.25)
+    through = dataclasses.replace(held_back, requests_per_s=1.0)
+    assert decode_need(through, TARGETS) == pytest.approx(0.5)
+
+
+def test_requests_that_wait_for_an_engine_need_one() -> None:
+    assert decode_need(demand(waiting=3), TARGETS) == 1.0
+    assert replicas(decode_need(demand(waiting=3), TARGETS), 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("need", "current", "expected"),
+    [
+        (0.0, 3, 0),  # nothing to do at all; Serve keeps to the least that is allowed
+        (0.5, 0, 1),
+        (0.01, 0, 0),
+        (0.01, 1, 0),
+        (1.0, 1, 1),
+        (1.01, 1, 2),
+        (4.2, 2, 5),
+        (1.9, 3, 3),  # two would be just enough: not given up yet
+        (1.8, 3, 2),
+        (0.9, 2, 2),
+        (0.8, 2, 1),
+    ],
+)
+def test_a_pool_grows_at_once_and_shrinks_when_clearly_fewer_do(
+    need: float, current: int, expected: int
+) -> None:
+    assert replicas(need, current) == expected
+
+
+@given(st.floats(0, 50), st.integers(0, 50))
+def test_a_pool_comes_to_rest(need: float, current: int) -> None:
+    first = replicas(need, current)
+    assert replicas(need, first) == first
+
+
+@given(st.floats(0.1, 50), st.integers(0, 50))
+def test_a_pool_is_never_made_smaller_than_what_is_needed(need: float, current: int) -> None:
+    assert replicas(need, current) >= need - 1e-6
+
+
+def test_frontends_add_up_and_engines_are_seen_once() -> None:
+    shared = engine(P, waiting_tokens=100)
+    one = demand(shared, requests_per_s=1.0, prompt_tokens_per_s=10, answer_tokens=10, itl_s=0.01)
+    other = demand(shared, requests_per_s=3.0, prompt_tokens_per_s=30, answer_tokens=50, itl_s=0.03)
+    both = together([one, other])
+    assert both.requests_per_s == 4
+    assert both.prompt_tokens_per_s == 40
+    assert both.answer_tokens == pytest.approx(40)
+    assert both.itl_s == pytest.approx(0.025)
+    assert both.engines == {"http://0": shared}
+    assert together([]) == Demand()
+
+
+def test_a_new_engine_works_for_the_smaller_pool() -> None:
+    assert first_duty({}) is D
+    assert first_duty({D: 1}) is P
+    assert first_duty({D: 1, P: 1}) is D
+
+
+@pytest.mark.parametrize(
+    ("flexible", "fixed", "needs", "expected"),
+    [
+        ({"a": P, "b": D}, {}, {P: 1.0, D: 1.0}, None),
+        ({"a": P, "b": P, "c": D}, {}, {P: 0.5, D: 1.5}, ("a", D)),
+        ({"a": P, "b": P, "c": D}, {}, {P: 0.95, D: 1.5}, None),  # prefill needs both of its
+        ({"a": P, "b": D, "c": D}, {}, {P: 1.5, D: 0.5}, ("b", P)),
+        ({"a": P, "b": D}, {D: 1}, {P: 1.5, D: 0.5}, ("b", P)),
+        ({"a": P}, {P: 1}, {P: 0.1, D: 0.1}, ("a", D)),  # nobody decodes
+        ({"a": D}, {}, {P: 1.5, D: 0.1}, None),  # the last one that decodes
+        ({"a": D, "b": D}, {}, {P: 0.5, D: 0.5}, ("a", P)),
+        ({"a": P, "b": D}, {}, {P: 0.1, D: 1.5}, None),  # the last one of a pool stays
+        ({}, {P: 3, D: 1}, {P: 0.1, D: 3.0}, None),
+    ],
+)
+def test_an_engine_moves_where_one_side_starves_and_the_other_has_one_to_spare(
+    flexible: dict[str, Role],
+    fixed: dict[Role, int],
+    needs: dict[Role, float],
+    expected: tuple[str, Role] | None,
+) -> None:
+    assert move(flexible, fixed, needs) == expected

@@ -1,0 +1,175 @@
+"""How many engines a pool needs; pure functions of what the frontends have seen.
+
+Prefill engines must keep up with the prompt tokens that arrive, and work off what waits within the
+TTFT objective. Decode engines must hold the requests that arrive for as long as an answer takes, by
+slots, by KV memory and by the TPOT objective. Both needs come from *arrivals*, so that one pool
+grows with the other's work before that has come through: what arrives fixes the ratio between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+from vllm_pd_plugin.frontend.routing import EngineKey, Role
+
+_BUSY = 0.8
+"""Share of its time that an engine may be planned to be busy: queues grow without end above."""
+_QUEUE_SHARE = 0.5
+"""Share of the TTFT objective that a prompt may wait in a queue; computing it takes the rest."""
+_FULL = 0.85
+"""Share of slots, KV memory and the TPOT objective that may be planned to be in use."""
+_SLACK = 0.15
+"""An engine is given up only when so much of one is left over, or a pool would swing."""
+_IDLE = 0.02
+"""A pool of which less than this is needed may go down to no engine at all."""
+_TYPICAL_RATE = 2000.0
+_FALLBACK_TTFT_S, _FALLBACK_TPOT_S = 2.0, 0.1
+"""Objectives where the operator has named none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineSeen:
+    """One engine as a frontend sees it; see ``routing.Engine``.
+
+    waiting_tokens: prompt tokens that it has yet to compute, whoever sent them.
+    running: requests that it works on, or that wait there for a slot.
+    """
+
+    role: Role
+    waiting_tokens: int
+    prefill_rate: float | None
+    running: int
+    max_running: int
+    kv_usage: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Demand:
+    """What one frontend has seen in the last seconds.
+
+    requests_per_s, prompt_tokens_per_s: that have arrived. answer_tokens: of a mean answer.
+    itl_s: mean time between two tokens of a request; None when there were none.
+    waiting: requests, and waiting_tokens prompt tokens of those, that no engine has got yet.
+    """
+
+    requests_per_s: float = 0.0
+    prompt_tokens_per_s: float = 0.0
+    answer_tokens: float = 0.0
+    itl_s: float | None = None
+    waiting: int = 0
+    waiting_tokens: int = 0
+    engines: Mapping[EngineKey, EngineSeen] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Targets:
+    """Objectives that pools are sized for, in seconds."""
+
+    ttft_s: float = _FALLBACK_TTFT_S
+    tpot_s: float = _FALLBACK_TPOT_S
+
+
+def together(demands: Iterable[Demand]) -> Demand:
+    """Return what several frontends have seen: their traffic added, the engines seen once."""
+    seen = list(demands)
+    requests = sum(each.requests_per_s for each in seen)
+    engines: dict[EngineKey, EngineSeen] = {}
+    for each in seen:
+        engines.update(each.engines)
+    itls = [(each.itl_s, max(each.requests_per_s, 1e-9)) for each in seen if each.itl_s]
+    return Demand(
+        requests,
+        sum(each.prompt_tokens_per_s for each in seen),
+        sum(each.answer_tokens * each.requests_per_s for each in seen) / requests
+        if requests
+        else max((each.answer_tokens for each in seen), default=0.0),
+        sum(itl * weight for itl, weight in itls) / sum(w for _, w in itls) if itls else None,
+        sum(each.waiting for each in seen),
+        sum(each.waiting_tokens for each in seen),
+        engines,
+    )
+
+
+def prefill_need(demand: Demand, targets: Targets) -> float:
+    """Return how many prefill engines are needed; a fraction."""
+    rate = _prefill_rate(demand.engines.values())
+    arriving = demand.prompt_tokens_per_s / rate / _BUSY
+    queued = demand.waiting_tokens + sum(
+        engine.waiting_tokens for engine in demand.engines.values() if engine.role is Role.PREFILL
+    )
+    # One engine's share of the queue is worked off in time; what arrives meanwhile is above.
+    backlog = queued / rate / (_QUEUE_SHARE * targets.ttft_s)
+    return max(arriving, backlog)
+
+
+def decode_need(demand: Demand, targets: Targets) -> float:
+    """Return how many decode engines are needed; a fraction."""
+    engines = [engine for engine in demand.engines.values() if engine.role is Role.DECODE]
+    step_s = demand.itl_s or targets.tpot_s
+    running = sum(engine.running for engine in engines)
+    # Little's law: what arrives is there for as long as its answer takes.
+    expected = demand.requests_per_s * demand.answer_tokens * step_s
+    requests = max(running + demand.waiting, expected)
+    if not engines:
+        return min(1.0, requests)
+    slots = sum(engine.max_running for engine in engines) / len(engines)
+    by_slots = requests / slots / _FULL
+    kv_each = sum(engine.kv_usage for engine in engines) / max(1, running)
+    by_kv = requests * kv_each / _FULL
+    # A step takes at most in proportion longer when an engine has more requests.
+    slower = max(1.0, expected / running) if running else 1.0
+    is_busy = running >= len(engines)
+    by_itl = len(engines) * (step_s / targets.tpot_s) * slower / _FULL if is_busy else 0.0
+    # More engines than requests make no step shorter.
+    return max(by_slots, by_kv, min(by_itl, requests))
+
+
+def replicas(need: float, current: int) -> int:
+    """Return how many engines a pool should have, from how many are needed; it keeps what it has
+    unless clearly fewer are enough."""
+    wanted = math.ceil(need - 1e-9)
+    if need <= _IDLE:
+        return 0
+    if wanted >= current:
+        return wanted
+    return max(1, wanted) if need <= current - 1 - _SLACK else current
+
+
+def move(
+    flexible: Mapping[EngineKey, Role], fixed: Mapping[Role, int], needs: Mapping[Role, float]
+) -> tuple[EngineKey, Role] | None:
+    """Return which engine should work for the other pool, and which that is; None when none.
+
+    flexible: engines that may move, and what each does now. fixed: engines that may not, by role.
+    """
+    if fixed.get(Role.DECODE, 0) + sum(role is Role.DECODE for role in flexible.values()) == 0:
+        # Without prefill engines all goes on; without one that decodes nothing does.
+        return (min(flexible), Role.DECODE) if flexible else None
+    for starving, other in ((Role.DECODE, Role.PREFILL), (Role.PREFILL, Role.DECODE)):
+        movable = sorted(key for key, role in flexible.items() if role is other)
+        have = {
+            role: fixed.get(role, 0) + sum(each is role for each in flexible.values())
+            for role in (starving, other)
+        }
+        lacks = needs[starving] > have[starving]
+        can_spare = have[other] > 1 and needs[other] <= have[other] - 1 - _SLACK
+        if movable and lacks and can_spare:
+            return movable[0], starving
+    return None
+
+
+def first_duty(counts: Mapping[Role, int]) -> Role:
+    """Return for which pool an engine works that has just come: the smaller one."""
+    return min((Role.DECODE, Role.PREFILL), key=lambda role: counts.get(role, 0))
+
+
+def _prefill_rate(engines: Iterable[EngineSeen]) -> float:
+    """Return how many prompt tokens a second one engine computes."""
+    seen = list(engines)
+    for prefills in (True, False):
+        rates = [e.prefill_rate for e in seen if e.prefill_rate and e.role.prefills is prefills]
+        if rates:
+            return sum(rates) / len(rates)
+    return _TYPICAL_RATE
