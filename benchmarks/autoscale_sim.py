@@ -236,8 +236,8 @@ def _decode(
     if not engine.work:
         return
     step = TICK_S / pace.step(len(engine.work))
-    totals.intervals += round(1000 * step * len(engine.work))
-    totals.itl_s += 1000 * TICK_S * len(engine.work)
+    totals.intervals += step * len(engine.work)  # fractions of a token
+    totals.itl_s += TICK_S * len(engine.work)
     for request in list(engine.work):
         request.given += step
         if request.given >= ANSWER_TOKENS:

@@ -86,7 +86,7 @@ class Totals:
     prompt_tokens: int = 0
     answers: int = 0
     answer_tokens: int = 0
-    intervals: int = 0
+    intervals: float = 0
     itl_s: float = 0.0
 
 

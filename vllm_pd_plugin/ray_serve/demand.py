@@ -1,9 +1,10 @@
 """How many engines a pool needs; pure functions of what the frontends have seen.
 
-Prefill engines must keep up with the prompt tokens that arrive, and work off what waits within the
-TTFT objective. Decode engines must hold the requests that arrive for as long as an answer takes, by
-slots, by KV memory and by the TPOT objective. Both needs come from *arrivals*, so that one pool
-grows with the other's work before that has come through: what arrives fixes the ratio between them.
+Prefill engines must keep up with the prompt tokens that arrive, and work off what waits; a queue
+must not take too much of the TTFT objective. Decode engines must hold the requests that arrive for
+as long as an answer takes, by slots, by KV memory and by the TPOT objective. Both needs come from
+*arrivals*, so that one pool grows with the other's work before that has come through: what arrives
+fixes the ratio between them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _BUSY = 0.8
 """Share of its time that an engine may be planned to be busy: queues grow without end above."""
 _QUEUE_SHARE = 0.5
 """Share of the TTFT objective that a prompt may wait in a queue; computing it takes the rest."""
+_RECOVERY_S = 30.0
+"""In which a queue is worked off: an engine takes about as long to start, so sooner is for none."""
 _FULL = 0.85
 """Share of slots, KV memory and the TPOT objective that may be planned to be in use."""
 _SLACK = 0.15
@@ -50,7 +53,8 @@ class Demand:
     """What one frontend has seen in the last seconds.
 
     requests_per_s, prompt_tokens_per_s: that have arrived. answer_tokens: of a mean answer.
-    itl_s: mean time between two tokens of a request; None when there were none.
+    itl_s: mean time between two tokens of a request; None when there were none. decoding: how many
+    requests have decoded at a time, on average.
     waiting: requests, and waiting_tokens prompt tokens of those, that no engine has got yet.
     """
 
@@ -58,6 +62,7 @@ class Demand:
     prompt_tokens_per_s: float = 0.0
     answer_tokens: float = 0.0
     itl_s: float | None = None
+    decoding: float = 0.0
     waiting: int = 0
     waiting_tokens: int = 0
     engines: Mapping[EngineKey, EngineSeen] = dataclasses.field(default_factory=dict)
@@ -78,14 +83,16 @@ def together(demands: Iterable[Demand]) -> Demand:
     engines: dict[EngineKey, EngineSeen] = {}
     for each in seen:
         engines.update(each.engines)
-    itls = [(each.itl_s, max(each.requests_per_s, 1e-9)) for each in seen if each.itl_s]
+    decoding = sum(each.decoding for each in seen)
+    itl_s = sum(each.itl_s * each.decoding for each in seen if each.itl_s)
     return Demand(
         requests,
         sum(each.prompt_tokens_per_s for each in seen),
         sum(each.answer_tokens * each.requests_per_s for each in seen) / requests
         if requests
         else max((each.answer_tokens for each in seen), default=0.0),
-        sum(itl * weight for itl, weight in itls) / sum(w for _, w in itls) if itls else None,
+        itl_s / decoding if decoding else None,
+        decoding,
         sum(each.waiting for each in seen),
         sum(each.waiting_tokens for each in seen),
         engines,
@@ -94,36 +101,34 @@ def together(demands: Iterable[Demand]) -> Demand:
 
 def prefill_need(demand: Demand, targets: Targets) -> float:
     """Return how many prefill engines are needed; a fraction."""
+    engines = [engine for engine in demand.engines.values() if engine.role is Role.PREFILL]
     rate = _prefill_rate(demand.engines.values())
-    arriving = demand.prompt_tokens_per_s / rate / _BUSY
-    queued = demand.waiting_tokens + sum(
-        engine.waiting_tokens for engine in demand.engines.values() if engine.role is Role.PREFILL
-    )
-    # One engine's share of the queue is worked off in time; what arrives meanwhile is above.
-    backlog = queued / rate / (_QUEUE_SHARE * targets.ttft_s)
-    return max(arriving, backlog)
+    queued = demand.waiting_tokens + sum(engine.waiting_tokens for engine in engines)
+    need = demand.prompt_tokens_per_s / rate / _BUSY + queued / rate / _RECOVERY_S
+    if engines and queued / rate / len(engines) > _QUEUE_SHARE * targets.ttft_s:
+        return max(need, len(engines) + _SLACK)  # one more
+    return max(need, _SLACK) if queued else need
 
 
 def decode_need(demand: Demand, targets: Targets) -> float:
     """Return how many decode engines are needed; a fraction."""
     engines = [engine for engine in demand.engines.values() if engine.role is Role.DECODE]
-    step_s = demand.itl_s or targets.tpot_s
-    running = sum(engine.running for engine in engines)
     # Little's law: what arrives is there for as long as its answer takes.
-    expected = demand.requests_per_s * demand.answer_tokens * step_s
-    requests = max(running + demand.waiting, expected)
+    expected = demand.requests_per_s * demand.answer_tokens * (demand.itl_s or targets.tpot_s)
+    running = sum(engine.running for engine in engines)
+    requests = max(running, expected) + demand.waiting
     if not engines:
         return min(1.0, requests)
     slots = sum(engine.max_running for engine in engines) / len(engines)
-    by_slots = requests / slots / _FULL
     kv_each = sum(engine.kv_usage for engine in engines) / max(1, running)
-    by_kv = requests * kv_each / _FULL
-    # A step takes at most in proportion longer when an engine has more requests.
-    slower = max(1.0, expected / running) if running else 1.0
-    is_busy = running >= len(engines)
-    by_itl = len(engines) * (step_s / targets.tpot_s) * slower / _FULL if is_busy else 0.0
-    # More engines than requests make no step shorter.
-    return max(by_slots, by_kv, min(by_itl, requests))
+    by_itl = 0.0
+    if demand.itl_s and demand.decoding >= 1:
+        # A step takes at most in proportion longer when an engine has more requests; and more
+        # engines than requests make none shorter.
+        load = max(demand.decoding, expected)
+        longer = demand.itl_s / targets.tpot_s / _FULL * load / demand.decoding
+        by_itl = min(len(engines) * longer, load)
+    return max(requests / slots / _FULL, requests * kv_each / _FULL, by_itl)
 
 
 def replicas(need: float, current: int) -> int:

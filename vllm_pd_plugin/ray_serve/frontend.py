@@ -101,6 +101,7 @@ class DemandMeter:
             _ratio(totals.answer_tokens - before.answer_tokens, answers)
             or _ratio(totals.answer_tokens, totals.answers),
             (totals.itl_s - before.itl_s) / intervals if intervals else None,
+            (totals.itl_s - before.itl_s) / seconds,
             dispatch.num_waiting,
             dispatch.waiting_tokens,
             {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -52,10 +51,18 @@ def test_prefill_engines_keep_up_with_what_arrives() -> None:
     assert prefill_need(demand(engine(P), prompt_tokens_per_s=2400), TARGETS) == pytest.approx(3)
 
 
-def test_a_queue_is_worked_off_within_half_the_objective() -> None:
-    waiting = demand(engine(P, waiting_tokens=1000))
-    assert prefill_need(waiting, TARGETS) == pytest.approx(2)
-    assert prefill_need(demand(engine(P), waiting_tokens=1500), TARGETS) == pytest.approx(3)
+def test_a_queue_that_takes_more_than_half_the_objective_needs_one_engine_more() -> None:
+    assert replicas(prefill_need(demand(engine(P, waiting_tokens=500)), TARGETS), 1) == 1
+    assert replicas(prefill_need(demand(engine(P, waiting_tokens=501)), TARGETS), 1) == 2
+    shared = demand(engine(P, waiting_tokens=501), engine(P), prompt_tokens_per_s=900)
+    assert replicas(prefill_need(shared, TARGETS), 2) == 2
+
+
+def test_a_long_queue_is_worked_off_in_half_a_minute() -> None:
+    waiting = demand(engine(P, waiting_tokens=60_000), engine(P), prompt_tokens_per_s=800)
+    assert prefill_need(waiting, TARGETS) == pytest.approx(1 + 2)
+    nowhere = demand(engine(P), waiting_tokens=90_000)
+    assert prefill_need(nowhere, TARGETS) == pytest.approx(3)
 
 
 def test_without_prefill_engines_the_rate_of_others_counts() -> None:
@@ -64,38 +71,42 @@ def test_without_prefill_engines_the_rate_of_others_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engines", "traffic", "need"),
-    [
-        ([engine(D, running=85)], {"itl_s": 0.01}, 1.0),  # slots
-        ([engine(D, running=2, kv_usage=0.85)], {"itl_s": 0.01}, 1.0),  # KV
-        ([engine(D, running=8)], {"itl_s": 0.085}, 2.0),  # steps too long
-        (
-            [engine(D, running=1)],
-            {"itl_s": 0.5},
-            1.0,
-        ),  # no engine makes that short
-        ([engine(D, running=2), engine(D, running=2)], {"itl_s": 0.02125}, 1.0),
-    ],
+    ("seen", "need"),
+    [({"running": 85}, 1.0), ({"running": 2, "kv_usage": 0.85}, 1.0), ({"running": 170}, 2.0)],
 )
-def test_decode_engines_have_slots_memory_and_short_steps(
-    engines: list[EngineSeen], traffic: dict[str, float], need: float
+def test_decode_engines_have_slots_and_memory(seen: dict[str, float], need: float) -> None:
+    assert decode_need(demand(engine(D, **seen)), TARGETS) == pytest.approx(need)
+
+
+def decoding(num_engines: int, **seen: float) -> float:
+    """The need for decode engines that have slots and memory enough."""
+    engines = [engine(D, running=1) for _ in range(num_engines)]
+    return decode_need(demand(*engines, **seen), TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("engines", "itl_s", "need"),
+    [(1, 0.0425, 1.0), (1, 0.085, 2.0), (4, 0.02125, 2.0), (4, 0.010625, 1.0)],
+)
+def test_decode_engines_keep_to_the_objective_with_some_room(
+    engines: int, itl_s: float, need: float
 ) -> None:
-    assert decode_need(demand(*engines, **traffic), TARGETS) == pytest.approx(need)
+    assert decoding(engines, itl_s=itl_s, decoding=20.0) == pytest.approx(need)
+
+
+def test_more_engines_than_requests_make_no_step_shorter() -> None:
+    assert decoding(1, itl_s=1.0, decoding=3.0) == pytest.approx(3.0)
+    assert decoding(1, itl_s=1.0, decoding=0.5) < 0.1
 
 
 def test_decode_engines_are_needed_for_what_has_not_come_through_yet() -> None:
     """A prefill pool that is too small holds requests back from the decode engines."""
-    held_back = demand(
-        engine(P, waiting_tokens=9000),
-        engine(D, running=10),
-        requests_per_s=20.0,
-        answer_tokens=100.0,
-        itl_s=0.02125,
-    )
-    # 20/s x 100 tokens x 21 ms = 42 requests, where 10 are running.
-    assert decode_need(held_back, TARGETS) == pytest.approx(0.5 * 4.25)
-    through = dataclasses.replace(held_back, requests_per_s=1.0)
-    assert decode_need(through, TARGETS) == pytest.approx(0.5)
+    arriving = {"requests_per_s": 20.0, "answer_tokens": 100.0}
+    # 20/s x 100 tokens x 21 ms = 42.5 requests, where 10 are decoding.
+    seen = {"itl_s": 0.02125, "decoding": 10.0}
+    assert decoding(1, **seen, **arriving) == pytest.approx(0.5 * 4.25)
+    arriving["requests_per_s"] = 1.0
+    assert decoding(1, **seen, **arriving) == pytest.approx(0.5)
 
 
 def test_requests_that_wait_for_an_engine_need_one() -> None:
@@ -138,13 +149,28 @@ def test_a_pool_is_never_made_smaller_than_what_is_needed(need: float, current: 
 
 def test_frontends_add_up_and_engines_are_seen_once() -> None:
     shared = engine(P, waiting_tokens=100)
-    one = demand(shared, requests_per_s=1.0, prompt_tokens_per_s=10, answer_tokens=10, itl_s=0.01)
-    other = demand(shared, requests_per_s=3.0, prompt_tokens_per_s=30, answer_tokens=50, itl_s=0.03)
+    one = demand(
+        shared,
+        requests_per_s=1.0,
+        prompt_tokens_per_s=10,
+        answer_tokens=10,
+        itl_s=0.01,
+        decoding=1.0,
+    )
+    other = demand(
+        shared,
+        requests_per_s=3.0,
+        prompt_tokens_per_s=30,
+        answer_tokens=50,
+        itl_s=0.03,
+        decoding=3.0,
+    )
     both = together([one, other])
     assert both.requests_per_s == 4
     assert both.prompt_tokens_per_s == 40
     assert both.answer_tokens == pytest.approx(40)
     assert both.itl_s == pytest.approx(0.025)
+    assert both.decoding == 4.0
     assert both.engines == {"http://0": shared}
     assert together([]) == Demand()
 

@@ -51,11 +51,12 @@ def test_demand_is_what_has_changed_in_the_window() -> None:
     assert demand.prompt_tokens_per_s == pytest.approx(200.0)
     assert demand.answer_tokens == 60
     assert demand.itl_s == pytest.approx(0.02)
+    assert demand.decoding == pytest.approx(2.0)
     assert (demand.waiting, demand.waiting_tokens) == (2, 700)
     clock.advance(20)
     measure(meter, totals)
     demand = measure(meter, totals)
-    assert (demand.requests_per_s, demand.itl_s) == (0.0, None)
+    assert (demand.requests_per_s, demand.itl_s, demand.decoding) == (0.0, None, 0.0)
     assert demand.answer_tokens == 60  # as long as no others are known
 
 
