@@ -34,7 +34,14 @@ class Site:
     """The cluster, what runs on it, and what one engine alone has answered."""
 
     def __init__(self, logs: Path) -> None:
-        self.cluster = RayCluster({"VLLM_PD_ADMIN_KEY": ADMIN_KEY, "VLLM_CPU_KVCACHE_SPACE": "1"})
+        self.cluster = RayCluster(
+            {
+                "VLLM_PD_ADMIN_KEY": ADMIN_KEY,
+                # As on a cluster of several machines: engines bind the node's own address.
+                "VLLM_PD_CLUSTER_KEY": secrets.token_hex(16),
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+            }
+        )
         self.config: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
         self.model = models.tiny_llama()
         self.prompts = [random_prompt(300, 80 + i) for i in range(6)]
@@ -177,6 +184,13 @@ def test_what_the_example_deploys_answers_like_one_engine(site: Site) -> None:
 
 def test_who_has_no_key_does_not_see_the_pool(site: Site) -> None:
     assert httpx.get(f"{site.cluster.url}/pd/v1/pool", timeout=10).status_code == 401
+
+
+def test_engines_are_reached_at_their_node_s_address_and_have_no_open_api(site: Site) -> None:
+    for engine in site.pool():
+        assert "127.0.0.1" not in engine["url"]
+        body = {"model": site.model.name, "prompt": [5, 6, 7], "max_tokens": 1}
+        assert httpx.post(f"{engine['url']}/v1/completions", json=body).status_code == 401
 
 
 def test_a_pool_grows_and_shrinks_under_load_and_loses_nothing(site: Site) -> None:

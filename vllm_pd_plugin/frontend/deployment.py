@@ -228,17 +228,19 @@ class Deployment(_Model):
         """Return what is said of the engines of a role, by the options' names with dashes."""
         return {**_dashed(self.engine_args), **_dashed(self.pools[role].engine_args)}
 
-    def engine_words(self, role: Role) -> list[str]:
-        """Return the options of ``vllm serve`` for engines of a role, without the connector's."""
+    def engine_words(self, role: Role, **connector: Any) -> list[str]:
+        """Return the options of ``vllm serve`` for engines of a role, without the connector's name.
+
+        connector: options of it, where the deployment says nothing else.
+        """
         options = self.engine_options(role)
         if self.served_model_name:
             options["served-model-name"] = self.served_model_name
+        codecs = {"codec": self.kv.codec, "lossy_max": self.kv.lossy_max}
         transfer = {
             "kv_load_failure_policy": self.kv.load_failure_policy,
-            "kv_connector_extra_config": {
-                "codec": self.kv.codec, "lossy_max": self.kv.lossy_max, **self.kv.options
-            },
-        }  # fmt: skip
+            "kv_connector_extra_config": {**connector, **codecs, **self.kv.options},
+        }
         return words_of({**options, "kv-transfer-config": transfer})
 
     def frontend_words(self) -> list[str]:

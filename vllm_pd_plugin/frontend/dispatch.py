@@ -157,7 +157,7 @@ class Dispatch:
         context = current()
         course = Course(request, self)
         slo_class = self.metrics.slo_class(context.slo_class)
-        self.metrics.arrived(len(course.prompt))
+        self.metrics.arrived()
         now = course.arrived_at
         deadline = now + min(self._limits.request_s, context.timeout_s)
         self._courses[course.id] = Underway(course, Timeline(now, slo_class), Marks(now), deadline)
@@ -386,6 +386,9 @@ class Dispatch:
         route = choose(engines, prompt, self.policy, handoff_s, chance)
         if isinstance(route, Route):
             self.metrics.routed(route)
+            if course.route is None:
+                cached = prompt.cached.get(route.prefill or route.decode, 0)
+                self.metrics.is_to_compute(max(1, prompt.num_tokens - cached))
             if session:
                 self._remember(session, route.decode)
             if underway := self._courses.get(course.id):

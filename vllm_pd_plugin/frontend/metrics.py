@@ -78,8 +78,9 @@ class Timeline:
 class Totals:
     """What has come and gone so far, for those who look at what changes.
 
-    requests, prompt_tokens: that have arrived. answers: requests that were answered; answer_tokens:
-    in them. intervals: times between tokens of one request, without pauses; itl_s: their sum.
+    requests: that have arrived. prompt_tokens: to be computed for those that were routed. answers:
+    requests that were answered; answer_tokens: in them. intervals: times between tokens of one
+    request, without pauses; itl_s: their sum.
     """
 
     requests: int = 0
@@ -161,9 +162,12 @@ class FrontendMetrics:
         """Return the class of a request that asks for one; unknown ones are the default."""
         return wanted if wanted is not None and wanted in self.slos else DEFAULT_CLASS
 
-    def arrived(self, num_tokens: int) -> None:
-        """A prompt has come."""
+    def arrived(self) -> None:
+        """A request has come."""
         self.totals.requests += 1
+
+    def is_to_compute(self, num_tokens: int) -> None:
+        """So much of a prompt is to be computed, as it has found its way for the first time."""
         self.totals.prompt_tokens += num_tokens
 
     def routed(self, route: Route) -> None:

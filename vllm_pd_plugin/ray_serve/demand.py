@@ -52,7 +52,8 @@ class EngineSeen:
 class Demand:
     """What one frontend has seen in the last seconds.
 
-    requests_per_s, prompt_tokens_per_s: that have arrived. answer_tokens: of a mean answer.
+    requests_per_s: that have arrived. prompt_tokens_per_s: of them that no engine had in its prefix
+    cache. answer_tokens: of a mean answer.
     itl_s: mean time between two tokens of a request; None when there were none. decoding: how many
     requests have decoded at a time, on average.
     waiting: requests, and waiting_tokens prompt tokens of those, that no engine has got yet.

@@ -7,7 +7,6 @@ and KV do not pass through it: they go between the server, the frontends and the
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -82,12 +81,7 @@ class EngineReplica:
 
     def _plan(self, host: str) -> LocalProcess:
         port = int(self._url.rsplit(":", 1)[1])
-        words = self._deployment.engine_words(self._role)
-        if not is_loopback(host):
-            place = words.index("--kv-transfer-config") + 1
-            transfer = json.loads(words[place])
-            transfer["kv_connector_extra_config"].setdefault("host", host)
-            words[place] = json.dumps(transfer)
+        words = self._deployment.engine_words(self._role, host=host)
         command = engine_command(self._deployment.model, words, host, port, self._role)
         environ = {
             **os.environ,

@@ -95,6 +95,7 @@ def test_a_pool_s_options_come_on_top_of_those_for_all() -> None:
     ]  # fmt: skip
     assert deployment.engine_words(Role.PREFILL)[3] == "8"
     assert words[6] == "--kv-transfer-config"
+    assert '"host": "10.0.0.7"' in deployment.engine_words(Role.DECODE, host="10.0.0.7")[7]
     assert '"codec": "int8"' in words[7]
     assert '"integrity": "digest"' in words[7]
 

@@ -52,12 +52,18 @@ class Counts:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.to_compute: tuple[int, ...] = ()
 
     def slo_class(self, wanted: str | None) -> str:
         return "default"
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args: self.calls.append(name)
+        return lambda *args: self._note(name, args)
+
+    def _note(self, name: str, args: tuple[Any, ...]) -> None:
+        self.calls.append(name)
+        if name == "is_to_compute":
+            self.to_compute += args
 
 
 class World:
@@ -508,5 +514,19 @@ def test_prompts_of_requests_that_wait_are_counted() -> None:
         world.add("r")
         world.add("s")
         assert (world.dispatch.num_waiting, world.dispatch.waiting_tokens) == (2, 2 * len(PROMPT))
+
+    run(story)
+
+
+def test_what_is_to_be_computed_counts_once_for_each_request() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        decodes = [world.engine(url, Role.DECODE) for url in ("d", "e")]
+        world.add("r", max_tokens=4)
+        assert world.metrics.to_compute == (len(PROMPT),)
+        world.lose(next(link for link in decodes if link.sent))
+        await asyncio.sleep(BACKOFF_S)
+        assert all(link.sent for link in decodes)
+        assert world.metrics.to_compute == (len(PROMPT),)
 
     run(story)
