@@ -23,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chat import QUESTION, START_TIMEOUT_S, ask, free_port, metric
@@ -120,12 +120,12 @@ def running_app(model: str, options: list[str], environ: dict[str, str]) -> Iter
         process.wait(120)
 
 
-def wait_for(process: subprocess.Popen[bytes], is_there: object, name: str) -> None:
-    assert callable(is_there)
+def wait_for(process: subprocess.Popen[bytes], probe: Callable[[], object], name: str) -> None:
+    """Wait until something answers; ``probe`` raises OSError as long as it does not."""
     started = time.monotonic()
     while process.poll() is None and time.monotonic() - started < START_TIMEOUT_S:
         with contextlib.suppress(OSError):
-            is_there()
+            probe()
             print(f"\n{name} is ready after {time.monotonic() - started:.0f} s", flush=True)
             return
         print(f"\rwaiting for {name}: {time.monotonic() - started:.0f} s", end="", flush=True)

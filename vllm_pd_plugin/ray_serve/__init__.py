@@ -26,10 +26,8 @@ from vllm_pd_plugin.frontend.deployment import (
 )
 from vllm_pd_plugin.frontend.routing import Role
 
-__all__ = ["APP_NAME", "Deployment", "app", "build_app"]
+__all__ = ["Deployment", "app", "build_app"]
 
-APP_NAME = "default"
-"""Serve's own name for an application that is given none."""
 DEPLOYMENT_NAMES = {
     Role.PREFILL: "PrefillEngine",
     Role.DECODE: "DecodeEngine",
@@ -47,26 +45,24 @@ _WORKER_ENVIRON = {
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
     """Build the application from what ``serve run`` or a Serve config file says: a ``Deployment``,
-    whose keys may be dotted (``decode.replicas=2``), and ``app_name``, if it is not ``default``.
+    whose keys may be dotted (``decode.replicas=2``).
 
     Raises:
         ConfigError: something in it is wrong; the message names the key.
     """
-    given = nested(arguments)
-    app_name = given.pop("app_name", APP_NAME)
-    return build_app(parse_deployment(given, "the application's args"), app_name)
+    return build_app(parse_deployment(nested(arguments), "the application's args"))
 
 
-def build_app(deployment: Deployment, app_name: str = APP_NAME) -> serve.Application:
-    """Return the application; app_name: the name that it will be run under."""
+def build_app(deployment: Deployment) -> serve.Application:
+    """Return the application, for ``serve.run``."""
     from vllm_pd_plugin.ray_serve.engine import EngineReplica
     from vllm_pd_plugin.ray_serve.ingress import FrontendReplica
 
     config = deployment.model_dump(mode="json")
     pools = [
         serve.deployment(EngineReplica)
-        .options(name=DEPLOYMENT_NAMES[role], **_pool_options(deployment, role, app_name))
-        .bind(config, role.value, app_name)
+        .options(name=DEPLOYMENT_NAMES[role], **_pool_options(deployment, role))
+        .bind(config, role.value)
         for role, pool in deployment.pools.items()
         if pool.is_wanted
     ]
@@ -85,11 +81,11 @@ def build_app(deployment: Deployment, app_name: str = APP_NAME) -> serve.Applica
                 "runtime_env": _runtime_env(frontend.env),
             },
         )
-        .bind(config, app_name, pools)
+        .bind(config, pools)
     )
 
 
-def _pool_options(deployment: Deployment, role: Role, app_name: str) -> dict[str, Any]:
+def _pool_options(deployment: Deployment, role: Role) -> dict[str, Any]:
     pool = deployment.pools[role]
     options: dict[str, Any] = {
         "graceful_shutdown_timeout_s": pool.drain_timeout_s + _STOP_MARGIN_S,
@@ -107,10 +103,10 @@ def _pool_options(deployment: Deployment, role: Role, app_name: str) -> dict[str
         options["max_replicas_per_node"] = pool.max_replicas_per_node
     if pool.autoscaling is None:
         return {**options, "num_replicas": pool.replicas}
-    return {**options, "autoscaling_config": _autoscaling(pool.autoscaling, role, app_name)}
+    return {**options, "autoscaling_config": _autoscaling(pool.autoscaling, role)}
 
 
-def _autoscaling(autoscaling: Autoscaling, role: Role, app_name: str) -> AutoscalingConfig:
+def _autoscaling(autoscaling: Autoscaling, role: Role) -> AutoscalingConfig:
     return AutoscalingConfig(
         min_replicas=autoscaling.min_replicas,
         max_replicas=autoscaling.max_replicas,
@@ -119,7 +115,7 @@ def _autoscaling(autoscaling: Autoscaling, role: Role, app_name: str) -> Autosca
         downscale_delay_s=autoscaling.downscale_delay_s,
         policy=AutoscalingPolicy(
             policy_function="vllm_pd_plugin.ray_serve.autoscaling:PoolPolicy",
-            policy_kwargs={"role": role.value, "app_name": app_name},
+            policy_kwargs={"role": role.value},
         ),
     )
 

@@ -25,17 +25,16 @@ _STALE_S = 15.0
 
 
 class PoolPolicy:
-    """role: of the pool. app_name: of the application. registry, clock: for tests."""
+    """role: of the pool. registry, clock: for tests."""
 
     def __init__(
         self,
         role: str,
-        app_name: str,
         registry: RegistryClient | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._role = Role(role)
-        self._registry = registry or RegistryClient(app_name)
+        self._registry = registry
         self._clock = clock
         self._need: float | None = None
         self._known_at = self._asked_at = -math.inf
@@ -46,7 +45,8 @@ class PoolPolicy:
         now = self._clock()
         if now - self._asked_at >= _ASK_S and (self._task is None or self._task.done()):
             self._asked_at = now
-            self._task = asyncio.get_running_loop().create_task(self._ask())
+            registry = self._registry = self._registry or RegistryClient(context.app_name)
+            self._task = asyncio.get_running_loop().create_task(self._ask(registry))
         current: int = context.target_num_replicas
         if self._need is None or now - self._known_at > _STALE_S:
             return current, {}
@@ -56,9 +56,9 @@ class PoolPolicy:
             wanted = min(wanted, max(1, current))
         return wanted, {}
 
-    async def _ask(self) -> None:
+    async def _ask(self, registry: RegistryClient) -> None:
         try:
-            needs = await self._registry.needs()
+            needs = await registry.needs()
         except Exception as error:  # noqa: BLE001
             # Serve's controller must live; without an answer the pool stays as it is.
             logger.warning("the registry does not say what is needed: %r", error)

@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 import ray
+from ray import serve
 from ray.exceptions import RayError
 
 from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, is_loopback
@@ -58,7 +59,7 @@ class EngineReplica:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, deployment: Mapping[str, Any], role: str, app_name: str
+        self, deployment: Mapping[str, Any], role: str
     ) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._beats: asyncio.Task[None] | None = None
@@ -66,12 +67,13 @@ class EngineReplica:
         self._pool = self._deployment.pools[Role(role)]
         self._role = Role(role)
         self._id = secrets.token_hex(8)
+        app_name = serve.get_replica_context().app_name
         self._registry = RegistryClient(app_name)
         self._drain_until: float | None = None
         host = reachable_host()
         self._url = f"http://{host}:{free_port(host)}"
-        folder = Path(tempfile.gettempdir()) / "vllm-pd"
-        folder.mkdir(exist_ok=True)
+        folder = Path(tempfile.gettempdir()) / f"vllm-pd-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
         self._log = folder / f"{app_name}-{role}-{self._id}.log"
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_PROBE_TIMEOUT_S))
         self._process = await spawn(self._plan(host))

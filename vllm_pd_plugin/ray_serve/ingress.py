@@ -22,13 +22,13 @@ class FrontendReplica:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, deployment: Mapping[str, Any], app_name: str, pools: Sequence[Any]
+        self, deployment: Mapping[str, Any], pools: Sequence[Any]
     ) -> None:
         self._frontend: RayFrontend | None = None
         from vllm_pd_plugin.ray_serve.frontend import RayFrontend  # brings vLLM
 
         parsed = parse_deployment(deployment, "the deployment")
-        self._frontend = await RayFrontend.start(parsed, app_name)
+        self._frontend = await RayFrontend.start(parsed, serve.get_replica_context().app_name)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve after the constructor."""

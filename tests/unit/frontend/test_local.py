@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from vllm_pd_plugin.errors import ConfigError
+from vllm_pd_plugin.frontend.deployment import parse_deployment
 from vllm_pd_plugin.frontend.local import (
     EngineStartError,
     LocalProcess,
     Supervisor,
     divide,
     engine_arguments,
+    engine_settings,
     parse_counts,
     without,
 )
@@ -49,6 +51,17 @@ def make_parser() -> argparse.ArgumentParser:
 def test_an_engine_gets_what_is_not_the_frontends_alone(arguments: str, expected: str) -> None:
     got = engine_arguments(make_parser(), arguments.split(), {"--local-below"})
     assert got == expected.split()
+
+
+def test_engines_get_what_a_deployment_says_and_then_what_was_typed() -> None:
+    content = {"model": "M", "engine_args": {"dtype": "half"}, "decode": {"env": {"A": "1"}}}
+    deployment = parse_deployment(content, "this")
+    settings = engine_settings(deployment, ["--dtype", "float32"])
+    words = settings[Role.DECODE].arguments
+    assert [*words[:2], *words[-2:]] == ["--dtype", "half", "--dtype", "float32"]
+    assert settings[Role.DECODE].environ == {"A": "1"}
+    assert settings[Role.PREFILL].environ == {}
+    assert engine_settings(None, ["--x"])[Role.BOTH].arguments == ["--x"]
 
 
 def test_options_are_left_out_with_their_values() -> None:

@@ -81,7 +81,7 @@ def test_a_pool_that_scales_has_our_policy(built: dict[str, Any]) -> None:
     scaling = built["options"]["PrefillEngine"]["scaling"]
     assert (scaling["min_replicas"], scaling["max_replicas"]) == (0, 3)
     assert scaling["policy"]["policy_function"] == "vllm_pd_plugin.ray_serve.autoscaling:PoolPolicy"
-    assert scaling["policy"]["policy_kwargs"] == {"role": "prefill", "app_name": "default"}
+    assert scaling["policy"]["policy_kwargs"] == {"role": "prefill"}
     assert built["options"]["DecodeEngine"]["scaling"] is None
 
 

@@ -36,7 +36,7 @@ class World:
         self.clock = FakeClock()
         self.registry = _Registry()
         there: Any = self.registry
-        self.policy = PoolPolicy("decode", "default", there, self.clock)
+        self.policy = PoolPolicy("decode", there, self.clock)
 
     async def decide(self, current: int, running: int = 1) -> int:
         """Serve asks; whatever that begins comes to its end."""
