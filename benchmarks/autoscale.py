@@ -123,7 +123,6 @@ def simulate(pace: autoscale_sim.Pace, repeat: int) -> list[Row]:
                 "engine_s": [run.engine_s for run in runs],
                 "ttft_p90_ms": [run.ttft_p90_ms for run in runs],
                 "tpot_p90_ms": [run.tpot_p90_ms for run in runs],
-                "lost": sum(run.lost for run in runs),
                 "timeline": runs[0].timeline,
             }
         )
@@ -136,7 +135,7 @@ def simulated_table(rows: list[Row]) -> str:
         low, high = quartiles(values)
         return f"{scale * median(values):{form}} ({scale * low:{form}} to {scale * high:{form}})"
 
-    head = ["arm", "n", "within the SLO, %", "TTFT p90 ms", "TPOT p90 ms", "engine seconds", "lost"]
+    head = ["arm", "n", "within the SLO, %", "TTFT p90 ms", "TPOT p90 ms", "engine seconds"]
     return output.markdown(
         head,
         [
@@ -147,7 +146,6 @@ def simulated_table(rows: list[Row]) -> str:
                 spread(row["ttft_p90_ms"], 1, ".0f"),
                 spread(row["tpot_p90_ms"], 1, ".1f"),
                 spread(row["engine_s"], 1, ".0f"),
-                str(row["lost"]),
             ]
             for row in rows
         ],

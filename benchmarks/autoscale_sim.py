@@ -93,7 +93,6 @@ class Result:
     engine_s: float
     ttft_p90_ms: float
     tpot_p90_ms: float
-    lost: int
     timeline: list[tuple[float, int, int, int, int, float | None]]
 
 
@@ -196,7 +195,6 @@ def run(arm: Arm, pace: Pace, seed: int) -> Result:
         engine_s,
         percentile(ttfts, 90) or math.nan,
         percentile(tpots, 90) or math.nan,
-        len(every) - len(ended),
         timeline,
     )
 

@@ -125,9 +125,19 @@ class Site:
         return sorted(engine["role"] for engine in self.pool())
 
     def wait_for(self, *roles: str) -> None:
-        what = f"there are engines {roles}"
-        wait_until(lambda: self.roles() == sorted(roles), HEAL_S, f"{what}, not {self.pool()}")
+        wait_until(lambda: self.roles() == sorted(roles), HEAL_S, f"there are engines {roles}")
         self.cluster.wait_until_running()
+
+    def wait_for_others(self, before: set[str]) -> None:
+        """Wait until no engine is one of these, and there is one of each role."""
+
+        def are_new() -> bool:
+            pool = self.pool()
+            is_whole = {engine["role"] for engine in pool} == {"decode", "prefill"}
+            return is_whole and before.isdisjoint(engine["incarnation"] for engine in pool)
+
+        wait_until(are_new, HEAL_S, "every engine is a new one")
+        self.wait_for("decode", "prefill")
 
     def ask(self, index: int, begun: threading.Semaphore | None = None) -> list[Any]:
         prompt = self.prompts[index]
@@ -190,7 +200,9 @@ def test_engines_are_reached_at_their_node_s_address_and_have_no_open_api(site: 
     for engine in site.pool():
         assert "127.0.0.1" not in engine["url"]
         body = {"model": site.model.name, "prompt": [5, 6, 7], "max_tokens": 1}
-        assert httpx.post(f"{engine['url']}/v1/completions", json=body).status_code == 401
+        for path in ("/v1/completions", "/invocations", "/inference/v1/generate"):
+            assert httpx.post(f"{engine['url']}{path}", json=body).status_code == 403
+        assert httpx.get(f"{engine['url']}/health").status_code == 200
 
 
 def test_a_pool_grows_and_shrinks_under_load_and_loses_nothing(site: Site) -> None:
@@ -201,7 +213,8 @@ def test_a_pool_grows_and_shrinks_under_load_and_loses_nothing(site: Site) -> No
         wait_until(lambda: len(answered) > before + 6, 120, "two decode engines answer")
         site.deploy(DecodeEngine=1)
         site.wait_for("decode", "prefill")
-    assert answered
+        before = len(answered)
+        wait_until(lambda: len(answered) > before + 3, 120, "the one that is left answers")
 
 
 @pytest.mark.parametrize("pool", ["PrefillEngine", "DecodeEngine"])
@@ -229,13 +242,10 @@ def test_an_update_replaces_every_engine_and_drops_nothing(site: Site) -> None:
     site._args["engine_args"]["max-num-seqs"] = 48
     with site.load() as answered:
         site.deploy()
-        wait_until(
-            lambda: before.isdisjoint(engine["incarnation"] for engine in site.pool()),
-            HEAL_S,
-            "no engine is an old one",
-        )
-        site.wait_for("decode", "prefill")
-    assert answered
+        site.wait_for_others(before)
+        then = len(answered)
+        wait_until(lambda: len(answered) > then + 2, 60, "the new engines answer")
+    assert before.isdisjoint(engine["incarnation"] for engine in site.pool())
 
 
 def test_streams_go_on_when_a_node_is_lost(site: Site) -> None:

@@ -7,6 +7,7 @@ Nothing here needs vLLM or Ray.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from vllm_pd_plugin.frontend.routing import NoPrefill, Role, Strategy
 
 Options = dict[str, Any]
 """Options of ``vllm serve`` by their names, with or without dashes: ``max-model-len: 4096``."""
+_NOT_OF_A_FRONTEND = {"host", "port", "uds", "workers", "wait-for-engines"}
 _OURS = {"kv-connector", "kv-role", "host", "port", "model", "config"}
 """Options that a deployment sets by itself."""
 
@@ -113,7 +115,7 @@ class FrontendPool(_Model):
     replicas: int = Field(default=1, ge=1)
     args: Options = Field(
         default={},
-        description="Options of `vllm serve` that concern the API (chat-template, api-key, ...), "
+        description="Options of `vllm serve` that concern the API (chat-template, ...), "
         "and of `vllm-pd serve`.",
     )
     env: dict[str, str] = {}
@@ -134,11 +136,9 @@ class FrontendPool(_Model):
     @field_validator("args")
     @classmethod
     def _leaves_the_rest_alone(cls, value: Options) -> Options:
-        if taken := {"host", "port", "uds", "workers", "wait-for-engines"}.intersection(
-            _dashed(value)
-        ):
+        if taken := _NOT_OF_A_FRONTEND.intersection(_dashed(value)):
             raise ValueError(f"{', '.join(sorted(taken))} cannot be set here")
-        return value
+        return _without_secrets(value)
 
 
 class Slo(_Model):
@@ -214,6 +214,14 @@ class Deployment(_Model):
             raise ValueError("at least one engine must decode: set decode or both")
         if self.decode.may_be_empty and self.decode.autoscaling:
             raise ValueError("decode.autoscaling.min_replicas must be 1 at least")
+        never_back = self.prefill.autoscaling and self.prefill.may_be_empty
+        if never_back and self.routing.no_prefill is NoPrefill.FAIL:
+            raise ValueError(
+                "prefill.autoscaling.min_replicas is 0 and routing.no_prefill is fail: no request "
+                "would ever bring an engine back"
+            )
+        if self.both.is_wanted and (self.prefill.autoscaling or self.decode.autoscaling):
+            raise ValueError("both: beside it prefill and decode have a fixed number of replicas")
         if self.prefill.role_change or self.decode.role_change:
             raise ValueError("role_change is for the pool `both` only")
         if self.both.autoscaling:
@@ -223,6 +231,13 @@ class Deployment(_Model):
     @property
     def pools(self) -> dict[Role, EnginePool]:
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.BOTH: self.both}
+
+    @property
+    def generation(self) -> str:
+        """Return what tells engines apart whose KV may differ: the model, and what is said of all
+        engines."""
+        content = json.dumps([self.model, self.engine_args], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def engine_options(self, role: Role) -> Options:
         """Return what is said of the engines of a role, by the options' names with dashes."""
@@ -385,4 +400,13 @@ def _checked(options: Options) -> Options:
         raise ValueError(f"{', '.join(sorted(taken))} cannot be set here: the deployment does that")
     if "kv-transfer-config" in _dashed(options):
         raise ValueError("kv-transfer-config cannot be set here: use `kv`")
+    return _without_secrets(options)
+
+
+def _without_secrets(options: Options) -> Options:
+    if "api-key" in _dashed(options):
+        raise ValueError(
+            "api-key cannot be set here, where others can read it: set VLLM_API_KEY in the "
+            "environment"
+        )
     return options

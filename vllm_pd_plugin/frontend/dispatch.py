@@ -35,6 +35,7 @@ from vllm_pd_plugin.frontend.routing import (
     EngineKey,
     Policy,
     Prompt,
+    Reason,
     Role,
     Route,
     Unroutable,
@@ -71,11 +72,12 @@ class Limits:
 class Requirement:
     """What an engine must be to be used: as long a context, the same model, the same vLLM.
 
-    model_digest: None where engines of several are used side by side, each kind for itself.
+    vocab_size: None while that is not known. model_digest: None where engines of several are used
+    side by side, each kind for itself.
     """
 
     max_model_len: int
-    vocab_size: int
+    vocab_size: int | None
     model_digest: str | None
     vllm_version: str
 
@@ -118,6 +120,8 @@ class Dispatch:
         self.metrics = metrics
         self._loop = asyncio.get_running_loop()
         self.pool = Pool(self._loop.time)
+        self.prefill_may_be_empty = False
+        """Whether engines that prefill come when a request waits for one."""
         self._limits = limits
         self._on_outputs = on_outputs
         self._on_failed = on_failed
@@ -185,6 +189,8 @@ class Dispatch:
         """Return None when a request can be served now, else what is missing."""
         engines = self.pool.usable(set())
         missing = choose(engines, Prompt(1_000_000, 2), self.policy)
+        if missing is Unroutable.QUEUE_FOR_PREFILL and self.prefill_may_be_empty:
+            return None
         return missing.value if isinstance(missing, Unroutable) else None
 
     def allowed_codecs(self) -> set[str]:
@@ -210,7 +216,8 @@ class Dispatch:
                 self._remove(member)
         for url, wanted in engines.items():
             if self.pool.get(url) is None:
-                self.pool.add(Member(url, wanted.role, Link(url, connection, self)))
+                link = Link(url, connection, self)
+                self.pool.add(Member(url, wanted.role, link, wanted.generation))
             self._set_role(self.pool[url], wanted.role)
             self._set_draining(self.pool[url], wanted.drain_until)
         self._start_waiting()
@@ -264,7 +271,7 @@ class Dispatch:
                 f"its --max-model-len is {is_there.max_model_len}, and this frontend serves "
                 f"{wanted.max_model_len}"
             )
-        if is_there.vocab_size != wanted.vocab_size:
+        if wanted.vocab_size not in (None, is_there.vocab_size):
             return f"it runs {is_there.model}, which has another vocabulary than this frontend's"
         if wanted.model_digest not in (None, is_there.model_digest):
             return f"it runs another model than the other engines ({is_there.model})"
@@ -386,7 +393,8 @@ class Dispatch:
         route = choose(engines, prompt, self.policy, handoff_s, chance)
         if isinstance(route, Route):
             self.metrics.routed(route)
-            if course.route is None:
+            is_for_prefill = route.reason is not Reason.SHORT or self.policy.local_below is None
+            if course.route is None and is_for_prefill:
                 cached = prompt.cached.get(route.prefill or route.decode, 0)
                 self.metrics.is_to_compute(max(1, prompt.num_tokens - cached))
             if session:
@@ -425,7 +433,7 @@ class Dispatch:
         self._last_output.pop(leg.id, None)
         if member := self.pool.get(leg.engine):
             member.legs.discard(leg)
-            if abort and member.is_up:
+            if abort and member.link.is_attached:
                 member.link.abort((leg.id,))
 
     def emit(self, output: EngineCoreOutput) -> None:

@@ -23,10 +23,12 @@ from vllm_pd_plugin.frontend.routing import EngineKey, Role
 
 class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An engine that is to be used. drain_until: when what is left on it goes on elsewhere, in
-    seconds since the epoch; None as long as it is to take requests."""
+    seconds since the epoch; None as long as it is to take requests. generation: KV goes only
+    between engines of the same."""
 
     role: Role
     drain_until: float | None = None
+    generation: str = ""
 
 
 Engines = dict[EngineKey, Wanted]

@@ -13,7 +13,7 @@ from vllm_pd_plugin.frontend.routing import Reason, Role, Route
 
 DEFAULT_CLASS = "default"
 _PAUSE_S = 1.0
-"""No step takes so long: the request has gone on elsewhere, or has waited."""
+"""What takes longer may be a request that goes on elsewhere, and counts as so much."""
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60,
 )  # fmt: skip
@@ -80,7 +80,7 @@ class Totals:
 
     requests: that have arrived. prompt_tokens: to be computed for those that were routed. answers:
     requests that were answered; answer_tokens: in them. intervals: times between tokens of one
-    request, without pauses; itl_s: their sum.
+    request; itl_s: their sum, without long pauses.
     """
 
     requests: int = 0
@@ -204,9 +204,8 @@ class FrontendMetrics:
         else:
             seconds = now - timeline.last_at
             self._itl.observe(seconds)
-            if seconds < _PAUSE_S:
-                self.totals.intervals += num_tokens
-                self.totals.itl_s += seconds
+            self.totals.intervals += num_tokens
+            self.totals.itl_s += min(seconds, _PAUSE_S)
             if timeline.second_at == 0.0:
                 timeline.second_at = now
                 self._ttst.labels(timeline.slo_class).observe(now - timeline.first_at)

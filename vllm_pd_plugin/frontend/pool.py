@@ -49,6 +49,7 @@ class Member:
     key: EngineKey
     role: Role
     link: Link
+    generation: str = ""
     drain_until: float | None = None
     """Set when it gets nothing new: when what is left on it goes on elsewhere; see ``Wanted``."""
     mismatch: str = ""
@@ -137,7 +138,7 @@ class Member:
             others_running + self.own_running,
             max(1, self.link.description.max_num_seqs),
             min(1.0, max(0.0, 1.0 - kv_usage)),
-            self.link.description.model_digest,
+            f"{self.generation} {self.link.description.model_digest}",
         )
 
 

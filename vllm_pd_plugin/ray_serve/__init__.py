@@ -129,7 +129,7 @@ def _num_gpus(deployment: Deployment, role: Role) -> float:
             return 0
     except metadata.PackageNotFoundError:
         pass  # not where applications are built; engines run elsewhere
-    return float(deployment.engine_options(role).get("tensor-parallel-size", 1))
+    return float(deployment.engine_options(role).get("tensor-parallel-size") or 1)
 
 
 def _runtime_env(environ: Mapping[str, str]) -> dict[str, Any]:

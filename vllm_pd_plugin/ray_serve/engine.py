@@ -14,6 +14,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,18 @@ from vllm_pd_plugin.frontend.local import (
 from vllm_pd_plugin.frontend.routing import Role
 from vllm_pd_plugin.ray_serve.registry import RegistryClient
 from vllm_pd_plugin.ray_serve.roster import BEAT_S, Beat
+from vllm_pd_plugin.tokens import DESCRIPTION_PATH
 
 logger = logging.getLogger("ray.serve")
 
 _PROBE_TIMEOUT_S = 5.0
+_CORE_TIMEOUT_S = 25.0
 _PROGRESS_S = 15.0
 _STOP_S = 20.0
 _NOTICE_S = 1.0
 """Every frontend has seen by then that an engine takes nothing new."""
+_NOTICES = 3
+"""How often that is said to a registry that does not answer."""
 
 
 class EngineReplica:
@@ -74,6 +79,8 @@ class EngineReplica:
         self._url = f"http://{host}:{free_port(host)}"
         folder = Path(tempfile.gettempdir()) / f"vllm-pd-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise ConfigError(f"{folder} is somebody else's; remove it, or set TMPDIR")
         self._log = folder / f"{app_name}-{role}-{self._id}.log"
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_PROBE_TIMEOUT_S))
         self._process = await spawn(self._plan(host))
@@ -84,15 +91,14 @@ class EngineReplica:
     def _plan(self, host: str) -> LocalProcess:
         port = int(self._url.rsplit(":", 1)[1])
         words = self._deployment.engine_words(self._role, host=host)
+        if not is_loopback(host):
+            words += ["--middleware", "vllm_pd_plugin.frontend.only_frontends.OnlyFrontends"]
         command = engine_command(self._deployment.model, words, host, port, self._role)
         environ = {
             **os.environ,
             **({} if ray.get_gpu_ids() else _cpu_environ(self._pool.num_cpus)),
             **self._deployment.engine_environ(self._role),
         }
-        if not is_loopback(host):
-            # Nobody needs the engine's own API; a frontend's way in has the cluster key.
-            environ.setdefault("VLLM_API_KEY", secrets.token_hex(16))
         return LocalProcess(self._url, command, environ, self._log)
 
     async def _wait_until_ready(self) -> None:
@@ -112,9 +118,10 @@ class EngineReplica:
                 logger.info("waiting for the engine: %.0f s", now - began_at)
             await asyncio.sleep(0.25)
 
-    async def _answers(self, path: str) -> bool:
+    async def _answers(self, path: str, timeout_s: float = _PROBE_TIMEOUT_S) -> bool:
+        timeout = aiohttp.ClientTimeout(timeout_s)
         try:
-            async with self._session.get(self._url + path) as answer:
+            async with self._session.get(self._url + path, timeout=timeout) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -123,14 +130,23 @@ class EngineReplica:
         """Say that the engine is there, as long as it is."""
         assert self._process is not None
         while self._process.returncode is None:
-            beat = Beat(self._url, self._id, self._role, self._pool.role_change, self._drain_until)
             try:
-                await self._registry.beat(beat)
+                await self._registry.beat(self._as_beat())
             except (RayError, TimeoutError) as error:
                 logger.warning("the registry does not answer: %s", type(error).__name__)
             except Exception:
                 logger.exception("unexpected error with the registry")
             await asyncio.sleep(BEAT_S)
+
+    def _as_beat(self) -> Beat:
+        return Beat(
+            self._url,
+            self._id,
+            self._role,
+            self._pool.role_change,
+            self._drain_until,
+            self._deployment.generation,
+        )
 
     async def check_health(self) -> None:
         """Called by Ray Serve. Raises RuntimeError when another replica should take its place."""
@@ -138,26 +154,33 @@ class EngineReplica:
         if process is None or process.returncode is not None:
             status = None if process is None else process.returncode
             raise RuntimeError(f"the engine ended with status {status}" + tail(self._log))
-        if not await self._answers("/health"):
-            raise RuntimeError(f"the engine at {self._url} does not answer")
+        # Answered by the engine core, between two steps.
+        if not await self._answers(DESCRIPTION_PATH, _CORE_TIMEOUT_S):
+            raise RuntimeError(f"the engine core at {self._url} does not answer")
 
     async def __del__(self) -> None:
         """Let what is under way on the engine end, or go on elsewhere; then end it.
 
         Called by Ray Serve, also when the constructor has failed.
         """
-        if self._beats is not None:
-            await self._drain(self._beats)
-        if self._process is not None:
-            await self._stop()
-        if (session := getattr(self, "_session", None)) is not None:
-            await session.close()
+        try:
+            if self._beats is not None:
+                await self._drain(self._beats)
+        finally:
+            if self._process is not None:
+                await self._stop()
+            if (session := getattr(self, "_session", None)) is not None:
+                await session.close()
 
     async def _drain(self, beats: asyncio.Task[None]) -> None:
         assert self._process is not None
         drain_s = self._pool.drain_timeout_s
         self._drain_until = time.time() + drain_s
         deadline = time.monotonic() + drain_s + 2 * _NOTICE_S
+        for _ in range(_NOTICES):
+            with suppress(RayError, TimeoutError):
+                await self._registry.beat(self._as_beat())
+                break
         await asyncio.sleep(_NOTICE_S)
         while time.monotonic() < deadline and self._process.returncode is None:
             if not await self._is_busy():
@@ -165,10 +188,8 @@ class EngineReplica:
             await asyncio.sleep(0.25)
         beats.cancel()
         await asyncio.wait([beats])
-        try:
+        with suppress(RayError, TimeoutError):  # it will notice
             await self._registry.leave(self._url, self._id)
-        except (RayError, TimeoutError):
-            logger.warning("the registry does not answer; it will notice")
         await asyncio.sleep(_NOTICE_S)
 
     async def _is_busy(self) -> bool:
@@ -177,7 +198,7 @@ class EngineReplica:
             async with self._session.get(self._url + "/metrics") as answer:
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError):
-            return False
+            return True  # as far as is known
         return any(
             float(line.rsplit(" ", 1)[1]) > 0
             for line in text.splitlines()
@@ -211,7 +232,7 @@ def reachable_host() -> str:
     if len(addresses) > 1:
         raise ConfigError(
             f"the cluster has several machines, and {CLUSTER_KEY_VARIABLE} is not set; put it into "
-            "the environment of every node before Ray starts, or into runtime_env.env_vars"
+            "the environment of `ray start` on every node"
         )
     return "127.0.0.1"
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 from ray.exceptions import RayError
+from vllm.version import __version__ as vllm_version
 
 from vllm_pd_plugin.async_channel import Context, close_context, new_context
 from vllm_pd_plugin.errors import ConfigError
@@ -26,7 +27,7 @@ from vllm_pd_plugin.frontend.admin import make_pool_router
 from vllm_pd_plugin.frontend.app import NoEnginesError, make_app, wait_for_engines
 from vllm_pd_plugin.frontend.client import PoolCore
 from vllm_pd_plugin.frontend.deployment import Deployment
-from vllm_pd_plugin.frontend.dispatch import Dispatch
+from vllm_pd_plugin.frontend.dispatch import Dispatch, Requirement
 from vllm_pd_plugin.frontend.link import Connection
 from vllm_pd_plugin.frontend.membership import Engines
 from vllm_pd_plugin.frontend.metrics import DEFAULT_CLASS, Totals
@@ -174,6 +175,10 @@ class RayFrontend:
         if deployment.both.role_change:
             expected.discard(Role.BOTH)
         dispatch = self._core.dispatch
+        dispatch.prefill_may_be_empty = deployment.prefill.may_be_empty
+        if args.max_model_len:
+            # While an update replaces engines, those with less are not ours.
+            dispatch.require(Requirement(args.max_model_len, None, None, vllm_version))
         with suppress(NoEnginesError):
             await wait_for_engines(dispatch, _ALL_ROLES_S, expected)
         await wait_for_engines(dispatch, deployment.frontend.wait_for_engines_s)
@@ -188,6 +193,8 @@ class RayFrontend:
         reason: what waits for them would be lost."""
         if self._follower.done():
             raise RuntimeError("the frontend does not follow the registry any more")
+        if self._client is not None and self._client.errored:
+            raise RuntimeError("the frontend gives no answers any more; see its log")
 
     async def close(self) -> None:
         """End what is under way, and the connections."""

@@ -8,18 +8,16 @@ application has gone.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
 
+from vllm_pd_plugin import __version__
 from vllm_pd_plugin.frontend.routing import Role
 from vllm_pd_plugin.ray_serve.demand import Demand, Targets
 from vllm_pd_plugin.ray_serve.roster import Beat, Roster, View
-
-logger = logging.getLogger(__name__)
 
 NAMESPACE = "vllm-pd"
 CALL_TIMEOUT_S = 5.0
@@ -66,7 +64,8 @@ class RegistryClient:
     """Calls an application's registry from an event loop, and finds it again when it has moved."""
 
     def __init__(self, app_name: str, targets: Targets | None = None) -> None:
-        self._name = f"registry:{app_name}"
+        # Releases have registries of their own: they share no messages, and no engines.
+        self._name = f"registry {__version__}: {app_name}"
         self._targets = targets or Targets()
         self._actor: Any = None
 

@@ -26,9 +26,10 @@ BEAT_S = 0.5
 """How often an engine says that it is there."""
 LOOK_S = 0.25
 """How often a frontend looks."""
-SILENT_S = 10.0
+SILENT_S = 15.0
 """An engine that has not been heard of for so long is not there."""
-SETTLE_S = 4 * BEAT_S
+SETTLE_S = 12.0
+"""So long a beat may take that has to find a registry which was started again."""
 _MOVE_S = 20.0
 """How long an engine that has moved to the other pool stays there at least."""
 
@@ -39,7 +40,7 @@ class Beat:
 
     replica: who starts it; another one at the same address is another engine.
     is_flexible: whether the roster says which of the other two roles it has.
-    drain_until: set when it is about to end; see ``Wanted``.
+    drain_until: set when it is about to end. generation: of the deployment; see ``Wanted``.
     """
 
     url: EngineKey
@@ -47,6 +48,7 @@ class Beat:
     role: Role
     is_flexible: bool = False
     drain_until: float | None = None
+    generation: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +91,10 @@ class Roster:
         """A frontend says what it sees, and learns who is there."""
         now = self._clock()
         self._demands[frontend] = (demand, now)
+        for url, seen in demand.engines.items():
+            # What the registry knew before it was started again.
+            if seen.role is not Role.BOTH:
+                self._duties.setdefault(url, seen.role)
         return self.view()
 
     def view(self) -> View:
@@ -97,10 +103,12 @@ class Roster:
         for url, heard in list(self._heard.items()):
             if now - heard.at > SILENT_S:
                 self._forget(url)
+        if now - self._began_at > SETTLE_S:
+            self._duties = {u: role for u, role in self._duties.items() if u in self._heard}
         self._settle_duties(now)
         engines = {
-            url: Wanted(self._duties.get(url, heard.beat.role), heard.beat.drain_until)
-            for url, heard in self._heard.items()
+            url: Wanted(self._role(beat), beat.drain_until, beat.generation)
+            for url, beat in ((url, heard.beat) for url, heard in self._heard.items())
         }
         return View(engines, now - self._began_at > SETTLE_S)
 
@@ -129,6 +137,11 @@ class Roster:
         times += [at for _, at in self._demands.values()]
         return self._clock() - max(times, default=self._began_at) > 6 * SILENT_S
 
+    def _role(self, beat: Beat) -> Role:
+        return (
+            self._duties[beat.url] if beat.is_flexible and beat.url in self._duties else beat.role
+        )
+
     def _forget(self, url: EngineKey) -> None:
         self._heard.pop(url, None)
         self._duties.pop(url, None)
@@ -142,7 +155,7 @@ class Roster:
         fixed = _count({u: b.role for u, b in there.items() if not b.is_flexible})
         for url in flexible:
             if url not in self._duties:
-                others = {u: role for u, role in self._duties.items() if u in there}
+                others = {u: role for u, role in self._duties.items() if u in flexible}
                 self._duties[url] = first_duty(_count(others, fixed))
         if now - self._began_at <= SETTLE_S or now - self._moved_at < _MOVE_S:
             return

@@ -47,6 +47,19 @@ def test_a_number_is_how_many_engines_there_are() -> None:
         ({"decode": {"autoscaling": {"min_replicas": 0, "max_replicas": 2}}}, "must be 1 at least"),
         ({"decode": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "is less than"),
         ({"prefill": {"role_change": True}}, "for the pool `both` only"),
+        (
+            {
+                "prefill": {"autoscaling": {"min_replicas": 0, "max_replicas": 2}},
+                "routing": {"no_prefill": "fail"},
+            },
+            "no request would ever bring an engine back",
+        ),
+        (
+            {"both": 1, "decode": {"autoscaling": {"max_replicas": 2}}},
+            "prefill and decode have a fixed number",
+        ),
+        ({"frontend": {"args": {"api_key": "secret"}}}, "set VLLM_API_KEY"),
+        ({"decode": {"engine_args": {"api-key": "secret"}}}, "set VLLM_API_KEY"),
         ({"both": {"autoscaling": {"max_replicas": 2}}}, "only prefill and decode scale"),
         (
             {"decode": {"autoscaling": {"max_replicas": 2, "initial_replicas": 3}}},
@@ -114,6 +127,14 @@ def test_a_frontend_gets_what_concerns_it() -> None:
         "--queue-timeout", "9", "--tool-call-parser", "hermes",
         "--slo", "default=500/50", "--slo", "batch=90000/200",
     ]  # fmt: skip
+
+
+def test_a_change_for_all_engines_is_another_generation() -> None:
+    first = make(engine_args={"dtype": "float32"})
+    assert first.generation == make(engine_args={"dtype": "float32"}, decode=3).generation
+    assert first.generation != make(engine_args={"dtype": "half"}).generation
+    other = parse_deployment({"model": "N", "engine_args": {"dtype": "float32"}}, "this")
+    assert first.generation != other.generation
 
 
 def test_environment_is_for_all_engines_or_those_of_a_pool() -> None:

@@ -503,8 +503,35 @@ def test_an_engine_cannot_take_a_role_that_it_was_not_started_for() -> None:
         assert "was started with --kv-role decode" in world.dispatch.pool["d"].problem
         world.add("r")
         assert (d.sent, e.sent) == ([], ["r-1d"])
-        use(world, p=Role.PREFILL, d=Role.DECODE, e=Role.DECODE)
+        use(world, p=Role.PREFILL, d=Role.DECODE, e=Role.PREFILL)
         assert world.dispatch.pool["d"].problem == ""
+        assert e.aborted == ["r-1d"]  # it is there, and would go on
+
+    run(story)
+
+
+def test_a_pool_without_prefill_engines_serves_if_they_come_when_one_is_wanted() -> None:
+    async def story(world: World) -> None:
+        world.engine("d", Role.DECODE)
+        assert world.dispatch.serves() == "queue_for_prefill"
+        world.dispatch.prefill_may_be_empty = True
+        assert world.dispatch.serves() is None
+        world.add("r")
+        assert world.dispatch.num_waiting == 1
+        world.engine("p", Role.PREFILL)
+        assert world.dispatch.num_waiting == 0
+
+    run(story, Policy(no_prefill=NoPrefill.QUEUE, local_below=0))
+
+
+def test_kv_stays_within_a_generation() -> None:
+    async def story(world: World) -> None:
+        for url, role in (("p", Role.PREFILL), ("q", Role.PREFILL), ("d", Role.DECODE)):
+            world.engine(url, role)
+            world.dispatch.pool[url].generation = "old" if url == "p" else "new"
+        world.dispatch.pool["q"].load = EngineLoad(waiting_tokens=9000)
+        world.add("r")
+        assert [member.key for member in world.dispatch.pool if member.legs] == ["q", "d"]
 
     run(story)
 

@@ -62,8 +62,8 @@ def test_who_is_silent_is_not_there(world: World) -> None:
 
 
 def test_who_is_about_to_end_says_so(world: World) -> None:
-    world.roster.beat(Beat(A, "1", D, drain_until=99.0))
-    assert world.roster.view().engines == {A: Wanted(D, 99.0)}
+    world.roster.beat(Beat(A, "1", D, drain_until=99.0, generation="g"))
+    assert world.roster.view().engines == {A: Wanted(D, 99.0, "g")}
 
 
 def test_an_engine_that_was_replaced_cannot_take_its_successor_away(world: World) -> None:
@@ -122,6 +122,26 @@ def test_an_engine_that_has_gone_has_no_duty_left(world: World) -> None:
     world.roster.leave(A, "1")
     world.settle()
     assert world.roles == {B: D}  # the last one decodes
+
+
+def test_what_engines_did_before_a_restart_they_go_on_doing(world: World) -> None:
+    seen = {
+        A: EngineSeen(P, 0, None, 0, 100, 0.0),
+        B: EngineSeen(P, 0, None, 0, 100, 0.0),
+        C: EngineSeen(D, 0, None, 0, 100, 0.0),
+    }
+    world.roster.look("f", Demand(engines=seen))
+    for url in (A, B, C):
+        world.come(url, Role.BOTH, flexible=True)
+        world.roster.view()
+    assert world.roles == {A: P, B: P, C: D}
+
+
+def test_an_engine_of_one_role_has_it_whatever_a_frontend_has_seen(world: World) -> None:
+    world.roster.look("f", Demand(engines={A: EngineSeen(P, 0, None, 0, 100, 0.0)}))
+    world.come(A, D)
+    world.come(B, Role.BOTH, flexible=True)
+    assert world.roles == {A: D, B: P}
 
 
 def test_a_place_where_nobody_comes_is_deserted(world: World) -> None:
