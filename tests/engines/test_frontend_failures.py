@@ -365,6 +365,7 @@ def test_workers_share_a_port_and_what_they_know_of_the_engines(cluster: Cluster
         assert engines(other, "add", "--role", "decode", url).returncode == 0
         wait_until(lambda: states() == {"up"})
         workers[0].kill()
+        workers[0].wait(30)  # until then it may be given connections, which end with it
         wait_until(lambda: len(psutil.Process(other.process.pid).children()) == 2, 60)
         other.wait_until_ready()
         assert stream(other, prompt, 20) == expected
