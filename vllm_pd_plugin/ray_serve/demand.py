@@ -160,7 +160,7 @@ def move(
             for role in (starving, other)
         }
         lacks = needs[starving] > have[starving]
-        can_spare = have[other] > 1 and needs[other] <= have[other] - 1 - _SLACK
+        can_spare = needs[other] <= have[other] - 1 - _SLACK
         if movable and lacks and can_spare:
             return movable[0], starving
     return None
