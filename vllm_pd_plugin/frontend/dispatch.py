@@ -216,8 +216,8 @@ class Dispatch:
                 self._remove(member)
         for url, wanted in engines.items():
             if self.pool.get(url) is None:
-                link = Link(url, connection, self)
-                self.pool.add(Member(url, wanted.role, link, wanted.generation))
+                self.pool.add(Member(url, wanted.role, Link(url, connection, self)))
+            self.pool[url].generation = wanted.generation
             self._set_role(self.pool[url], wanted.role)
             self._set_draining(self.pool[url], wanted.drain_until)
         self._start_waiting()

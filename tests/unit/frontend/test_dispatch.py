@@ -526,9 +526,13 @@ def test_a_pool_without_prefill_engines_serves_if_they_come_when_one_is_wanted()
 
 def test_kv_stays_within_a_generation() -> None:
     async def story(world: World) -> None:
-        for url, role in (("p", Role.PREFILL), ("q", Role.PREFILL), ("d", Role.DECODE)):
+        roles = {"p": Role.PREFILL, "q": Role.PREFILL, "d": Role.DECODE}
+        for url, role in roles.items():
             world.engine(url, role)
-            world.dispatch.pool[url].generation = "old" if url == "p" else "new"
+        nobody: Any = None
+        generations = {"p": "old", "q": "new", "d": "new"}
+        engines = {u: Wanted(role, None, generations[u]) for u, role in roles.items()}
+        world.dispatch.use(engines, nobody)
         world.dispatch.pool["q"].load = EngineLoad(waiting_tokens=9000)
         world.add("r")
         assert [member.key for member in world.dispatch.pool if member.legs] == ["q", "d"]
