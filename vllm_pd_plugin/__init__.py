@@ -19,14 +19,14 @@ def register() -> None:
     try:
         from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-        from vllm_pd_plugin import vllm_hooks
+        from vllm_pd_plugin.edge import hooks
 
         if CONNECTOR not in KVConnectorFactory._registry:
             KVConnectorFactory.register_connector(
-                CONNECTOR, "vllm_pd_plugin.connector", "PdConnector"
+                CONNECTOR, "vllm_pd_plugin.edge.connector", "PdConnector"
             )
-        vllm_hooks.install()
-        vllm_hooks.log_like_vllm()
+        hooks.install()
+        hooks.log_like_vllm()
     except Exception:
         logging.getLogger(__name__).exception(
             "vllm-pd-plugin %s could not register with this vLLM; connector %s is not available",

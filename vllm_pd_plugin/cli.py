@@ -112,8 +112,9 @@ def serve(arguments: Sequence[str]) -> int:
 def up(arguments: Sequence[str]) -> int:
     """Start engines on this machine and serve them; returns the exit status."""
     environ = dict(os.environ)  # before vLLM changes it
-    from vllm_pd_plugin.frontend import local, options
+    from vllm_pd_plugin.frontend import options
     from vllm_pd_plugin.frontend.deployment import take_deployment
+    from vllm_pd_plugin.frontend.processes import local
 
     try:
         deployment, typed = take_deployment(arguments)
@@ -162,7 +163,7 @@ def _run_frontend(
     from vllm.logger import configure_logging_from_args
 
     from vllm_pd_plugin.frontend import options
-    from vllm_pd_plugin.frontend.app import serve as serve_frontend
+    from vllm_pd_plugin.frontend.api.app import serve as serve_frontend
 
     cli_env_setup()
     parser, own = options.make_parser(f"vllm-pd {name}", description, add_own_options)
@@ -216,7 +217,7 @@ def _check_vllm() -> str:
 
 
 def _check_nixl() -> str:
-    from vllm_pd_plugin.nixl_transport import NixlTransport
+    from vllm_pd_plugin.net.nixl_transport import NixlTransport
 
     transport = NixlTransport("DRAM", 0)
     transport.register([])
@@ -233,7 +234,7 @@ def _check_connector() -> str:
 
 
 def _check_extension() -> str:
-    from vllm_pd_plugin.ops import HAS_NATIVE
+    from vllm_pd_plugin.codecs.ops import HAS_NATIVE
 
     return "built" if HAS_NATIVE else "not built: slower ops in PyTorch take its place"
 

@@ -7,12 +7,12 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_pd_plugin.codecs import AUTO, Codec
+from vllm_pd_plugin.codecs.codec import AUTO, Codec
 from vllm_pd_plugin.errors import ConfigError
 
 CLUSTER_KEY_VARIABLE = "VLLM_PD_CLUSTER_KEY"
 ADMIN_KEY_VARIABLE = "VLLM_PD_ADMIN_KEY"
-"""The key of a frontend's admin API; see ``frontend.admin``."""
+"""The key of a frontend's admin API; see ``frontend.api.admin``."""
 MIN_CLUSTER_KEY_LENGTH = 16
 
 

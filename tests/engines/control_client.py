@@ -9,8 +9,8 @@ from typing import Any
 
 import zmq
 
-from vllm_pd_plugin import wire
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_incarnation
+from vllm_pd_plugin.protocol import wire
 
 
 class ControlClient:

@@ -32,7 +32,7 @@ from tests.engine import (
 from tests.engines.conftest import ARGUMENTS, CHUNKED, STRETCH_BYTES, random_prompt
 from tests.engines.control_client import ControlClient, corrupt_handoff
 from tests.parity import FLOAT32, compare
-from vllm_pd_plugin import wire
+from vllm_pd_plugin.protocol import wire
 
 pytestmark = pytest.mark.engine
 

@@ -20,7 +20,7 @@ from tests.engine import (
     start_frontend,
 )
 from tests.engines.conftest import ARGUMENTS, random_prompt
-from vllm_pd_plugin.wire import PROTOCOL_VERSION
+from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -30,7 +30,7 @@ import importlib.abc, importlib.util, sys
 class Next(importlib.abc.MetaPathFinder):
     # What the next release does: another version in every header.
     def find_spec(self, name, path, target=None):
-        if name != "vllm_pd_plugin.wire":
+        if name != "vllm_pd_plugin.protocol.wire":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.fakes.memory import FakeMemory
-from vllm_pd_plugin.codecs import Codec
-from vllm_pd_plugin.pieces import Piece
-from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.memory.layout import BlockTables
+from vllm_pd_plugin.packing.pieces import Piece
 
 
 class FakeCoder:

@@ -8,20 +8,20 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_pd_plugin.codecs import CodecChoice
-from vllm_pd_plugin.control import ControlPlane, Offered
-from vllm_pd_plugin.digest import prompt_digest
+from vllm_pd_plugin.codecs.codec import CodecChoice
+from vllm_pd_plugin.edge.digest import prompt_digest
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
+from vllm_pd_plugin.protocol.control import ControlPlane, Offered
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
-    from vllm_pd_plugin.consuming import ConsumingRequests
-    from vllm_pd_plugin.metadata import FetchReport
-    from vllm_pd_plugin.metrics import PdStats
+    from vllm_pd_plugin.edge.consumer_requests import ConsumingRequests
+    from vllm_pd_plugin.edge.metadata import FetchReport
+    from vllm_pd_plugin.edge.metrics import PdStats
 
 TOKENS = 40
 BLOCKS = ([7, 8, 9],)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.fakes.clock import FakeClock
 from tests.fakes.frontend import make_request
-from vllm_pd_plugin import tokens
+from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_incarnation
 
 with warnings.catch_warnings():
@@ -26,14 +26,14 @@ with warnings.catch_warnings():
     from vllm.v1.request import RequestStatus
     from vllm.v1.serial_utils import MsgpackEncoder
 
-    from vllm_pd_plugin.peer_codec import PeerDecoder
-    from vllm_pd_plugin.step_statistics import StepStatistics
-    from vllm_pd_plugin.token_server import TokenServer, divert_outputs
+    from vllm_pd_plugin.engine_port.peer_decoder import PeerDecoder
+    from vllm_pd_plugin.engine_port.server import TokenServer, divert_outputs
+    from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 
 MAX_MODEL_LEN, VOCABULARY = 64, 1000
 
 
-def describe(**changes: Any) -> tokens.EngineDescription:
+def describe(**changes: Any) -> messages.EngineDescription:
     """An engine, with some of what is said of it changed."""
     fields: dict[str, Any] = {
         "engine_id": "engine",
@@ -52,7 +52,7 @@ def describe(**changes: Any) -> tokens.EngineDescription:
         "kv_tokens": 10_000,
         "block_tokens": 16,
     }
-    return tokens.EngineDescription(**fields | changes)
+    return messages.EngineDescription(**fields | changes)
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,27 +122,27 @@ class FakeFrontend:
 
     def say(
         self,
-        message: tokens.FromFrontend,
+        message: messages.FromFrontend,
         payload: list[bytes] | None = None,
         target: Incarnation | None = None,
     ) -> None:
         target = self._engine.incarnation if target is None else target
-        frames = tokens.encode(message, self.incarnation, target, payload)
+        frames = messages.encode(message, self.incarnation, target, payload)
         self._engine.server.receive(self.identity, frames)
         self._engine.settle()
 
     def attach(self) -> None:
-        self.say(tokens.Attach(self.name), target=Incarnation(""))
+        self.say(messages.Attach(self.name), target=Incarnation(""))
 
     def add(self, request_id: str = "r", request: EngineCoreRequest | None = None) -> None:
         payload = [bytes(each) for each in MsgpackEncoder().encode(request or make_request())]
-        self.say(tokens.Add(request_id), payload)
+        self.say(messages.Add(request_id), payload)
 
     def abort(self, *request_ids: str) -> None:
-        self.say(tokens.Abort(request_ids))
+        self.say(messages.Abort(request_ids))
 
     def hear(self, frames: list[bytes]) -> None:
-        header, message, payload = tokens.decode(frames)
+        header, message, payload = messages.decode(frames)
         assert header.target in (self.incarnation, "")
         self.senders.append(header.sender)
         self.received.append(message)
@@ -159,12 +159,12 @@ class FakeFrontend:
         return [
             output
             for message, payload in zip(self.received, self.payloads, strict=True)
-            if isinstance(message, tokens.Outputs)
+            if isinstance(message, messages.Outputs)
             for output in decoder.decode(payload).outputs
         ]
 
     def numbers(self) -> list[int]:
-        return [each.number for each in self.received if isinstance(each, tokens.Outputs)]
+        return [each.number for each in self.received if isinstance(each, messages.Outputs)]
 
 
 class ServingEngine:

@@ -11,9 +11,15 @@ from tests.fakes.coder import FakeCoder
 from tests.fakes.memory import BLOCK_TOKENS, FakeMemory
 from tests.fakes.network import FakeNetwork
 from tests.fakes.transport import FakeFabric, FakeTransport
-from vllm_pd_plugin.announcer import Announcement, Announcer, Mark
-from vllm_pd_plugin.codecs import CodecChoice
-from vllm_pd_plugin.control import (
+from vllm_pd_plugin.codecs.codec import CodecChoice
+from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
+from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, RankMemory, Span
+from vllm_pd_plugin.packing.incoming import Incoming, Packing
+from vllm_pd_plugin.packing.packer import Packer
+from vllm_pd_plugin.packing.pieces import Pieces
+from vllm_pd_plugin.packing.staging import Staging
+from vllm_pd_plugin.protocol.control import (
     Abandoned,
     ControlPlane,
     Event,
@@ -22,19 +28,13 @@ from vllm_pd_plugin.control import (
     Offered,
     Released,
 )
-from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.fetches import FetchResult, FetchSpec, Packing
-from vllm_pd_plugin.fetching import Rank, Timeouts
-from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory, Span
-from vllm_pd_plugin.packer import Packer
-from vllm_pd_plugin.peers import Identity, PeerTable
-from vllm_pd_plugin.pieces import Pieces
-from vllm_pd_plugin.plan import BlockTables
-from vllm_pd_plugin.produced import Advance
-from vllm_pd_plugin.reading import Incoming, LocalRank
-from vllm_pd_plugin.staging import Staging
-from vllm_pd_plugin.transfer import TransferPlane
+from vllm_pd_plugin.protocol.handoffs import Advance
+from vllm_pd_plugin.protocol.peers import Identity, PeerTable
+from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
+from vllm_pd_plugin.transfer.fetch import Rank, Timeouts
+from vllm_pd_plugin.transfer.plane import TransferPlane
+from vllm_pd_plugin.transfer.reading import LocalRank
+from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec
 
 PEER_TIMEOUT_S = 5.0
 STAGING_BYTES = 4096

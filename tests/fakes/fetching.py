@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.fakes.engines import FakeCluster
-from vllm_pd_plugin.fetching import Timeouts
 from vllm_pd_plugin.ids import Source
+from vllm_pd_plugin.transfer.fetch import Timeouts
 
 TOKENS = 8
 THERE, HERE = [3, 4], [7, 9]

@@ -15,10 +15,10 @@ with warnings.catch_warnings():
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-    from vllm_pd_plugin.frontend.course import Course, Leg
-    from vllm_pd_plugin.frontend.endings import Ending, Failure
-    from vllm_pd_plugin.frontend.legs import LegKind
-    from vllm_pd_plugin.frontend.routing import EngineKey, Reason, Route, Unroutable
+    from vllm_pd_plugin.frontend.requests.course import Course, Leg
+    from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
+    from vllm_pd_plugin.frontend.requests.legs import LegKind
+    from vllm_pd_plugin.frontend.routing.choice import EngineKey, Reason, Route, Unroutable
 
 PROMPT = [11, 12, 13, 14]
 P, D = "http://prefill:8000", "http://decode:8000"

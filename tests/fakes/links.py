@@ -20,8 +20,8 @@ with warnings.catch_warnings():
         FinishReason,
     )
 
-    from vllm_pd_plugin.frontend.pool import Member
-    from vllm_pd_plugin.frontend.routing import Role
+    from vllm_pd_plugin.frontend.pool.members import Member
+    from vllm_pd_plugin.frontend.routing.choice import Role
 
 
 class FakeLink:

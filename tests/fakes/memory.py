@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_pd_plugin.layout import EngineLayout, Region
-from vllm_pd_plugin.plan import BlockTables
+from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Region
 
 BLOCK_TOKENS = 4
 BLOCK_BYTES = 32

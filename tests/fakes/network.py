@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from vllm_pd_plugin import wire
 from vllm_pd_plugin.ids import Address
+from vllm_pd_plugin.protocol import wire
 
 
 @dataclasses.dataclass(slots=True, eq=False)

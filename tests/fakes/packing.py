@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.fakes.engines import STAGING_BYTES
 from tests.fakes.streaming import HERE, PROMPT, THERE, TOKENS, StreamingCluster
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.fetches import Packing
 from vllm_pd_plugin.ids import Source
+from vllm_pd_plugin.packing.incoming import Packing
 
 GIVEN_BACK = 0xDD
 

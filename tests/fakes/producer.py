@@ -8,11 +8,16 @@ import msgspec
 
 from tests.fakes.clock import FakeClock
 from tests.fakes.engines import full_group, make_layout
-from vllm_pd_plugin import wire
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id
-from vllm_pd_plugin.layout import EngineLayout
-from vllm_pd_plugin.plan import BlockTables
-from vllm_pd_plugin.produced import Advance, Answer, ProducerState, ProducerTable, ReturnAddress
+from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
+from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.handoffs import (
+    Advance,
+    Answer,
+    ProducerState,
+    ProducerTable,
+    ReturnAddress,
+)
 
 LEASE_S = 30.0
 TOKENS = 100

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tests.fakes.engines import STAGING_BYTES, FakeCluster
 from tests.fakes.memory import kv_of
-from vllm_pd_plugin.fetches import Packing
-from vllm_pd_plugin.fetching import Timeouts
 from vllm_pd_plugin.ids import Source
-from vllm_pd_plugin.layout import EngineLayout
+from vllm_pd_plugin.memory.layout import EngineLayout
+from vllm_pd_plugin.packing.incoming import Packing
+from vllm_pd_plugin.transfer.fetch import Timeouts
 
 TOKENS = 16
 PROMPT, ANOTHER = 1, 2

@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from vllm_pd_plugin.errors import PeerError, Reason
-from vllm_pd_plugin.plan import ReadPlan
-from vllm_pd_plugin.transport import PeerName, ReadHandle, ReadState
+from vllm_pd_plugin.net.transport import PeerName, ReadHandle, ReadPlan, ReadState
 
 
 class FakeFabric:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vllm_pd_plugin.codecs import Codec
+from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig, is_loopback
 from vllm_pd_plugin.errors import ConfigError
 

@@ -20,11 +20,11 @@ from prometheus_client.registry import Collector
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
-    from tests.unit.test_metrics import one_of_each
-    from vllm_pd_plugin.frontend.endings import Ending, Failure
-    from vllm_pd_plugin.frontend.metrics import FrontendMetrics, Timeline
-    from vllm_pd_plugin.frontend.routing import Reason, Role, Route
-    from vllm_pd_plugin.metrics import PdPromMetrics
+    from tests.unit.edge.test_metrics import one_of_each
+    from vllm_pd_plugin.edge.metrics import PdPromMetrics
+    from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
+    from vllm_pd_plugin.frontend.routing.choice import Reason, Role, Route
+    from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics, Timeline
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "vllm-pd.json"
 

@@ -26,7 +26,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert loaded_by("vllm_pd_plugin.cli").isdisjoint({"torch", "vllm", "zmq", "nixl", "ray"})
 
 
-@pytest.mark.parametrize("module", ["transfer", "control"])
+@pytest.mark.parametrize("module", ["transfer.plane", "protocol.control"])
 def test_the_planes_need_neither_vllm_nor_a_network(module: str) -> None:
     loaded = loaded_by(f"vllm_pd_plugin.{module}")
     assert loaded.isdisjoint({"torch", "vllm", "zmq", "nixl", "ray"})

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_pd_plugin.errors import ConfigError
-from vllm_pd_plugin.frontend.routing import NoPrefill, Role, Strategy
+from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Role, Strategy
 
 Options = dict[str, Any]
 """Options of ``vllm serve`` by their names, with or without dashes: ``max-model-len: 4096``."""

@@ -20,17 +20,17 @@ from vllm.v1.engine import (
     EngineCoreRequest,
 )
 
-from vllm_pd_plugin.codecs import AUTO, Codec
-from vllm_pd_plugin.frontend.context import current
-from vllm_pd_plugin.frontend.course import Course, Leg
-from vllm_pd_plugin.frontend.endings import Ending, Failure
-from vllm_pd_plugin.frontend.legs import LegKind
-from vllm_pd_plugin.frontend.link import Connection, Link
-from vllm_pd_plugin.frontend.membership import Engines
-from vllm_pd_plugin.frontend.metrics import FrontendMetrics, Timeline
-from vllm_pd_plugin.frontend.pool import Member, Pool
-from vllm_pd_plugin.frontend.prefixes import PrefixIndex
-from vllm_pd_plugin.frontend.routing import (
+from vllm_pd_plugin.codecs.codec import AUTO, Codec
+from vllm_pd_plugin.engine_port.link import Connection, Link
+from vllm_pd_plugin.engine_port.messages import Blocks, EngineLoad
+from vllm_pd_plugin.frontend.pool.members import Member, Pool
+from vllm_pd_plugin.frontend.pool.membership import Engines
+from vllm_pd_plugin.frontend.requests.context import current
+from vllm_pd_plugin.frontend.requests.course import Course, Leg
+from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
+from vllm_pd_plugin.frontend.requests.legs import LegKind
+from vllm_pd_plugin.frontend.requests.seeding import is_seed_safe, needs_whole_prompt
+from vllm_pd_plugin.frontend.routing.choice import (
     Chance,
     EngineKey,
     Policy,
@@ -41,10 +41,10 @@ from vllm_pd_plugin.frontend.routing import (
     Unroutable,
     choose,
 )
-from vllm_pd_plugin.frontend.seeding import is_seed_safe, needs_whole_prompt
-from vllm_pd_plugin.frontend.tracing import Marks
+from vllm_pd_plugin.frontend.routing.prefixes import PrefixIndex
+from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics, Timeline
+from vllm_pd_plugin.frontend.telemetry.tracing import Marks
 from vllm_pd_plugin.ids import Address, RequestId
-from vllm_pd_plugin.tokens import Blocks, EngineLoad
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from vllm_pd_plugin.frontend.deployment import (
     nested,
     parse_deployment,
 )
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.routing.choice import Role
 
 __all__ = ["Deployment", "app", "build_app"]
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.ray_serve.demand import replicas
 from vllm_pd_plugin.ray_serve.registry import RegistryClient
 

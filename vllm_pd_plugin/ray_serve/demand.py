@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
-from vllm_pd_plugin.frontend.routing import EngineKey, Role
+from vllm_pd_plugin.frontend.routing.choice import EngineKey, Role
 
 _BUSY = 0.8
 """Share of its time that an engine may be planned to be busy: queues grow without end above."""
@@ -34,7 +34,7 @@ _FALLBACK_TTFT_S, _FALLBACK_TPOT_S = 2.0, 0.1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineSeen:
-    """One engine as a frontend sees it; see ``routing.Engine``.
+    """One engine as a frontend sees it; see ``routing.choice.Engine``.
 
     waiting_tokens: prompt tokens that it has yet to compute, whoever sent them.
     running: requests that it works on, or that wait there for a slot.

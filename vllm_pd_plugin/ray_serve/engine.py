@@ -24,9 +24,10 @@ from ray import serve
 from ray.exceptions import RayError
 
 from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, is_loopback
+from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
 from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.frontend.deployment import parse_deployment
-from vllm_pd_plugin.frontend.local import (
+from vllm_pd_plugin.frontend.processes.local import (
     EngineStartError,
     LocalProcess,
     engine_command,
@@ -36,10 +37,9 @@ from vllm_pd_plugin.frontend.local import (
     spawn,
     tail,
 )
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.ray_serve.registry import RegistryClient
 from vllm_pd_plugin.ray_serve.roster import BEAT_S, Beat
-from vllm_pd_plugin.tokens import DESCRIPTION_PATH
 
 logger = logging.getLogger("ray.serve")
 
@@ -92,7 +92,7 @@ class EngineReplica:
         port = int(self._url.rsplit(":", 1)[1])
         words = self._deployment.engine_words(self._role, host=host)
         if not is_loopback(host):
-            words += ["--middleware", "vllm_pd_plugin.frontend.only_frontends.OnlyFrontends"]
+            words += ["--middleware", "vllm_pd_plugin.frontend.api.only_frontends.OnlyFrontends"]
         command = engine_command(self._deployment.model, words, host, port, self._role)
         environ = {
             **os.environ,

@@ -10,7 +10,7 @@ from ray import serve
 from vllm_pd_plugin.frontend.deployment import parse_deployment
 
 if TYPE_CHECKING:
-    from vllm_pd_plugin.ray_serve.frontend import RayFrontend
+    from vllm_pd_plugin.ray_serve.registry_frontend import RayFrontend
 
 
 @serve.ingress()
@@ -25,7 +25,7 @@ class FrontendReplica:
         self, deployment: Mapping[str, Any], pools: Sequence[Any]
     ) -> None:
         self._frontend: RayFrontend | None = None
-        from vllm_pd_plugin.ray_serve.frontend import RayFrontend  # brings vLLM
+        from vllm_pd_plugin.ray_serve.registry_frontend import RayFrontend  # brings vLLM
 
         parsed = parse_deployment(deployment, "the deployment")
         self._frontend = await RayFrontend.start(parsed, serve.get_replica_context().app_name)

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from vllm_pd_plugin import __version__
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.ray_serve.demand import Demand, Targets
 from vllm_pd_plugin.ray_serve.roster import Beat, Roster, View
 

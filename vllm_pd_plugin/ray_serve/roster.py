@@ -10,8 +10,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 
-from vllm_pd_plugin.frontend.membership import Engines, Wanted
-from vllm_pd_plugin.frontend.routing import EngineKey, Role
+from vllm_pd_plugin.frontend.pool.membership import Engines, Wanted
+from vllm_pd_plugin.frontend.routing.choice import EngineKey, Role
 from vllm_pd_plugin.ray_serve.demand import (
     Demand,
     Targets,

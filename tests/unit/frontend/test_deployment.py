@@ -16,7 +16,7 @@ from vllm_pd_plugin.frontend.deployment import (
     take_deployment,
     words_of,
 )
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.routing.choice import Role
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "ray_serve.yaml"
 

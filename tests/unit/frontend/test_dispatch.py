@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.frontend import PROMPT, make_request
-from vllm_pd_plugin.tokens import EngineLoad
+from vllm_pd_plugin.engine_port.messages import EngineLoad
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -33,11 +33,11 @@ with warnings.catch_warnings():
         output_of,
         outputs_of,
     )
-    from vllm_pd_plugin.frontend.course import Course
     from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits
-    from vllm_pd_plugin.frontend.endings import Ending
-    from vllm_pd_plugin.frontend.membership import Wanted
-    from vllm_pd_plugin.frontend.routing import NoPrefill, Policy, Role
+    from vllm_pd_plugin.frontend.pool.membership import Wanted
+    from vllm_pd_plugin.frontend.requests.course import Course
+    from vllm_pd_plugin.frontend.requests.endings import Ending
+    from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Policy, Role
 
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
 ERROR, ABORT = FinishReason.ERROR, FinishReason.ABORT

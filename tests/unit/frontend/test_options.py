@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from vllm_pd_plugin.channel import CurveKeys
+from vllm_pd_plugin.net.channel import CurveKeys
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
         parse_engines,
         parse_options,
     )
-    from vllm_pd_plugin.frontend.routing import NoPrefill, Policy, Role, Strategy
+    from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Policy, Role, Strategy
 
 P, D = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
 

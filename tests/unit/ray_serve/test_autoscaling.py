@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import FakeClock
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.routing.choice import Role
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's, not ours

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.ray_serve.demand import (
     Demand,
     EngineSeen,

@@ -13,11 +13,11 @@ from vllm_pd_plugin.frontend.deployment import parse_deployment
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's and Ray's, not ours
     from tests.fakes.links import link_of, make_member
-    from vllm_pd_plugin.frontend.metrics import Totals
-    from vllm_pd_plugin.frontend.routing import NoPrefill, Role
+    from vllm_pd_plugin.engine_port.messages import EngineLoad
+    from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Role
+    from vllm_pd_plugin.frontend.telemetry.metrics import Totals
     from vllm_pd_plugin.ray_serve.demand import EngineSeen, Targets
-    from vllm_pd_plugin.ray_serve.frontend import DemandMeter, parse_frontend, targets_of
-    from vllm_pd_plugin.tokens import EngineLoad
+    from vllm_pd_plugin.ray_serve.registry_frontend import DemandMeter, parse_frontend, targets_of
 
 
 class _Dispatch:

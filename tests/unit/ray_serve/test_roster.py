@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes.clock import FakeClock
-from vllm_pd_plugin.frontend.membership import Wanted
-from vllm_pd_plugin.frontend.routing import Role
+from vllm_pd_plugin.frontend.pool.membership import Wanted
+from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.ray_serve.demand import Demand, EngineSeen, Targets
 from vllm_pd_plugin.ray_serve.roster import SETTLE_S, SILENT_S, Beat, Roster
 

@@ -1,0 +1,1 @@
+"""What autoscaling does with a step of load."""

@@ -1,0 +1,1 @@
+"""What becomes of requests when engines die and links drop."""

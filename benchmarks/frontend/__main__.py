@@ -1,0 +1,204 @@
+"""What `vllm-pd serve` costs: throughput, latency, CPU and memory of the frontend.
+
+Parts: `canned`, the frontend alone, over engines that answer at once and compute nothing;
+`pdplugin` and `nixl`, the whole path on real engines with tiny-llama: CPU a request of everything
+that is not an engine core, behind `vllm-pd serve` and behind vllm-router with vLLM's NixlConnector.
+On the canned engines also `--streams N` that are open at once, and the memory of `--soak N`
+requests. Needs two cores; the whole path needs some 10 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.common import output, program
+from benchmarks.common.client import Prompts
+from benchmarks.common.engines import SMALL_FLAGS
+from benchmarks.common.processes import Cores
+from benchmarks.common.program import some_of, whole_numbers
+from benchmarks.common.statistics import Row
+from benchmarks.frontend.rows import CANNED, NOTES, SOAK, STREAMS, tables
+from benchmarks.frontend.run import (
+    ANSWER_TOKENS,
+    SOAK_SAMPLES,
+    SOAK_WARM_UP,
+    Canned,
+    WholePath,
+    raise_open_files,
+    start_site,
+    stream_tokens,
+)
+from benchmarks.goodput.arms import start_arms
+from tests import models
+from tests.engine import say
+
+EXAMPLES = """examples:
+  python -m benchmarks.frontend --quick
+  python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
+  python -m benchmarks.frontend --arms canned --workers 2 --concurrency 64,256
+  python -m benchmarks.frontend --arms pdplugin,nixl --requests 400 --repeat 7
+"""
+
+ARMS = (CANNED, "pdplugin", "nixl")
+MAX_CONCURRENCY = 4096
+MAX_PROMPT_TOKENS, MAX_STREAM_TOKENS = 2000, 6000
+"""Together within tiny-llama's longest context."""
+
+
+def main() -> int:
+    args = parse_arguments()
+    return program.run(lambda stack: measure(args, stack))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = program.parser("frontend", __doc__)
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "--arms", type=some_of(ARMS), default=list(ARMS), metavar="ARM,...",
+        help=f"some of {', '.join(ARMS)} (all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--concurrency", type=whole_numbers(1, MAX_CONCURRENCY), metavar="N,...",
+        help="canned: requests at a time (1,16,64,256)",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, help="canned: of one measurement (8)")
+    parser.add_argument("--repeat", type=int, help="repetitions of each measurement (5)")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="canned: processes of the frontend (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=128, metavar="N", help="of every prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--streams", type=int, default=0, metavar="N",
+        help="also open so many canned streams at once (%(default)s: not)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stream-seconds", type=float, default=20.0, metavar="SECONDS",
+        help="for how long they are watched (%(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--step-ms", type=float, default=50.0, metavar="MS",
+        help="a token of each stream in so many ms (%(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--soak", type=int, default=0, metavar="N",
+        help="also watch the memory over so many canned requests (%(default)s: not)",
+    )  # fmt: skip
+    parser.add_argument("--requests", type=int, help="whole path: in a repetition (400)")
+    parser.add_argument(
+        "--path-concurrency", type=int, default=8, metavar="N",
+        help="whole path: requests at a time (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="small numbers and one repetition, for what is not given",
+    )  # fmt: skip
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs here")
+    args = parser.parse_args()
+    usual = ([1, 16, 64, 256], 8.0, 5, 400)
+    quick = ([1, 8], 2.0, 1, 40)
+    options = ("concurrency", "seconds", "repeat", "requests")
+    for option, value in zip(options, quick if args.quick else usual, strict=True):
+        if getattr(args, option) is None:
+            setattr(args, option, value)
+    counts = (args.repeat, args.workers, args.prompt_tokens, args.requests, args.path_concurrency)
+    times = (args.seconds, args.stream_seconds, args.step_ms)
+    if min(counts) < 1 or min(times) <= 0:
+        parser.error("times must be above 0, numbers 1 or more")
+    if args.prompt_tokens > MAX_PROMPT_TOKENS:
+        parser.error(f"--prompt-tokens must be {MAX_PROMPT_TOKENS} or less")
+    if args.streams < 0 or args.soak < 0 or 0 < args.soak < SOAK_SAMPLES:
+        parser.error(f"--streams must be 0 or more, --soak 0, or {SOAK_SAMPLES} or more")
+    if args.streams and stream_tokens(args.step_ms, args.stream_seconds) > MAX_STREAM_TOKENS:
+        parser.error(f"a stream would have more than {MAX_STREAM_TOKENS} tokens: raise --step-ms")
+    return args
+
+
+def measure(args: argparse.Namespace, stack: ExitStack) -> int:
+    """Take each part that is wanted, print and write. ``stack`` gets what ends it all."""
+    facts = output.machine()
+    folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    folder.mkdir(parents=True, exist_ok=True)
+    raise_open_files()
+    rows: list[Row] = []
+    for is_wanted, part in (
+        (CANNED in args.arms or args.soak, measure_fast),
+        (args.streams, measure_streams),
+        (set(args.arms) - {CANNED}, measure_whole_path),
+    ):
+        if not is_wanted:
+            continue
+        # What one part has started ends before the next one begins, or with everything.
+        own = stack.enter_context(ExitStack())
+        more_facts = part(args, folder, own, rows.append)
+        own.close()
+        facts += more_facts
+        if args.json:
+            output.write(args.json, rows, tables(rows), facts)
+    print(output.as_text(tables(rows), facts))
+    return 0
+
+
+Keep = Callable[[Row], None]
+
+
+def measure_fast(args: argparse.Namespace, folder: Path, stack: ExitStack, keep: Keep) -> list[str]:
+    """Measure the frontend over canned engines that are as fast as they can be."""
+    say("starting canned engines and a frontend: some 30 s")
+    site = start_site(models.tiny_llama(), args.workers, 0.0, folder, stack)
+    canned = Canned(site, Prompts(1), args.prompt_tokens)
+    facts: list[str] = []
+    if CANNED in args.arms:
+        for row in canned.closed(args.concurrency, args.seconds, args.repeat):
+            keep(row)
+        facts += notes(
+            CANNED, prompt=args.prompt_tokens, answer=ANSWER_TOKENS, repeat=args.repeat,
+            seconds=args.seconds,
+        )  # fmt: skip
+    if args.soak:
+        keep(canned.soak(args.soak))
+        facts += notes(SOAK, warm_up=SOAK_WARM_UP, samples=SOAK_SAMPLES + 1)
+    return facts
+
+
+def measure_streams(
+    args: argparse.Namespace, folder: Path, stack: ExitStack, keep: Keep
+) -> list[str]:
+    """Measure the frontend with many streams open, over canned engines that take their time."""
+    say(f"starting canned engines and a frontend for {args.streams} streams: some 30 s")
+    site = start_site(models.tiny_llama(), args.workers, args.step_ms, folder, stack)
+    canned = Canned(site, Prompts(2), args.prompt_tokens)
+    keep(canned.streams(args.streams, args.step_ms, args.stream_seconds))
+    return notes(STREAMS, step=args.step_ms)
+
+
+def measure_whole_path(
+    args: argparse.Namespace, folder: Path, stack: ExitStack, keep: Keep
+) -> list[str]:
+    """Measure what stands before the engine cores, on real engines."""
+    arms = [arm for arm in args.arms if arm != CANNED]
+    started = start_arms(arms, models.tiny_llama(), SMALL_FLAGS, folder, stack)
+    path = WholePath(started, Prompts(3), args.prompt_tokens, args.path_concurrency)
+    for row in path.rows(args.requests, args.repeat):
+        keep(row)
+    cores = Cores.choose()
+    return notes(
+        "engines", prompt=args.prompt_tokens, answer=ANSWER_TOKENS, requests=args.requests,
+        concurrency=args.path_concurrency, repeat=args.repeat, first=cores.compute,
+        second=cores.other,
+    )  # fmt: skip
+
+
+def notes(part: str, **shown: object) -> list[str]:
+    return [note.format(**shown) for note in NOTES[part]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

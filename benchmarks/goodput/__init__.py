@@ -1,0 +1,1 @@
+"""How many requests a second meet an SLO."""

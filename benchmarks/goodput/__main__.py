@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.goodput.command import main
+
+sys.exit(main())

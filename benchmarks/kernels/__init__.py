@@ -1,0 +1,1 @@
+"""How fast the native ops are."""

@@ -1,0 +1,1 @@
+"""What memory the connector adds, and whether it grows."""

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.memory.command import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""What lossy codecs do to a real model."""

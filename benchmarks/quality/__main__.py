@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.quality.command import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""What scattered blocks cost."""

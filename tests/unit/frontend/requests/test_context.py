@@ -1,0 +1,74 @@
+"""What headers say of a request, and what a client that is turned away is told."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+from starlette.datastructures import Headers
+
+from vllm_pd_plugin.frontend.requests.context import (
+    ContextMiddleware,
+    RequestContext,
+    current,
+    read_context,
+)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, RequestContext(None, math.inf)),
+        ({"x-slo-class": "batch"}, RequestContext("batch", math.inf)),
+        ({"X-Request-Timeout": "1.5"}, RequestContext(None, 1.5)),
+        ({"x-request-timeout": "soon"}, RequestContext(None, math.inf)),
+        ({"x-request-timeout": "0"}, RequestContext(None, math.inf)),
+        ({"x-request-timeout": "-3"}, RequestContext(None, math.inf)),
+        ({"x-request-timeout": "nan"}, RequestContext(None, math.inf)),
+    ],
+)
+def test_headers_are_read_and_nonsense_is_ignored(
+    headers: dict[str, str], expected: RequestContext
+) -> None:
+    assert read_context(Headers(headers)) == expected
+
+
+def answer(status: int, own_retry: bytes | None = None) -> tuple[dict[bytes, bytes], Any]:
+    """Return the headers of an answer that has come through the middleware, and what the
+    application saw."""
+    seen: list[RequestContext] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(current())
+        headers = [] if own_retry is None else [(b"retry-after", own_retry)]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"x-slo-class", b"batch")]}
+    asyncio.run(ContextMiddleware(app)(scope, receive, send))
+    return dict(sent[0]["headers"]), seen[0]
+
+
+def test_the_application_knows_the_headers_and_nobody_else_does() -> None:
+    assert answer(200)[1].slo_class == "batch"
+    assert current() == RequestContext()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_client_that_is_turned_away_is_told_when_to_come_again(status: int) -> None:
+    assert answer(status)[0] == {b"retry-after": b"1"}
+    assert answer(status, own_retry=b"9")[0] == {b"retry-after": b"9"}
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_others_are_not(status: int) -> None:
+    assert answer(status)[0] == {}

@@ -1,0 +1,235 @@
+"""Writing pieces down for consumers, as long as there is room."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from tests.fakes.coder import FakeCoder
+from tests.fakes.engines import make_layout
+from tests.fakes.memory import BLOCK_BYTES, FakeMemory
+from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.ids import HandoffId
+from vllm_pd_plugin.packing.packer import Packer
+from vllm_pd_plugin.packing.pieces import Pieces
+from vllm_pd_plugin.packing.staging import ALIGNMENT, Staging
+from vllm_pd_plugin.protocol import wire
+
+A, B = HandoffId("a"), HandoffId("b")
+ROOM = 4 * ALIGNMENT
+"""For four pieces of up to 256 bytes."""
+TABLE = tuple(range(1, 9))
+
+
+class Rank:
+    """A packer, with two layers of KV to pack."""
+
+    def __init__(self) -> None:
+        layout = make_layout()
+        self.memory = FakeMemory(layout)
+        for block in TABLE:
+            self.memory.fill([block], block)
+        self.staging = Staging(ROOM)
+        self.coder = FakeCoder(self.memory, ROOM)
+        pieces = Pieces(layout, self.memory.regions)
+        self.packer = Packer(pieces, self.staging, self.coder)
+
+    def want(self, handoff_id: HandoffId, number: int, **changes: object) -> wire.Stage:
+        """A consumer wants the first of two blocks in both layers, unless told."""
+        runs = (wire.LayerRun(2, 0, 2),)
+        pack = wire.Pack(handoff_id, 3, 0, number, Codec.RAW, 8, runs, False)
+        stage = wire.Stage(msgspec.structs.replace(pack, **changes), (TABLE,))
+        self.packer.stage(stage)
+        return stage
+
+    def packed(self) -> list[tuple[HandoffId, int]]:
+        """Everything that can be written down now."""
+        done = []
+        while staged := self.packer.turn():
+            assert staged.packed is not None
+            done.append((staged.handoff_id, staged.packed.number))
+        return done
+
+    def refused(self) -> Reason | None:
+        staged = self.packer.turn()
+        assert staged is not None
+        assert staged.packed is None
+        return staged.reason
+
+
+@pytest.fixture
+def rank() -> Rank:
+    return Rank()
+
+
+def test_a_piece_is_written_down_and_its_place_told(rank: Rank) -> None:
+    rank.want(A, 7)
+    staged = rank.packer.turn()
+    size = 2 * 2 * BLOCK_BYTES
+    packed = wire.Packed(A, 3, 7, 0, size, b"")
+    assert staged == wire.Staged(A, 0, packed, None)
+    content = rank.coder.outgoing[:size].reshape(4, BLOCK_BYTES)
+    assert content.tolist() == [[block] * BLOCK_BYTES for block in (1, 2, 1, 2)]
+    assert rank.packer.taken_bytes == ALIGNMENT
+    assert rank.packer.turn() is None
+
+
+def test_its_digest_is_told_if_it_is_asked_for(rank: Rank) -> None:
+    rank.want(A, 1, digest=True)
+    staged = rank.packer.turn()
+    assert staged is not None
+    assert staged.packed is not None
+    assert staged.packed.digest == rank.coder.digest_outgoing(0, staged.packed.num_bytes) != b""
+
+
+def test_pieces_are_written_down_one_at_a_time_first_come_first_served(rank: Rank) -> None:
+    for handoff, number in [(A, 1), (B, 1), (A, 2)]:
+        rank.want(handoff, number)
+    rank.packer.turn()
+    assert rank.coder.num_encoded == 1
+    assert rank.packed() == [(B, 1), (A, 2)]
+
+
+def test_a_piece_waits_for_room_and_those_behind_it_too(rank: Rank) -> None:
+    large = (wire.LayerRun(2, 0, 4),)  # of 256 bytes, as the others
+    for number in range(5):
+        rank.want(A, number, layers=large, num_tokens=16)
+    rank.want(B, 1)
+    assert rank.packed() == [(A, number) for number in range(4)]
+    assert rank.packer.turn() is None
+    rank.packer.unstage(A, 2)
+    assert rank.packed() == [(A, 4)]
+    rank.packer.unstage(A, 0)
+    assert rank.packed() == [(B, 1)]
+
+
+def test_what_is_not_wanted_any_more_is_not_written_down(rank: Rank) -> None:
+    rank.want(A, 1)
+    rank.want(B, 1)
+    rank.packer.unstage(A, 1)
+    assert rank.packed() == [(B, 1)]
+
+
+def test_all_of_a_handoff_is_given_back_together(rank: Rank) -> None:
+    for number in (1, 2):
+        rank.want(A, number)
+        rank.want(B, number)
+    rank.packed()
+    rank.want(A, 3)
+    rank.packer.unstage(A, None)
+    assert rank.packed() == []
+    assert rank.packer.taken_bytes == 2 * ALIGNMENT
+    rank.packer.unstage(B, None)
+    assert rank.packer.taken_bytes == 0
+
+
+def test_clearing_frees_all_and_forgets_what_waits(rank: Rank) -> None:
+    for number in range(6):
+        rank.want(A, number)
+    rank.packed()
+    rank.packer.clear()
+    assert rank.packer.taken_bytes == 0
+    assert rank.packer.turn() is None
+    rank.want(B, 1)
+    assert rank.packed() == [(B, 1)]
+
+
+@pytest.mark.parametrize("number", [1, None])
+def test_giving_back_what_is_not_there_does_nothing(rank: Rank, number: int | None) -> None:
+    rank.want(B, 1)
+    rank.packed()
+    rank.packer.unstage(A, number)
+    rank.packer.unstage(A, number)
+    assert rank.packer.taken_bytes == ALIGNMENT
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layers": (wire.LayerRun(1, 0, 2),)}, Reason.MISSING_BLOCKS),
+        ({"layers": (wire.LayerRun(2, 0, 9),), "num_tokens": 36}, Reason.MISSING_BLOCKS),
+        ({"layers": (wire.LayerRun(2, 0, 2**64 - 1),)}, Reason.MISSING_BLOCKS),
+        ({"layers": (wire.LayerRun(2, 0, 0),)}, Reason.MISSING_BLOCKS),
+        ({"layers": ()}, Reason.MISSING_BLOCKS),
+        ({"num_tokens": 0}, Reason.MISSING_BLOCKS),
+        ({"codec": Codec.INT4}, Reason.INTERNAL),
+        ({"layers": (wire.LayerRun(2, 0, 5),), "num_tokens": 20}, Reason.INTERNAL),  # too large
+    ],
+    ids=str,
+)
+def test_a_malformed_request_is_answered_with_a_reason_and_takes_no_memory(
+    rank: Rank, changes: dict[str, object], reason: Reason
+) -> None:
+    rank.want(A, 1, **changes)
+    rank.want(B, 1)
+    assert rank.refused() is reason
+    assert rank.packer.taken_bytes == 0
+    assert rank.packed() == [(B, 1)]
+
+
+def test_a_coder_that_refuses_is_answered_for_and_leaves_no_memory_taken(rank: Rank) -> None:
+    rank.coder.refuses = True
+    rank.want(A, 1)
+    assert rank.refused() is Reason.INTERNAL
+    assert rank.packer.taken_bytes == 0
+    rank.coder.refuses = False
+    rank.want(A, 1)
+    assert rank.packed() == [(A, 1)]
+
+
+def test_the_same_piece_of_two_handoffs_is_two_pieces(rank: Rank) -> None:
+    rank.want(A, 1)
+    rank.want(B, 1)
+    assert rank.packed() == [(A, 1), (B, 1)]
+    assert rank.packer.taken_bytes == 2 * ALIGNMENT
+
+
+# The answer may have been lost; or the piece may just be read, and its place must stay its own.
+def test_a_piece_that_is_wanted_again_keeps_its_place_and_is_told_again(rank: Rank) -> None:
+    rank.want(A, 1)
+    first = rank.packer.turn()
+    assert first is not None
+    rank.memory.fill(TABLE, 0xEE)
+    rank.want(A, 1)
+    rank.want(B, 1)
+    assert rank.packer.turn() == first
+    assert rank.coder.num_encoded == 1
+    assert rank.packer.taken_bytes == ALIGNMENT
+    assert rank.packed() == [(B, 1)]
+    rank.packer.unstage(A, 1)
+    assert rank.packer.taken_bytes == ALIGNMENT
+
+
+def test_a_piece_that_is_wanted_twice_while_it_waits_is_written_down_once(rank: Rank) -> None:
+    for _ in range(3):
+        rank.want(A, 1)
+    assert rank.packed() == [(A, 1)]
+    assert rank.packer.taken_bytes == ALIGNMENT
+
+
+@pytest.mark.parametrize("number", [1, None])
+def test_a_piece_that_was_wanted_again_and_then_not_any_more_is_not_told(
+    rank: Rank, number: int | None
+) -> None:
+    rank.want(A, 1)
+    rank.packed()
+    rank.want(A, 1)
+    rank.packer.unstage(A, number)
+    assert rank.packer.turn() is None
+    assert rank.packer.taken_bytes == 0
+
+
+def test_a_refused_piece_leaves_others_of_its_handoff_alone(rank: Rank) -> None:
+    rank.want(A, 1)
+    rank.packed()
+    rank.want(A, 2, layers=())
+    assert rank.refused() is Reason.MISSING_BLOCKS
+    assert rank.packer.taken_bytes == ALIGNMENT
+
+
+def test_a_piece_can_be_had_again_after_it_was_given_back(rank: Rank) -> None:
+    for _ in range(2):
+        rank.want(A, 1)
+        assert rank.packed() == [(A, 1)]
+        rank.packer.unstage(A, 1)

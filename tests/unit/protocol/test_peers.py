@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import pytest
+
+from tests.fakes.clock import FakeClock
+from tests.fakes.engines import make_layout
+from tests.fakes.network import FakeNetwork
+from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.ids import Address, Incarnation, new_handoff_id, new_incarnation
+from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory, Region
+from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.peers import Identity, Peer, PeerTable
+
+ADDRESS: Address = ("127.0.0.1", 7000)
+TIMEOUT_S = 5.0
+REGION = Region(0, 10, 32, 32)
+H = new_handoff_id()
+
+
+class Remote:
+    """A producer that answers Hello, and other messages as a test says."""
+
+    def __init__(self, network: FakeNetwork, layout: EngineLayout | None = None) -> None:
+        self.incarnation = new_incarnation()
+        self.layout = layout or make_layout()
+        self.ranks: tuple[RankMemory, ...] = (RankMemory((REGION, REGION), b"meta"),)
+        self.got: list[wire.Message] = []
+        self.targets: list[Incarnation] = []
+        self._network = network
+        self._who: tuple[bytes, Incarnation] | None = None
+        network.listeners[ADDRESS] = self._receive
+
+    def say(self, message: wire.Message, target: Incarnation | None = None) -> None:
+        """Send to whoever spoke last."""
+        assert self._who is not None
+        identity, consumer = self._who
+        frames = wire.encode(message, self.incarnation, consumer if target is None else target)
+        self._network.answer(identity, frames)
+
+    def welcome(self) -> wire.Welcome:
+        return wire.Welcome("remote", self.layout, self.ranks, 30.0)
+
+    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+        header, message = wire.decode(frames)
+        self._who = (identity, header.sender)
+        self.got.append(message)
+        self.targets.append(header.target)
+        if isinstance(message, wire.Hello):
+            self.say(self.welcome())
+
+
+class Local:
+    """A peer table, and what it has told its listener."""
+
+    def __init__(self, network: FakeNetwork, clock: FakeClock) -> None:
+        self.identity = Identity("local", new_incarnation())
+        self.ready: list[Peer] = []
+        self.lost: list[PeerError] = []
+        self.replies: list[wire.Message] = []
+        self.order: list[str] = []
+        self.table = PeerTable(
+            self.identity,
+            make_layout(),
+            TIMEOUT_S,
+            network.connect,
+            clock,
+            self,
+        )
+
+    def reasons(self) -> list[Reason]:
+        return [error.reason for error in self.lost]
+
+    def peer(self) -> Peer:
+        peer = self.table.get(ADDRESS)
+        assert peer is not None
+        return peer
+
+    def peer_ready(self, address: Address, peer: Peer) -> None:
+        assert address == peer.address == ADDRESS
+        self.ready.append(peer)
+        self.order.append("ready")
+
+    def peer_lost(self, address: Address, error: PeerError) -> None:
+        assert address == ADDRESS
+        self.lost.append(error)
+        self.order.append("lost")
+
+    def peer_replied(self, peer: Peer, message: wire.Message) -> None:
+        assert peer is self.ready[-1]
+        self.replies.append(message)
+
+
+@pytest.fixture
+def network() -> FakeNetwork:
+    return FakeNetwork()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def remote(network: FakeNetwork) -> Remote:
+    return Remote(network)
+
+
+@pytest.fixture
+def local(network: FakeNetwork, clock: FakeClock) -> Local:
+    return Local(network, clock)
+
+
+@pytest.fixture
+def acquainted(local: Local, remote: Remote, network: FakeNetwork) -> Local:
+    """A table that knows the remote."""
+    local.table.get(ADDRESS)
+    network.deliver()
+    return local
+
+
+def test_an_unknown_address_is_introduced_once(
+    local: Local, remote: Remote, network: FakeNetwork
+) -> None:
+    assert local.table.get(ADDRESS) is None
+    assert local.table.get(ADDRESS) is None
+    network.deliver()
+    assert remote.got == [wire.Hello("local")]
+    assert remote.targets == [""]
+    assert network.open_links(ADDRESS) == 1
+
+
+def test_a_peer_that_answers_is_ready(acquainted: Local, remote: Remote) -> None:
+    (peer,) = acquainted.ready
+    assert acquainted.table.get(ADDRESS) is peer
+    assert (peer.address, peer.incarnation) == (ADDRESS, remote.incarnation)
+    assert peer.welcome == remote.welcome()
+    assert acquainted.lost == []
+
+
+def test_a_message_is_meant_for_the_incarnation_that_is_known(
+    acquainted: Local, remote: Remote, network: FakeNetwork
+) -> None:
+    acquainted.table.send(acquainted.peer(), wire.Want(H))
+    network.deliver()
+    assert remote.got[-1] == wire.Want(H)
+    assert remote.targets[-1] == remote.incarnation
+
+
+def test_a_reply_is_handed_on(acquainted: Local, remote: Remote, network: FakeNetwork) -> None:
+    remote.say(wire.Offer(H, 10, b""))
+    network.deliver()
+    assert acquainted.replies == [wire.Offer(H, 10, b"")]
+
+
+def test_silence_to_the_introduction_loses_the_peer(
+    local: Local, network: FakeNetwork, clock: FakeClock
+) -> None:
+    local.table.get(ADDRESS)
+    assert local.table.tick() == clock() + TIMEOUT_S
+    clock.advance(TIMEOUT_S - 0.001)
+    local.table.tick()
+    assert local.lost == []
+    clock.advance(0.001)
+    assert local.table.tick() is None
+    assert local.reasons() == [Reason.PEER_UNREACHABLE]
+    assert "no answer from 127.0.0.1:7000 within 5 s" in str(local.lost[0])
+    assert network.open_links(ADDRESS) == 0
+
+
+def test_silence_to_a_question_loses_the_peer(
+    acquainted: Local, network: FakeNetwork, clock: FakeClock
+) -> None:
+    acquainted.table.send(acquainted.peer(), wire.Want(H))
+    clock.advance(TIMEOUT_S)
+    acquainted.table.tick()
+    assert acquainted.reasons() == [Reason.PEER_UNREACHABLE]
+
+
+def test_a_second_question_does_not_put_off_the_deadline_of_the_first(
+    acquainted: Local, clock: FakeClock
+) -> None:
+    acquainted.table.send(acquainted.peer(), wire.Want(H))
+    clock.advance(TIMEOUT_S - 1)
+    acquainted.table.send(acquainted.peer(), wire.Want(H))
+    clock.advance(1)
+    acquainted.table.tick()
+    assert acquainted.reasons() == [Reason.PEER_UNREACHABLE]
+
+
+def test_an_answer_in_time_keeps_the_peer(
+    acquainted: Local, remote: Remote, network: FakeNetwork, clock: FakeClock
+) -> None:
+    acquainted.table.send(acquainted.peer(), wire.Want(H))
+    network.deliver()
+    remote.say(wire.Offer(H, 10, b""))
+    network.deliver()
+    clock.advance(100 * TIMEOUT_S)
+    assert acquainted.table.tick() is None
+    assert acquainted.lost == []
+
+
+def test_a_message_that_expects_no_answer_may_be_met_with_silence(
+    acquainted: Local, clock: FakeClock
+) -> None:
+    acquainted.table.send(acquainted.peer(), wire.Cancel(H), expects_answer=False)
+    clock.advance(100 * TIMEOUT_S)
+    assert acquainted.table.tick() is None
+    assert acquainted.lost == []
+
+
+def test_a_lost_peer_is_introduced_afresh(
+    acquainted: Local, network: FakeNetwork, clock: FakeClock
+) -> None:
+    gone = acquainted.peer()
+    acquainted.table.drop(ADDRESS, PeerError(Reason.READ_FAILED, "broken"))
+    assert acquainted.reasons() == [Reason.READ_FAILED]
+    assert acquainted.table.get(ADDRESS) is None
+    network.deliver()
+    assert acquainted.peer() is not gone
+
+
+def test_a_lost_peer_is_sent_nothing(
+    acquainted: Local, remote: Remote, network: FakeNetwork, clock: FakeClock
+) -> None:
+    gone = acquainted.peer()
+    acquainted.table.drop(ADDRESS, PeerError(Reason.READ_FAILED, "broken"))
+    acquainted.table.send(gone, wire.Want(H))
+    acquainted.table.get(ADDRESS)
+    network.deliver()
+    acquainted.table.send(gone, wire.Want(H))
+    network.deliver()
+    assert wire.Want(H) not in remote.got
+    assert acquainted.table.tick() is None
+
+
+def test_an_address_that_nobody_asked_for_is_dropped_without_a_word(local: Local) -> None:
+    local.table.drop(ADDRESS, PeerError(Reason.READ_FAILED, "broken"))
+    assert local.lost == []
+
+
+def test_a_late_answer_to_a_lost_connection_is_ignored(
+    acquainted: Local, remote: Remote, network: FakeNetwork
+) -> None:
+    remote.say(wire.Offer(H, 10, b""))
+    acquainted.table.drop(ADDRESS, PeerError(Reason.READ_FAILED, "broken"))
+    network.deliver()
+    assert acquainted.replies == []
+
+
+def test_a_peer_of_another_model_is_refused(network: FakeNetwork, local: Local) -> None:
+    Remote(network, make_layout("other"))
+    local.table.get(ADDRESS)
+    network.deliver()
+    assert local.reasons() == [Reason.PEER_INCOMPATIBLE]
+    assert "model digest is other, ours is model" in str(local.lost[0])
+    assert local.ready == []
+    assert network.open_links(ADDRESS) == 0
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [(), (RankMemory((REGION,), b""),), (RankMemory((REGION,) * 2, b""),) * 2],
+    ids=["no ranks", "a region too few", "a rank too many"],
+)
+def test_a_peer_that_describes_its_memory_inconsistently_is_refused(
+    network: FakeNetwork, local: Local, remote: Remote, ranks: tuple[RankMemory, ...]
+) -> None:
+    remote.ranks = ranks
+    local.table.get(ADDRESS)
+    network.deliver()
+    assert local.reasons() == [Reason.PEER_INCOMPATIBLE]
+    assert local.ready == []
+
+
+def test_a_peer_of_another_protocol_version_is_refused(
+    local: Local, network: FakeNetwork, remote: Remote
+) -> None:
+    local.table.get(ADDRESS)
+    network.deliver_one()
+    (packet,) = network.in_flight
+    packet.frames[0] = msgspec.msgpack.encode([99, "welcome", remote.incarnation, ""])
+    network.deliver()
+    assert local.reasons() == [Reason.PEER_INCOMPATIBLE]
+    assert "version 99" in str(local.lost[0])
+
+
+def test_rubbish_is_counted_and_changes_nothing(acquainted: Local, network: FakeNetwork) -> None:
+    peer = acquainted.peer()
+    (link,) = network.links.values()
+    link.on_message([b"rubbish"])
+    link.on_message([])
+    assert acquainted.table.dropped_messages == 2
+    assert acquainted.peer() is peer
+    assert acquainted.lost == []
+
+
+def test_rubbish_is_no_answer(acquainted: Local, network: FakeNetwork, clock: FakeClock) -> None:
+    acquainted.table.send(acquainted.peer(), wire.Want(H))
+    (link,) = network.links.values()
+    link.on_message([b"rubbish"])
+    clock.advance(TIMEOUT_S)
+    acquainted.table.tick()
+    assert acquainted.reasons() == [Reason.PEER_UNREACHABLE]
+
+
+@pytest.mark.parametrize("target", ["", "somebody else"])
+def test_an_answer_to_somebody_else_is_dropped(
+    acquainted: Local, remote: Remote, network: FakeNetwork, target: str
+) -> None:
+    remote.say(wire.Offer(H, 10, b""), target=Incarnation(target))
+    network.deliver()
+    assert acquainted.replies == []
+    assert acquainted.table.dropped_messages == 1
+
+
+def test_a_reply_before_the_introduction_is_dropped(
+    local: Local, remote: Remote, network: FakeNetwork
+) -> None:
+    local.table.get(ADDRESS)
+    network.deliver_one()
+    network.lose("welcome")
+    remote.say(wire.Offer(H, 10, b""))
+    network.deliver()
+    assert local.replies == []
+    assert local.table.dropped_messages == 1
+
+
+def test_an_answer_of_another_incarnation_loses_the_peer(
+    acquainted: Local, remote: Remote, network: FakeNetwork
+) -> None:
+    replacement = Remote(network)
+    acquainted.table.send(acquainted.peer(), wire.Want(H))
+    network.deliver()
+    replacement.say(wire.Alive({}))
+    network.deliver()
+    assert acquainted.reasons() == [Reason.PEER_RESTARTED]
+    assert "127.0.0.1:7000 was restarted" in str(acquainted.lost[0])
+    assert acquainted.replies == []
+    assert network.open_links(ADDRESS) == 0
+
+
+def test_a_refreshed_peer_that_is_still_the_same_stays(
+    acquainted: Local, network: FakeNetwork
+) -> None:
+    peer = acquainted.peer()
+    acquainted.table.refresh(ADDRESS)
+    network.deliver()
+    assert acquainted.ready == [peer, peer]
+    assert acquainted.lost == []
+
+
+def test_a_refreshed_peer_that_was_replaced_is_lost_and_then_ready(
+    acquainted: Local, network: FakeNetwork
+) -> None:
+    old = acquainted.peer()
+    replacement = Remote(network)
+    acquainted.table.refresh(ADDRESS)
+    network.deliver()
+    assert acquainted.order == ["ready", "lost", "ready"]
+    assert acquainted.reasons() == [Reason.PEER_RESTARTED]
+    assert acquainted.peer() is not old
+    assert acquainted.peer().incarnation == replacement.incarnation
+
+
+def test_a_refreshed_peer_that_is_silent_is_lost(
+    acquainted: Local, network: FakeNetwork, clock: FakeClock
+) -> None:
+    network.silence(ADDRESS)
+    acquainted.table.refresh(ADDRESS)
+    network.deliver()
+    clock.advance(TIMEOUT_S)
+    acquainted.table.tick()
+    assert acquainted.reasons() == [Reason.PEER_UNREACHABLE]
+
+
+def test_a_closed_table_closes_its_links_and_hears_nothing(
+    acquainted: Local, remote: Remote, network: FakeNetwork
+) -> None:
+    remote.say(wire.Offer(H, 10, b""))
+    acquainted.table.close()
+    network.deliver()
+    assert network.open_links(ADDRESS) == 0
+    assert acquainted.replies == []
+    assert acquainted.lost == []
+
+
+def test_a_lost_peer_is_logged_with_its_address(
+    acquainted: Local, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        acquainted.table.drop(ADDRESS, PeerError(Reason.READ_FAILED, "it broke"))
+    assert "peer 127.0.0.1:7000 lost: it broke" in caplog.text

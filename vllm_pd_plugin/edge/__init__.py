@@ -1,0 +1,1 @@
+"""All that imports vLLM in an engine."""

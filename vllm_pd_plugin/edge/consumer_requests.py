@@ -1,0 +1,337 @@
+"""Requests of this engine whose KV comes from elsewhere, as vLLM's scheduler sees them.
+
+Owned by the engine's own thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm_pd_plugin.codecs.codec import CodecChoice
+from vllm_pd_plugin.edge.digest import prompt_digest
+from vllm_pd_plugin.edge.metadata import FetchReport
+from vllm_pd_plugin.edge.metrics import PdStats
+from vllm_pd_plugin.errors import HandoffError, Reason
+from vllm_pd_plugin.ids import HandoffId, RequestId, Source
+from vllm_pd_plugin.protocol.control import CallControl, Lost, Offered
+from vllm_pd_plugin.transfer.specs import FetchSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class _Stage(enum.Enum):
+    FOLLOWING = enum.auto()
+    """Another request fetches the same handoff (``n`` > 1): its blocks will be in the cache."""
+    WANTED = enum.auto()
+    OFFERED = enum.auto()
+    FETCHING = enum.auto()
+    WANTED_ELSEWHERE = enum.auto()
+    """It has blocks, a fetch has failed, and another producer is asked."""
+    FINISHED = enum.auto()
+    """The request has ended; its fetch is still to be reported."""
+    FAILED = enum.auto()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Consuming:
+    """sources: where the KV may be; the first is the one that is asked or fetched from."""
+
+    request: Request
+    sources: list[Source]
+    stage: _Stage = _Stage.WANTED
+    num_tokens: int = 0
+    missing: int = 0
+    """How many of them this engine lacked when it was last asked."""
+    spec: FetchSpec | None = None
+    """What the workers were last told to fetch."""
+    attempt: int = 0
+    codec: CodecChoice = CodecChoice()
+    seeds: bool = False
+    """It is to go on after the token that the producer has sampled."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchOrders:
+    """What the workers are to do; see ``metadata.StepMetadata``."""
+
+    fetches: tuple[FetchSpec, ...]
+    refused: tuple[RequestId, ...]
+    cancels: dict[RequestId, Reason]
+
+
+class ConsumingRequests:
+    """Which requests fetch, and how far each is."""
+
+    def __init__(self, recomputes: bool, call: CallControl, stats: PdStats) -> None:
+        self._recomputes = recomputes
+        self._call = call
+        self._stats = stats
+        self._open: dict[RequestId, _Consuming] = {}
+        self._leaders: dict[HandoffId, RequestId] = {}
+        self._fetches: list[FetchSpec] = []
+        self._refused: list[RequestId] = []
+        self._cancels: dict[RequestId, Reason] = {}
+        self._hopeless: list[RequestId] = []
+        self._report = FetchReport({}, {}, {}, {})
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(
+        self, request: Request, sources: Sequence[Source], codec: CodecChoice, seeds: bool = False
+    ) -> None:
+        """Begin to fetch, or to follow the request that already fetches the same handoff.
+
+        seeds: go on after the token that the producer has sampled.
+        """
+        consuming = _Consuming(request, list(sources), codec=codec, seeds=seeds)
+        self._open[request.request_id] = consuming
+        if self._is_led(consuming):
+            consuming.stage = _Stage.FOLLOWING
+        else:
+            self._leaders[sources[0].handoff_id] = request.request_id
+            self._want(consuming)
+
+    def add_failed(self, request: Request, error: HandoffError, seeds: bool = False) -> None:
+        """Take a request that cannot even begin to be handed off."""
+        self._open[request.request_id] = _Consuming(request, [], seeds=seeds)
+        self._fail(request.request_id, error.reason, str(error))
+
+    def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""
+        consuming = self._open.get(request.request_id)
+        if consuming is None:
+            return 0, False
+        if consuming.stage is _Stage.WANTED:
+            return None, False
+        if consuming.stage is _Stage.FOLLOWING:
+            return (None if self._is_led(consuming) else 0), False
+        if consuming.stage is _Stage.FAILED:
+            # vLLM fails a request only through a failed receive, so one is staged: a single
+            # token, whose load the workers report as failed without starting it.
+            if not self._recomputes:
+                return 1, True
+            # One that must not be computed here waits until it is ended.
+            return (None if consuming.seeds else 0), False
+        missing = consuming.missing = consuming.num_tokens - num_computed_tokens
+        # The last token of a prompt is computed again in any case, unless the next one is known.
+        return (missing, True) if missing > 1 or consuming.seeds else (0, False)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """The request has blocks, for so many tokens that are to come from elsewhere."""
+        request_id = request.request_id
+        consuming = self._open.get(request_id)
+        if consuming is None:
+            return
+        if num_external_tokens == 0:  # everything is here already, or is computed here
+            if consuming.missing > 1 and consuming.stage is not _Stage.FAILED:
+                # vLLM loads nothing for this request (it wants prompt_logprobs, for one).
+                self._stats.record_failure(Reason.NOT_LOADED)
+            self._forget(request_id, cancel=True)
+        elif consuming.stage is _Stage.FAILED:
+            self._refused.append(request_id)
+        else:
+            consuming.spec = FetchSpec(
+                request_id,
+                consuming.sources[0],
+                consuming.num_tokens - num_external_tokens,
+                consuming.num_tokens,
+                blocks.get_block_ids(),
+            )
+            self._fetch(consuming)
+
+    def take_orders(self) -> FetchOrders:
+        """Return what has gathered for the workers since the last call."""
+        orders = FetchOrders(tuple(self._fetches), tuple(self._refused), self._cancels)
+        self._fetches, self._refused, self._cancels = [], [], {}
+        return orders
+
+    def offered(self, offer: Offered) -> None:
+        """Take an offer, if it is for this very prompt."""
+        consuming = self._open.get(offer.request_id)
+        if consuming is None:
+            return
+        request = consuming.request
+        fits = offer.num_tokens <= request.num_tokens
+        if consuming.seeds:  # the token that it brings must be the next one
+            fits = offer.num_tokens == request.num_tokens
+        if not fits or prompt_digest(request, offer.num_tokens) != offer.digest:
+            self._close(request.request_id, cancel=False)
+            text = "the handoff is of another prompt"
+            self._lose(consuming, Reason.PROMPT_MISMATCH, text)
+            return
+        consuming.sources[0] = offer.source
+        if consuming.stage is _Stage.WANTED_ELSEWHERE:
+            self._fetch(consuming)
+        else:
+            consuming.stage, consuming.num_tokens = _Stage.OFFERED, offer.num_tokens
+
+    def lost(self, lost: Lost) -> None:
+        """What a request wants cannot be had."""
+        consuming = self._open.get(lost.request_id)
+        if consuming is None:
+            return
+        if consuming.stage is _Stage.FETCHING:
+            self._cancels[lost.request_id] = lost.reason
+        elif consuming.stage in (_Stage.WANTED, _Stage.OFFERED, _Stage.WANTED_ELSEWHERE):
+            self._lose(consuming, lost.reason, lost.message)
+
+    def collect(self, output: KVConnectorOutput) -> None:
+        """Take the workers' results of a step."""
+        report = output.kv_connector_worker_meta
+        if isinstance(report, FetchReport):  # a rank may say so before the last has finished
+            self._report = self._report.aggregate(report)
+            for request_id, attempt in report.attempts.items():
+                self._failed_on_a_rank(request_id, attempt)
+        for request_id in output.finished_recving or ():
+            reason = self._report.reasons.pop(request_id, Reason.INTERNAL)
+            valid_tokens = self._report.valid_tokens.pop(request_id, 0)
+            sampled = self._report.sampled.pop(request_id, None)
+            self._report.attempts.pop(request_id, None)
+            self._cancels.pop(request_id, None)
+            consuming = self._open.get(request_id)
+            if consuming is None:
+                continue
+            failed = request_id in output.failed_recving
+            if consuming.stage is _Stage.FINISHED and reason is Reason.INTERNAL:
+                reason = Reason.ABORTED  # it was refused for that, see ``finish``
+            if not failed and consuming.seeds and consuming.stage is _Stage.FETCHING:
+                self._seed(consuming, sampled)
+            retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
+            if failed and consuming.stage is not _Stage.FAILED:
+                self._fail(request_id, reason, "the fetch failed")
+            if not retries:
+                self._forget(request_id, cancel=failed)
+            elif consuming.sources:
+                self._close(request_id, cancel=True)
+                if valid_tokens and not consuming.seeds:
+                    # vLLM has set it to none: what did arrive need not be computed again.
+                    consuming.request.num_computed_tokens = valid_tokens
+                    self._stats.record_kept(valid_tokens)
+
+    def finish(self, request_id: RequestId) -> None:
+        """The request has ended, whatever the reason."""
+        consuming = self._open.get(request_id)
+        if consuming is None:
+            return
+        if consuming.stage is _Stage.FETCHING:
+            # vLLM keeps the blocks until the workers report the receive as finished.
+            consuming.stage = _Stage.FINISHED
+            if len(consuming.sources) == 1:
+                self._cancels[request_id] = Reason.ABORTED
+            else:  # a cancelled fetch that is not the last chance would not be reported
+                self._refused.append(request_id)
+        elif consuming.stage is _Stage.WANTED_ELSEWHERE:
+            consuming.stage = _Stage.FINISHED
+            self._refused.append(request_id)
+            self._close(request_id, cancel=True)
+        else:
+            self._forget(request_id, cancel=True)
+
+    def take_hopeless(self) -> list[RequestId]:
+        """Return requests that vLLM would compute afresh here, and must not."""
+        hopeless, self._hopeless = self._hopeless, []
+        return hopeless
+
+    def _seed(self, consuming: _Consuming, sampled: int | None) -> None:
+        """Let a request that has not been scheduled yet begin after the producer's token."""
+        request = consuming.request
+        if sampled is None:
+            self._hopeless.append(request.request_id)
+            self._stats.record_failure(Reason.PRODUCER_ENDED)
+            return
+        # vLLM must take it for a part of the prompt; what is sampled next is the first output.
+        assert request.prompt_token_ids is not None
+        request.prompt_token_ids.append(sampled)
+        request._all_token_ids.append(sampled)
+        request.num_prompt_tokens += 1
+        request.update_block_hashes()
+
+    def _is_led(self, consuming: _Consuming) -> bool:
+        return self._leaders.get(consuming.sources[0].handoff_id) in self._open
+
+    def _want(self, consuming: _Consuming) -> None:
+        request_id, source = consuming.request.request_id, consuming.sources[0]
+        self._call(lambda control: control.want(request_id, source))
+
+    def _fetch(self, consuming: _Consuming) -> None:
+        """Let the workers fetch from the source that has offered."""
+        assert consuming.spec is not None
+        request_id = consuming.request.request_id
+        consuming.stage = _Stage.FETCHING
+        self._call(lambda control: control.allocated(request_id))
+        consuming.spec = dataclasses.replace(
+            consuming.spec,
+            source=consuming.sources[0],
+            attempt=consuming.attempt,
+            is_last=len(consuming.sources) == 1,
+            codec=consuming.codec,
+            seeds=consuming.seeds,
+        )
+        self._fetches.append(consuming.spec)
+
+    def _lose(self, consuming: _Consuming, reason: Reason, message: str) -> None:
+        """The first source is of no use: turn to the next, or fail."""
+        request_id = consuming.request.request_id
+        has_blocks = consuming.stage in (_Stage.FETCHING, _Stage.WANTED_ELSEWHERE)
+        if len(consuming.sources) > 1:
+            consuming.stage = _Stage.WANTED_ELSEWHERE if has_blocks else _Stage.WANTED
+            address = consuming.sources.pop(0).address
+            consuming.attempt += 1
+            self._stats.record_retry(reason)
+            text = "handoff of request %s: no use of %s:%d (%s): %s; asking %s:%d"
+            logger.warning(
+                text, request_id, *address, reason, message, *consuming.sources[0].address
+            )
+            self._want(consuming)
+            return
+        self._fail(request_id, reason, message)
+        if has_blocks:
+            self._refused.append(request_id)
+
+    def _failed_on_a_rank(self, request_id: RequestId, attempt: int) -> None:
+        """A fetch has failed on a rank; if there is another source, all ranks turn to it."""
+        consuming = self._open.get(request_id)
+        if consuming is not None and attempt == consuming.attempt and len(consuming.sources) < 2:
+            return  # the last chance: its end is reported when all ranks have ended
+        reason = self._report.reasons.pop(request_id)
+        self._report.valid_tokens.pop(request_id)
+        self._report.attempts.pop(request_id)
+        if consuming is None or attempt != consuming.attempt:
+            return  # another rank has said so before
+        if consuming.stage is _Stage.FETCHING:
+            self._close(request_id, cancel=True)
+            self._lose(consuming, reason, "the fetch failed")
+
+    def _fail(self, request_id: RequestId, reason: Reason, message: str) -> None:
+        recomputes = self._recomputes
+        if self._open[request_id].seeds and recomputes:
+            recomputes = False
+            self._hopeless.append(request_id)
+        self._open[request_id].stage = _Stage.FAILED
+        self._stats.record_failure(reason)
+        logger.warning(
+            "handoff of request %s failed (%s): %s; %s",
+            request_id,
+            reason,
+            message,
+            "computing its prompt here" if recomputes else "failing the request",
+        )
+
+    def _forget(self, request_id: RequestId, cancel: bool) -> None:
+        for source in self._open.pop(request_id).sources:
+            if self._leaders.get(source.handoff_id) == request_id:
+                del self._leaders[source.handoff_id]
+        self._close(request_id, cancel)
+
+    def _close(self, request_id: RequestId, cancel: bool) -> None:
+        self._call(lambda control: control.close(request_id, cancel))

@@ -1,0 +1,209 @@
+"""What vLLM says of its KV cache, as our layout; refuses what is not supported yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from vllm_pd_plugin.codecs.codec import Codec, Part
+from vllm_pd_plugin.codecs.cpu_layout import parts_of_cpu_kernel
+from vllm_pd_plugin.errors import UnsupportedError
+from vllm_pd_plugin.memory.layout import EngineLayout, Group, GroupKind
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+_SINGLE = (
+    ("pipeline_parallel_size", "--pipeline-parallel-size"),
+    ("decode_context_parallel_size", "--decode-context-parallel-size"),
+    ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+)
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration that pdplugin cannot serve, before anything is loaded.
+
+    Raises:
+        UnsupportedError: names the option and what is allowed.
+    """
+    parallel = vllm_config.parallel_config
+    for name, flag in _SINGLE:
+        size = getattr(parallel, name, 1)
+        if size != 1:
+            raise UnsupportedError(
+                f"{flag}={size} is not supported by pdplugin yet; use 1 "
+                "(tensor parallelism is supported, of the same size on both engines)"
+            )
+    model = vllm_config.model_config
+    if model is not None and (model.is_encoder_decoder or model.is_attention_free):
+        raise UnsupportedError(
+            f"model={model.model!r} is not supported by pdplugin: it needs a decoder-only model "
+            "with attention"
+        )
+    if vllm_config.speculative_config is not None:
+        method = vllm_config.speculative_config.method
+        if method != "ngram":
+            raise UnsupportedError(
+                f"--speculative-config method={method!r} is not supported by pdplugin yet; "
+                "use ngram, or none"
+            )
+
+
+def refuse_shared_port(vllm_config: VllmConfig, port: int) -> None:
+    """Refuse one fixed port for several engines of one server. Raises UnsupportedError."""
+    size = vllm_config.parallel_config.data_parallel_size
+    if port and size > 1:
+        raise UnsupportedError(
+            f"port={port} cannot be shared by --data-parallel-size={size} engines; "
+            "use port=0, so that each picks a free one"
+        )
+
+
+def refuse_unsupported_cache(config: KVCacheConfig) -> None:
+    """Refuse kinds of KV cache that cannot be handed off yet. Raises UnsupportedError."""
+    for group in config.kv_cache_groups:
+        for spec in _specs(group):
+            _kind(spec)
+
+
+def describe(
+    vllm_config: VllmConfig, config: KVCacheConfig, caches: Mapping[str, torch.Tensor]
+) -> EngineLayout:
+    """Return this engine's layout, one group for each of vLLM's KV cache groups.
+
+    Raises:
+        UnsupportedError: a group mixes blocks of several shapes.
+    """
+    groups = []
+    for group in config.kv_cache_groups:
+        specs = dict(zip(group.layer_names, _specs(group), strict=True))
+        layers = tuple(name for name in group.layer_names if name in caches)
+        shapes = {(caches[name].shape[1:], caches[name].stride()[1:]) for name in layers}
+        spec = specs[layers[0]]
+        kind, window = _kind(spec)
+        if len(shapes) != 1:
+            raise UnsupportedError(
+                f"a KV cache group with blocks of {len(shapes)} shapes is not supported yet; "
+                "use a model whose layers have equal KV heads"
+            )
+        shape, strides = shapes.pop()
+        groups.append(
+            Group(
+                kind=kind,
+                block_tokens=spec.block_size,
+                window=window,
+                layers=layers,
+                block_shape=tuple(shape),
+                dtype=str(caches[layers[0]].dtype).removeprefix("torch."),
+                block_strides=tuple(strides),
+                parts=_parts(vllm_config, spec, caches[layers[0]]),
+            )
+        )
+    return EngineLayout(
+        model=_model_digest(vllm_config),
+        tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+        groups=tuple(groups),
+    )
+
+
+def refuse_unencodable(layout: EngineLayout, narrowest: Codec) -> None:
+    """Refuse lossy codecs for a KV cache that they cannot write down. Raises UnsupportedError."""
+    for group in layout.groups:
+        if narrowest is not Codec.RAW and not group.is_encodable:
+            raise UnsupportedError(
+                f"codec or lossy_max {narrowest} cannot be used with a KV cache of {group.dtype} "
+                f"and shape {group.block_shape}; use codec=raw, or a cache of float32, bfloat16 or "
+                "float16"
+            )
+
+
+def retain_recomputed_token(manager: KVCacheManager) -> None:
+    """Keep one token more in every sliding window, on both engines.
+
+    A consumer computes the last of n tokens again, and that token's window begins at token
+    n - window. vLLM drops a block once the window of token n has left it, so where token
+    n - window is the last of its block, the producer would no longer have what is needed.
+    """
+    for group in manager.coordinator.single_type_managers:
+        if isinstance(group, SlidingWindowManager):
+            group.extra_retained_tokens = max(1, group.extra_retained_tokens)
+
+
+def _specs(group: KVCacheGroupSpec) -> list[KVCacheSpec]:
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return [spec.kv_cache_specs[name] for name in group.layer_names]
+    return [spec] * len(group.layer_names)
+
+
+def _kind(spec: KVCacheSpec) -> tuple[GroupKind, int | None]:
+    if type(spec) in (FullAttentionSpec, MLAAttentionSpec):
+        return "full", None
+    if type(spec) is SlidingWindowSpec:
+        return "sliding_window", spec.sliding_window
+    raise UnsupportedError(
+        f"KV cache of kind {type(spec).__name__} is not supported by pdplugin yet; "
+        "supported are full attention, MLA and sliding windows"
+    )
+
+
+def _parts(vllm_config: VllmConfig, spec: KVCacheSpec, cache: torch.Tensor) -> tuple[Part, ...]:
+    """Return what a head keeps in a block of this cache; nothing where that is not known.
+
+    In vLLM 0.32 a cache's last dimension has a head's key and then its value, for every attention
+    backend (``v1/kv_cache_layout.py``); MLA's has the latent and then the rotary key. The CPU
+    backend takes only the size from that.
+    """
+    channels, stride = cache.shape[-1], cache.stride(-2)
+    if isinstance(spec, MLAAttentionSpec):
+        rank = getattr(vllm_config.model_config.hf_text_config, "kv_lora_rank", None)
+        if not rank or not 0 < rank < channels:
+            return ()
+        return (
+            Part.of_rows("latent", rank, 0, stride),
+            Part.of_rows("rope", channels - rank, rank, stride),
+        )
+    key, value = spec.head_size, spec.head_size_v
+    if key + value != channels:
+        return ()
+    if cache.device.type == "cpu":
+        return _parts_on_cpu(vllm_config, cache, key) if key == value else ()
+    return Part.of_rows("key", key, 0, stride), Part.of_rows("value", value, key, stride)
+
+
+def _parts_on_cpu(vllm_config: VllmConfig, cache: torch.Tensor, width: int) -> tuple[Part, ...]:
+    """Return how the CPU backend's kernels keep a head's keys, and then its values, in a block."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    tokens = cache.shape[-2]
+    kernel = _get_attn_isa(
+        vllm_config.model_config.dtype, tokens, width, vllm_config.cache_config.cache_dtype
+    )
+    return parts_of_cpu_kernel(kernel, tokens, width)
+
+
+def _model_digest(vllm_config: VllmConfig) -> str:
+    """Digest what decides the meaning of KV, but not where the weights are stored."""
+    model = vllm_config.model_config
+    facts = model.hf_config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        facts.pop(key, None)
+    text = json.dumps(
+        [facts, str(model.dtype), model.quantization, model.revision], sort_keys=True, default=str
+    )
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,69 @@
+"""What passes between the two halves of the connector inside one engine, each step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.ids import Address, Incarnation, RequestId
+from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
+from vllm_pd_plugin.transfer.announcer import Announcement
+from vllm_pd_plugin.transfer.specs import FetchSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepMetadata(KVConnectorMetadata):
+    """Scheduler to workers.
+
+    fetches: to start. refused: never started; to be reported as failed receives.
+    cancels: to end early, and why.
+    released: producer requests whose blocks may be freed; to be reported as sent.
+    serving: whether peers may be reading from this engine.
+    announcement: set when this step computes KV that is to be handed off.
+    control: the engine's own control channel, and its incarnation.
+    """
+
+    fetches: tuple[FetchSpec, ...]
+    refused: tuple[RequestId, ...]
+    cancels: dict[RequestId, Reason]
+    released: tuple[RequestId, ...]
+    serving: bool
+    announcement: Announcement | None
+    control: tuple[Address, Incarnation]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchReport(KVConnectorWorkerMetadata):
+    """Workers to scheduler: why fetches failed, how many of the prompt's first tokens have usable
+    KV all the same, and which attempt it was; and of those that went well, the token that the
+    producer sampled."""
+
+    reasons: dict[RequestId, Reason]
+    valid_tokens: dict[RequestId, int]
+    attempts: dict[RequestId, int]
+    sampled: dict[RequestId, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchReport:
+        assert isinstance(other, FetchReport)
+        valid, attempts = dict(other.valid_tokens), dict(other.attempts)
+        for request_id, tokens in self.valid_tokens.items():
+            valid[request_id] = min(tokens, valid.get(request_id, tokens))
+        for request_id, attempt in self.attempts.items():
+            attempts[request_id] = max(attempt, attempts.get(request_id, attempt))
+        reasons, sampled = {**other.reasons, **self.reasons}, {**other.sampled, **self.sampled}
+        return FetchReport(reasons, valid, attempts, sampled)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RankHandshake(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, once: this rank's memory and the layout that it saw."""
+
+    incarnation: Incarnation
+    layout: EngineLayout
+    memory: RankMemory

@@ -1,0 +1,194 @@
+"""Requests of this engine whose KV is to be handed off, as vLLM's scheduler sees them.
+
+Owned by the engine's own thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from vllm.v1.request import RequestStatus
+
+from vllm_pd_plugin.edge.digest import prompt_digest
+from vllm_pd_plugin.edge.metrics import PdStats
+from vllm_pd_plugin.errors import ParamsError
+from vllm_pd_plugin.ids import HandoffId, RequestId, new_handoff_id
+from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
+from vllm_pd_plugin.protocol.control import Abandoned, CallControl, Released
+from vllm_pd_plugin.protocol.handoffs import Advance, ProducerState
+from vllm_pd_plugin.protocol.params import parse_handoff_id
+from vllm_pd_plugin.transfer.announcer import Announcement, layers_worth_a_message
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+_HANDED_OFF = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Producing:
+    """epoch: the request's preemptions that the control thread knows of.
+    ending: how the handoff ends when the request does, if it is not sealed.
+    """
+
+    request: Request
+    handoff_id: HandoffId
+    is_open: bool = False
+    epoch: int = 0
+    ending: ProducerState = ProducerState.CANCELLED
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SealedHandoff:
+    """A handoff whose request has ended well; its blocks are held."""
+
+    handoff_id: HandoffId
+    num_tokens: int
+
+
+class ProducingRequests:
+    """Which requests hand off, and how far each is.
+
+    stretch_bytes: see ``PdConfig``.
+    """
+
+    def __init__(self, stretch_bytes: int, call: CallControl, stats: PdStats) -> None:
+        self._stretch_bytes = stretch_bytes
+        self._call = call
+        self._stats = stats
+        self._open: dict[RequestId, _Producing] = {}
+        self._handoff_ids: set[HandoffId] = set()
+        self._sealed: set[RequestId] = set()
+        self._released: list[RequestId] = []
+        self._abandoned: list[RequestId] = []
+        self._step = 0
+        self._kv_cache_manager: KVCacheManager
+
+    def bind(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take what tells the block tables of running requests."""
+        self._kv_cache_manager = kv_cache_manager
+
+    def describe(self, layout: EngineLayout, memory: RankMemory) -> None:
+        """Take what decides how much KV a token has, on one rank."""
+        self._num_layers = len(layout.layers)
+        self._has_windows = any(group.window is not None for group in layout.groups)
+        self._layer_bytes_per_token = _bytes_per_token(layout, memory) / self._num_layers
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._sealed)
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether there are blocks of requests that have ended."""
+        return bool(self._sealed)
+
+    def choose_id(self, request: Request) -> HandoffId | None:
+        """Return the id of what the request is to hand off; None when another does that: the
+        choices of one request (``n`` > 1) have the same parameters.
+
+        Raises:
+            ParamsError: the chosen id is malformed, or in use for another prompt.
+        """
+        handoff_id = parse_handoff_id(request.kv_transfer_params)
+        if handoff_id in self._handoff_ids:
+            leader = next(p for p in self._open.values() if p.handoff_id == handoff_id)
+            if leader.request.prompt_token_ids != request.prompt_token_ids:
+                raise ParamsError(f"handoff_id={handoff_id} is in use for another prompt")
+            return None
+        return handoff_id or new_handoff_id()
+
+    def add(self, request: Request, handoff_id: HandoffId) -> None:
+        """The request has arrived."""
+        request_id, num_tokens = request.request_id, request.num_prompt_tokens
+        self._open[request_id] = _Producing(request, handoff_id)
+        self._handoff_ids.add(handoff_id)
+        digest = prompt_digest(request, num_tokens)
+        self._call(lambda control: control.enqueue(handoff_id, request_id, num_tokens, digest))
+
+    def scheduled(self, request_id: RequestId) -> None:
+        """The request has blocks; the first time it starts to produce."""
+        producing = self._open.get(request_id)
+        if producing is None or producing.is_open:
+            return
+        producing.is_open = True
+        handoff_id = producing.handoff_id
+        self._call(lambda control: control.open(handoff_id))
+
+    def advance(self, num_scheduled_tokens: Mapping[RequestId, int]) -> Announcement | None:
+        """Tell the control thread what becomes of the handoffs in this step; return what the
+        workers are to announce."""
+        advances: list[Advance] = []
+        computed = 0
+        for request_id, producing in self._open.items():
+            request = producing.request
+            if request.num_preemptions != producing.epoch:
+                self._withdraw(producing)
+            scheduled = num_scheduled_tokens.get(request_id, 0)
+            start, end = request.num_computed_tokens, request.num_prompt_tokens
+            if scheduled and (start < end or self._has_windows):
+                num_tokens = min(start + scheduled, end)
+                blocks = self._kv_cache_manager.get_block_ids(request_id)
+                advances.append(Advance(producing.handoff_id, producing.epoch, num_tokens, blocks))
+                computed += max(0, num_tokens - start)
+        if not advances:
+            return None
+        self._step += 1
+        step = self._step
+        self._call(lambda control: control.advance(step, advances))
+        layer_bytes = int(computed * self._layer_bytes_per_token)
+        after = layers_worth_a_message(self._num_layers, layer_bytes, self._stretch_bytes)
+        return Announcement(step, after)
+
+    def finish(self, request: Request, blocks: Sequence[list[int]]) -> SealedHandoff | None:
+        """The request has ended; returns the handoff whose blocks are to be held, if any."""
+        request_id = request.request_id
+        producing = self._open.pop(request_id, None)
+        if producing is None:
+            return None
+        handoff_id = producing.handoff_id
+        self._handoff_ids.discard(handoff_id)
+        if request.status not in _HANDED_OFF or not any(blocks):
+            self._call(lambda control: control.drop(handoff_id))
+            self._stats.record_ended(producing.ending)
+            return None
+        num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        sampled = next(iter(request.output_token_ids), None)
+        self._sealed.add(request_id)
+        self._call(lambda control: control.seal(handoff_id, num_tokens, blocks, sampled))
+        return SealedHandoff(handoff_id, num_tokens)
+
+    def released(self, event: Released) -> None:
+        """The blocks of a request that has ended may be freed."""
+        self._sealed.discard(event.request_id)
+        self._released.append(event.request_id)
+        self._stats.record_ended(event.state)
+
+    def abandoned(self, event: Abandoned) -> None:
+        """Nobody wants what a request is computing."""
+        self._abandoned.append(event.request_id)
+        if producing := self._open.get(event.request_id):
+            producing.ending = event.state
+
+    def take_released(self) -> tuple[RequestId, ...]:
+        released, self._released = tuple(self._released), []
+        return released
+
+    def take_abandoned(self) -> list[RequestId]:
+        abandoned, self._abandoned = self._abandoned, []
+        return abandoned
+
+    def _withdraw(self, producing: _Producing) -> None:
+        handoff_id, epoch = producing.handoff_id, producing.request.num_preemptions
+        producing.epoch = epoch
+        self._call(lambda control: control.withdraw(handoff_id, epoch))
+        self._stats.record_withdrawal()
+
+
+def _bytes_per_token(layout: EngineLayout, memory: RankMemory) -> float:
+    """Return how much KV one token has on one rank, in all layers."""
+    groups = [group for group in layout.groups for _ in group.layers]
+    pairs = zip(memory.regions, groups, strict=True)
+    return sum(region.block_bytes / group.block_tokens for region, group in pairs)

@@ -1,0 +1,235 @@
+"""The connector's half in a vLLM worker: one tensor parallel rank's memory and transfer thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.edge.digest import kv_digest
+from vllm_pd_plugin.edge.metadata import FetchReport, RankHandshake, StepMetadata
+from vllm_pd_plugin.edge.metrics import PdStats
+from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
+from vllm_pd_plugin.memory import regions
+from vllm_pd_plugin.memory.layout import EngineLayout
+from vllm_pd_plugin.net.channel import CurveKeys, Link, Loop
+from vllm_pd_plugin.net.transport import Transport
+from vllm_pd_plugin.packing.slabs import Slabs
+from vllm_pd_plugin.protocol.peers import Identity, PeerTable
+from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
+from vllm_pd_plugin.transfer.fetch import Rank, Timeouts
+from vllm_pd_plugin.transfer.plane import TransferPlane
+from vllm_pd_plugin.transfer.reading import LocalRank
+from vllm_pd_plugin.transfer.specs import FetchResult
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerSide:
+    """Owns the transfer thread; every other method runs on the worker's own thread."""
+
+    def __init__(self, config: PdConfig, engine_id: EngineId, rank: int) -> None:
+        self._config = config
+        self._identity = Identity(engine_id, new_incarnation())
+        self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
+        self._rank = rank
+        self._loop = Loop("pd-transfer", self._turn)
+        self._announcer: Announcer
+        self._knows_control = False
+        self._plane: TransferPlane
+        self._results: deque[FetchResult] = deque()
+        self._finished: list[RequestId] = []
+        self._failed: dict[RequestId, FetchResult] = {}
+        self._sampled: dict[RequestId, int] = {}
+        self._released: list[RequestId] = []
+        self._serving = False
+        self._places: dict[str, int] = {}
+        self._mark_stream: Callable[[], Callable[[], bool]] = _mark_nothing
+        self._announcement: Announcement | None = None
+        self._layers_written = 0
+        self._stats = PdStats()
+        self._reported_drops = self._reported_control = 0
+
+    @property
+    def narrowest(self) -> Codec:
+        """The narrowest codec that this engine may use."""
+        return self._config.narrowest
+
+    def register(
+        self, transport: Transport, layout: EngineLayout, caches: Mapping[str, torch.Tensor]
+    ) -> RankHandshake:
+        """Make the KV caches readable, start the transfer thread, and describe the memory."""
+        order = layout.forward_order()
+        self._places = {layout.layers[region]: place for place, region in enumerate(order)}
+        if next(iter(caches.values())).is_cuda:
+            self._mark_stream = _mark_cuda_stream
+        config = self._config
+        ordered = [caches[layer] for layer in layout.layers]
+        digest = partial(kv_digest, layout.groups, ordered)
+        slabs = Slabs.allocate(config, layout, ordered)
+        rank_memory = regions.register(
+            transport,
+            caches,
+            layout.layers,
+            [slabs.outgoing, slabs.incoming] if slabs else [],
+        )
+        self._announcer = Announcer(
+            self._identity.incarnation,
+            self._rank,
+            digest,
+            slabs.packer() if slabs else None,
+            self._connect,
+        )
+        incoming = slabs.for_reads(config) if slabs else None
+        self._plane = TransferPlane(
+            Rank(
+                LocalRank(self._rank, layout, rank_memory.regions, incoming),
+                transport,
+                # Closing a connection in the middle of a read is the last resort: over TCP, UCX
+                # may abort the peer's process for it. A peer that was only stopped ends the read
+                # itself.
+                Timeouts(config.queue_timeout_s, config.fetch_timeout_s, config.fetch_timeout_s),
+                time.monotonic,
+                digest if config.integrity == "digest" else None,
+            ),
+            partial(
+                PeerTable,
+                self._identity,
+                layout,
+                config.peer_timeout_s,
+                self._connect,
+                time.monotonic,
+            ),
+            self._take_result,
+        )
+        self._loop.start()
+        return RankHandshake(self._identity.incarnation, layout, rank_memory)
+
+    def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Link:
+        return Link(self._loop, address, self._keys, on_message)
+
+    def _take_result(self, result: FetchResult) -> None:
+        self._results.append(result)
+        self._announcer.nudge()
+
+    def _turn(self) -> float | None:
+        waits = [self._announcer.turn(), self._plane.turn()]
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    # --- in the forward pass -----------------------------------------------------------------
+
+    def layer_written(self, layer: str) -> None:
+        """A layer's KV of this step is written. Called in the forward pass: it only takes note."""
+        if self._announcement is None:
+            return
+        place = self._places.get(layer)
+        if place == self._layers_written:  # out of order it says nothing of those before it
+            self._layers_written += 1
+            if self._layers_written in self._announcement.after_layers:
+                self._mark(self._layers_written)
+
+    def forward_ended(self) -> None:
+        """All layers' KV of this step is written, whether or not each of them said so."""
+        if self._announcement is not None:
+            num_layers = self._announcement.after_layers[-1]
+            if self._layers_written < num_layers:
+                self._mark(num_layers)
+            self._announcement = None
+
+    def _mark(self, num_layers: int) -> None:
+        assert self._announcement is not None
+        mark = Mark(self._announcement, num_layers, self._mark_stream())
+        self._loop.call(lambda: self._announcer.add(mark))
+
+    def step(self, metadata: StepMetadata) -> None:
+        """Start and cancel what the scheduler says, at once: no step is waited for."""
+        if not self._knows_control:
+            self._knows_control = True
+            self._loop.call(lambda: self._announcer.connect(*metadata.control))
+        self._announcement, self._layers_written = metadata.announcement, 0
+        for request_id in metadata.refused:
+            self._loop.call(partial(self._plane.refuse, request_id))
+        self._released += metadata.released
+        if metadata.serving != self._serving:
+            self._serving = serving = metadata.serving
+            self._loop.call(lambda: self._plane.set_serving(serving))
+            self._loop.call(lambda: self._announcer.set_serving(serving))
+        for spec in metadata.fetches:
+            self._loop.call(lambda s=spec: self._plane.fetch(s))  # type: ignore[misc]
+        for request_id, reason in metadata.cancels.items():
+            self._loop.call(lambda i=request_id, r=reason: self._plane.cancel(i, r))  # type: ignore[misc]
+
+    def take_results(self) -> KVConnectorTransferResults:
+        """Report each fetch that ended, and each request that may be freed, exactly once."""
+        while self._results:
+            result = self._results.popleft()
+            if result.is_final:
+                self._finished.append(result.request_id)
+            if result.reason is None:
+                self._stats.record_fetch(result)
+                if result.sampled is not None:
+                    self._sampled[result.request_id] = result.sampled
+            else:
+                self._failed[result.request_id] = result
+        finished, self._finished = set(self._finished), []
+        released, self._released = set(self._released), []
+        return KVConnectorTransferResults(
+            finished_sending=released,
+            finished_recving=finished,
+            failed_recving=finished & self._failed.keys(),
+        )
+
+    def take_report(self) -> FetchReport | None:
+        """Return what there is to say about the fetches of the last ``take_results``."""
+        failed, self._failed = self._failed, {}
+        sampled, self._sampled = self._sampled, {}
+        if not failed and not sampled:
+            return None
+        reasons = {i: result.reason for i, result in failed.items() if result.reason}
+        return FetchReport(
+            reasons,
+            {i: r.valid_tokens for i, r in failed.items()},
+            {i: r.attempt for i, r in failed.items()},
+            sampled,
+        )
+
+    def take_stats(self) -> PdStats | None:
+        """Return the counts since the last call; None when nothing has happened."""
+        self._stats.record_dropped(self._plane.dropped_messages - self._reported_drops)
+        self._reported_drops = self._plane.dropped_messages
+        self._stats.record_control(self._plane.control_bytes - self._reported_control)
+        self._reported_control = self._plane.control_bytes
+        if self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, PdStats()
+        return stats
+
+    def close(self) -> None:
+        """Stop the transfer thread, then disconnect."""
+        self._loop.call(lambda: self._plane.close())
+        self._loop.call(self._announcer.close)
+        self._loop.close()
+
+
+def _mark_nothing() -> Callable[[], bool]:
+    """On a CPU a layer is written when its hook is called."""
+    return lambda: True
+
+
+def _mark_cuda_stream() -> Callable[[], bool]:
+    """On a GPU it is written when the stream gets there."""
+    import torch
+
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: bool(event.query())

@@ -1,0 +1,1 @@
+"""What frontends and an engine core say to each other, both ends."""

@@ -1,0 +1,1 @@
+"""vLLM's API server over the pool."""

@@ -1,0 +1,257 @@
+"""``vllm-pd serve`` and ``vllm-pd up``: vLLM's own OpenAI application over a pool of engines."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from fastapi import FastAPI
+from vllm import AsyncEngineArgs, envs
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.version import __version__ as vllm_version
+
+from vllm_pd_plugin.edge.hooks import log_like_vllm
+from vllm_pd_plugin.engine_port.link import Connection
+from vllm_pd_plugin.errors import PdError
+from vllm_pd_plugin.frontend.api.admin import make_router
+from vllm_pd_plugin.frontend.api.client import PoolCore, PoolLLM
+from vllm_pd_plugin.frontend.dispatch import Dispatch, Requirement
+from vllm_pd_plugin.frontend.options import FrontendOptions
+from vllm_pd_plugin.frontend.pool.membership import Membership
+from vllm_pd_plugin.frontend.processes.local import LocalEngine, Supervisor
+from vllm_pd_plugin.frontend.processes.workers import ENGINES_FILE_VARIABLE, run_workers
+from vllm_pd_plugin.frontend.requests.context import ContextMiddleware
+from vllm_pd_plugin.frontend.routing.choice import Role
+from vllm_pd_plugin.ids import new_incarnation
+from vllm_pd_plugin.net.async_channel import close_context, new_context
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_S = 5.0
+_LOOK_S = 0.25
+
+
+class NoEnginesError(PdError):
+    """No engines came up that could serve a request; the message says what is wrong with each."""
+
+
+async def serve(
+    args: argparse.Namespace,
+    options: FrontendOptions,
+    local: Sequence[LocalEngine],
+    worker: Sequence[str],
+    environ: Mapping[str, str],
+) -> None:
+    """Serve until SIGINT or SIGTERM, then let what is under way end.
+
+    local: engines to run for as long. worker, environ: what starts one of several workers.
+
+    Raises:
+        NoEnginesError: none came up in time.
+        EngineStartError: a local engine ended before it was up.
+    """
+    log_like_vllm()
+    if options.workers > 1 and ENGINES_FILE_VARIABLE not in os.environ:
+        await run_workers(args, options, local, worker, environ)
+        return
+    signal.signal(signal.SIGTERM, _interrupt)  # until the server has handlers of its own
+    shared = os.environ.get(ENGINES_FILE_VARIABLE)
+    _, sock = setup_server(args, reuse_port=shared is not None)
+    membership = Membership.open(options.engines, Path(shared) if shared else None)
+    context = new_context()
+    supervisor = Supervisor(local)
+    try:
+        supervisor.start()
+        async with aiohttp.ClientSession() as session:
+            connection = Connection(
+                f"{socket.gethostname()}:{os.getpid()}",
+                new_incarnation(),
+                options.keys,
+                context,
+                session,
+            )
+            core = PoolCore(options.policy, options.limits, options.slos)
+            try:
+                core.dispatch.use(membership.engines, connection)
+                await _until(supervisor.failure, wait_for_engines(core.dispatch, options.wait_s))
+                supervisor.all_are_up()
+                await _serve(args, options, core, connection, membership, sock)
+            finally:
+                await core.dispatch.close()
+    finally:
+        await supervisor.stop()
+        sock.close()
+        close_context(context)
+
+
+async def _until(failure: asyncio.Future[None], work: Coroutine[Any, Any, None]) -> None:
+    """Await work, unless something fails meanwhile."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({failure, task}, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            failure.result()
+        await task
+    finally:
+        task.cancel()
+
+
+async def make_app(args: argparse.Namespace, core: PoolCore, any_digest: bool = False) -> FastAPI:
+    """Return vLLM's OpenAI application over engines that are there.
+
+    any_digest: engines of the same model whose KV differs are used, too; those that hand KV to each
+    other must be alike. Else all must be like the first.
+
+    Raises:
+        NoEnginesError: they do not serve this model.
+    """
+    there = [member.link.description for member in core.dispatch.pool if member.is_up]
+    config = frontend_config(args, min(each.max_model_len for each in there))
+    core.dispatch.require(
+        Requirement(
+            config.model_config.max_model_len,
+            config.model_config.get_vocab_size(),
+            None if any_digest else there[0].model_digest,
+            vllm_version,
+        )
+    )
+    if problem := core.dispatch.serves():
+        problems = _problems(core.dispatch)
+        raise NoEnginesError(f"the engines do not serve {args.model} ({problem}): {problems}")
+    client = PoolLLM(config, core, args.enable_log_requests)
+    tasks = await client.get_supported_tasks()
+    args.middleware = [*args.middleware, f"{ContextMiddleware.__module__}.ContextMiddleware"]
+    app = build_app(args, tasks, client.model_config)
+    await init_app_state(client, app.state, args, tasks)
+    return app
+
+
+async def _serve(
+    args: argparse.Namespace,
+    options: FrontendOptions,
+    core: PoolCore,
+    connection: Connection,
+    membership: Membership,
+    sock: socket.socket,
+) -> None:
+    app = await make_app(args, core)
+    follower = asyncio.create_task(_follow(membership, core.dispatch, connection))
+    app.include_router(
+        make_router(
+            core.dispatch,
+            membership,
+            lambda: core.dispatch.use(membership.engines, connection),
+            args.host,
+            options.admin_key,
+        )
+    )
+    log_config = get_uvicorn_log_config(args)
+    shutdown = await serve_http(
+        app,
+        sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({"log_config": log_config} if log_config is not None else {}),
+    )
+    await shutdown
+    follower.cancel()
+
+
+async def _follow(membership: Membership, dispatch: Dispatch, connection: Connection) -> None:
+    """Use the engines that other workers were told to use."""
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        try:
+            if membership.look():
+                dispatch.use(membership.engines, connection)
+        except (OSError, PdError):
+            logger.exception("the list of engines cannot be read")
+
+
+async def wait_for_engines(
+    dispatch: Dispatch, wait_s: float, expected: Collection[Role] = ()
+) -> None:
+    """Wait until a request can be served, and say from time to time what is missing.
+
+    expected: roles of which one engine at least is waited for, too, if one request could be served
+    without them.
+
+    Raises:
+        NoEnginesError: it took too long.
+    """
+    loop = asyncio.get_running_loop()
+    deadline, next_word = loop.time() + wait_s, loop.time() + _PROGRESS_S
+    while not _is_complete(dispatch, expected):
+        if loop.time() > deadline:
+            if dispatch.serves() is None:
+                return  # without prefill engines, as configured
+            raise NoEnginesError(f"no engines after {wait_s:g} s: {_problems(dispatch)}")
+        if loop.time() > next_word:
+            next_word = loop.time() + _PROGRESS_S
+            logger.info("waiting for engines: %s", _problems(dispatch))
+        await asyncio.sleep(0.1)
+
+
+def _is_complete(dispatch: Dispatch, expected: Collection[Role]) -> bool:
+    """Whether a request can be served, and handed off if any engine was named for that."""
+    prefills = [member.is_up for member in dispatch.pool if member.role.prefills]
+    there = {member.role for member in dispatch.pool if member.is_up}
+    handed_off = not prefills or any(prefills)
+    return dispatch.serves() is None and handed_off and there.issuperset(expected)
+
+
+def _problems(dispatch: Dispatch) -> str:
+    missing = [f"{m.key} ({m.role}): {m.problem}" for m in dispatch.pool if not m.is_up]
+    if not missing:
+        return "no engine of the other role is known" if len(dispatch.pool) else "none is known yet"
+    return "; ".join(missing)
+
+
+def frontend_config(args: argparse.Namespace, max_model_len: int) -> VllmConfig:
+    """Return vLLM's configuration for a process that has no engine.
+
+    max_model_len: what every engine takes.
+    """
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    model_config = engine_args.create_model_config()
+    model_config.quantization = None  # no weights are loaded here
+    model_config.max_model_len = min(model_config.max_model_len, max_model_len)
+    envs.VLLM_CPU_KVCACHE_SPACE = 0  # nor is there a KV cache
+    config = VllmConfig(
+        model_config=model_config,
+        logging_config=engine_args.create_logging_config(),
+        structured_outputs_config=engine_args.create_structured_outputs_config(),
+        observability_config=engine_args.create_observability_config(),
+    )
+    config.scheduler_config.stream_interval = engine_args.stream_interval
+    config.scheduler_config.max_num_queued_reqs = engine_args.max_num_queued_reqs
+    config.scheduler_config.max_num_queued_tokens = engine_args.max_num_queued_tokens
+    config.shutdown_timeout = engine_args.shutdown_timeout
+    return config
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt("terminated")

@@ -1,0 +1,332 @@
+"""One request of a client on its way over the engines.
+
+A ``Course`` starts legs on engines, merges what they give out into one stream, and when an engine
+is lost goes on elsewhere, so that the client notices nothing but a pause. It owns no connection and
+no clock; its ``Dispatcher`` does what it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
+
+from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
+from vllm_pd_plugin.frontend.requests.legs import (
+    Handoff,
+    LegKind,
+    Work,
+    decode_leg,
+    prefill_leg,
+    whole_leg,
+)
+from vllm_pd_plugin.frontend.requests.seeding import Replay, is_seed_safe, replay_of
+from vllm_pd_plugin.frontend.routing.choice import EngineKey, Route, Unroutable
+from vllm_pd_plugin.ids import RequestId, new_handoff_id
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.metrics.stats import PrefillStats
+
+    from vllm_pd_plugin.ids import Address
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 4
+"""The first one, and a budget of three more."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Leg:
+    """One engine's part in one attempt."""
+
+    id: RequestId
+    engine: EngineKey
+    kind: LegKind
+    num_tokens: int
+    """Length of its prompt."""
+    started_at: float
+    has_output: bool = False
+
+
+class Dispatcher(Protocol):
+    """What a course needs done."""
+
+    def now(self) -> float: ...
+
+    def route(self, course: Course) -> Route | Unroutable:
+        """Choose engines; those that the course excludes come last."""
+
+    def control_address(self, engine: EngineKey) -> tuple[Address, str]:
+        """Return an engine's control channel and incarnation."""
+
+    def send(self, course: Course, leg: Leg, request: EngineCoreRequest) -> None: ...
+
+    def drop(self, leg: Leg, abort: bool) -> None:
+        """A leg is over; ``abort`` tells its engine, which does not know it."""
+
+    def emit(self, output: EngineCoreOutput) -> None:
+        """Give an output to the client."""
+
+    def try_again(self, course: Course, engines: Sequence[EngineKey], failure: Failure) -> None:
+        """Call ``course.start`` after a while; those engines may be at fault."""
+
+    def queue(self, course: Course, why: Unroutable) -> None:
+        """Call ``course.start`` when an engine has come, or ``course.give_up``."""
+
+    def ended(self, course: Course, ending: Ending | None) -> None:
+        """The course is over; an ending says that its client has got no final output."""
+
+
+class Course:
+    """One request on its way.
+
+    sent: the tokens that the client has got.
+    excluded: engines that have failed this request.
+    """
+
+    def __init__(self, request: EngineCoreRequest, dispatcher: Dispatcher) -> None:
+        assert request.sampling_params is not None
+        assert request.prompt_token_ids is not None
+        assert request.sampling_params.max_tokens is not None
+        self.request = request
+        self.params = request.sampling_params
+        self.sent: list[int] = []
+        self.excluded: set[EngineKey] = set()
+        self.attempt = 0
+        self.arrived_at = dispatcher.now()
+        self.route: Route | None = None
+        self.is_over = False
+        self._dispatcher = dispatcher
+        self._legs: dict[LegKind, Leg] = {}
+        self._seeds = False
+        self._prefill_stats: PrefillStats | None = None
+        self._held: list[EngineCoreOutput] = []
+        """What the decode engine gave out before the prefill engine's token came."""
+        self._has_started = False
+        self._skip = 0
+        """How many tokens are still to come that the client has got before."""
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.request_id
+
+    @property
+    def legs(self) -> list[Leg]:
+        """Return what is under way."""
+        return list(self._legs.values())
+
+    @property
+    def prompt(self) -> list[int]:
+        """Return the prompt of the next attempt."""
+        assert self.request.prompt_token_ids is not None
+        if self.sent and replay_of(self.params) is Replay.EXTEND:
+            return self.request.prompt_token_ids + self.sent
+        return self.request.prompt_token_ids
+
+    @property
+    def max_tokens(self) -> int:
+        """Return how many tokens the next attempt may give."""
+        assert self.params.max_tokens is not None
+        extends = replay_of(self.params) is Replay.EXTEND
+        return self.params.max_tokens - (len(self.sent) if extends else 0)
+
+    # --- starting ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin an attempt."""
+        if self.is_over:
+            return
+        if self.sent and replay_of(self.params) is Replay.REFUSE:
+            self._end(Ending.NOT_REPLAYABLE)
+            return
+        route = self._dispatcher.route(self)
+        if isinstance(route, Unroutable):
+            self._dispatcher.queue(self, route)
+            return
+        self.route = route
+        self.attempt += 1
+        self._held = []
+        self._prefill_stats = None
+        self._skip = len(self.sent) if replay_of(self.params) is Replay.REGENERATE else 0
+        work = Work(self.request, self.prompt, self.max_tokens)
+        if route.prefill is None:
+            self._seeds = False
+            self._start(LegKind.WHOLE, route.decode, work, None)
+            return
+        self._seeds = is_seed_safe(self.params)
+        address, incarnation = self._dispatcher.control_address(route.prefill)
+        handoff = Handoff(new_handoff_id(), address, incarnation, self._seeds)
+        self._start(LegKind.PREFILL, route.prefill, work, handoff)
+        if not self.is_over and LegKind.PREFILL in self._legs:
+            self._start(LegKind.DECODE, route.decode, work, handoff)
+
+    def _start(self, kind: LegKind, engine: EngineKey, work: Work, handoff: Handoff | None) -> None:
+        leg_id = f"{self.id}-{self.attempt}{kind[0]}"
+        leg = Leg(leg_id, engine, kind, len(work.prompt), self._dispatcher.now())
+        self._legs[kind] = leg
+        if handoff is None:
+            request = whole_leg(work, leg_id)
+        elif kind is LegKind.PREFILL:
+            request = prefill_leg(work, leg_id, handoff)
+        else:
+            request = decode_leg(work, leg_id, handoff)
+        self._dispatcher.send(self, leg, request)
+
+    # --- what engines give out ---------------------------------------------------------------
+
+    def take(self, leg: Leg, output: EngineCoreOutput) -> None:
+        """Take one output of a leg."""
+        if self.is_over or self._legs.get(leg.kind) is not leg:
+            return
+        leg.has_output = True
+        finish = output.finish_reason
+        if finish is not None:
+            del self._legs[leg.kind]
+            self._dispatcher.drop(leg, abort=False)
+        if leg.kind is LegKind.PREFILL:
+            self._take_prefill(leg, output)
+        elif finish is FinishReason.ABORT:
+            self.fail([leg.engine], Failure.ENGINE_STOPPED)
+        elif finish is FinishReason.ERROR:
+            # Which of the two engines is at fault is not known here.
+            engines = [leg.engine]
+            if leg.kind is LegKind.DECODE and self.route is not None and self.route.prefill:
+                engines.append(self.route.prefill)
+            self.fail(engines, Failure.REQUEST_FAILED)
+        elif leg.kind is LegKind.DECODE and LegKind.PREFILL in self._legs and self._seeds:
+            self._held.append(output)
+        else:
+            self._emit(output)
+
+    def _take_prefill(self, leg: Leg, output: EngineCoreOutput) -> None:
+        self._prefill_stats = output.prefill_stats
+        finish = output.finish_reason
+        failed = finish in (FinishReason.ABORT, FinishReason.ERROR)
+        if not self._seeds:
+            # Its token is not used. A failure is the decode engine's to deal with: it may have
+            # ended the prefill itself, because it has the KV already.
+            if finish is FinishReason.ABORT and not self.decodes:
+                self.fail([leg.engine], Failure.ENGINE_STOPPED)
+            return
+        if failed or not output.new_token_ids:
+            stopped = finish is FinishReason.ABORT
+            failure = Failure.ENGINE_STOPPED if stopped else Failure.REQUEST_FAILED
+            self.fail([leg.engine], failure)
+            return
+        if finish is FinishReason.LENGTH and self.max_tokens > 1:
+            output.finish_reason = None  # it is only the leg that is at its end
+        held, self._held = self._held, []
+        self._emit(output)
+        for each in held:
+            self._emit(each)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the decode engine has given something out: the handoff is over."""
+        leg = self._legs.get(LegKind.DECODE)
+        return leg is not None and leg.has_output
+
+    def _emit(self, output: EngineCoreOutput) -> None:
+        """Give an output to the client, without what it has got before."""
+        if self.is_over:
+            return
+        if self._skip and not self._skip_known(output):
+            return
+        if self._prefill_stats is not None and output.prefill_stats is not None:
+            # What was cached on the engine that computed the prompt, and not what was handed over.
+            output.prefill_stats = self._prefill_stats
+        self.sent += output.new_token_ids
+        output.request_id = self.id
+        output.kv_transfer_params = None
+        if self._has_started and output.events:
+            # When it was queued and scheduled is known of the first leg, and vLLM expects it once.
+            output.events = [
+                event for event in output.events if event.type == EngineCoreEventType.PREEMPTED
+            ]
+        self._has_started = True
+        self._dispatcher.emit(output)
+        if output.finish_reason is not None:
+            self._end(None)
+
+    def _skip_known(self, output: EngineCoreOutput) -> bool:
+        """Compare with what the client has got; say whether there is something new in it."""
+        start = len(self.sent) - self._skip
+        known = min(self._skip, len(output.new_token_ids))
+        if output.new_token_ids[:known] != self.sent[start : start + known]:
+            self._end(Ending.REPLAY_DIFFERS)
+            return False
+        self._skip -= known
+        if self._skip and output.finish_reason is not None:
+            self._end(Ending.REPLAY_DIFFERS)
+            return False
+        output.new_token_ids = output.new_token_ids[known:]
+        if known:
+            output.new_sampling_mask = output.routed_experts = None  # they count all tokens
+        if output.new_logprobs is not None:
+            rows = output.new_logprobs
+            output.new_logprobs = rows._replace(
+                logprob_token_ids=rows.logprob_token_ids[known:],
+                logprobs=rows.logprobs[known:],
+                sampled_token_ranks=rows.sampled_token_ranks[known:],
+            )
+        return bool(output.new_token_ids) or output.finish_reason is not None
+
+    # --- failing and ending ------------------------------------------------------------------
+
+    def engine_lost(self, engine: EngineKey) -> None:
+        """An engine is gone, or must not be used any more: the legs on it are over."""
+        for leg in self.legs:
+            if leg.engine != engine:
+                continue
+            if leg.kind is LegKind.PREFILL and not self._seeds and self.decodes:
+                del self._legs[leg.kind]  # the handoff was over
+                self._dispatcher.drop(leg, abort=True)
+            else:
+                self.fail([engine], Failure.ENGINE_LOST)
+                return
+        # It had sampled its token, but the decode engine may not have all KV yet.
+        handed_off = self.route is not None and self.route.prefill == engine
+        if handed_off and LegKind.DECODE in self._legs and not self.decodes:
+            self.fail([engine], Failure.ENGINE_LOST)
+
+    def fail(self, engines: Sequence[EngineKey], failure: Failure) -> None:
+        """This attempt has failed, and these engines may be at fault: end what is left of it, and
+        try again."""
+        if self.is_over:
+            return
+        self._abort_legs()
+        self.excluded.update(engines)
+        self._held = []
+        if self.attempt >= MAX_ATTEMPTS:
+            self._end(Ending.ATTEMPTS_EXHAUSTED)
+        elif self.sent and replay_of(self.params) is Replay.REFUSE:
+            self._end(Ending.NOT_REPLAYABLE)
+        else:
+            text = "request %s: %s (%s) in attempt %d; trying again after %d tokens"
+            names = ", ".join(engines)
+            logger.warning(text, self.id, names, failure, self.attempt, len(self.sent))
+            self._dispatcher.try_again(self, engines, failure)
+
+    def give_up(self, ending: Ending) -> None:
+        """End without a final output."""
+        if not self.is_over:
+            self._end(ending)
+
+    def cancel(self) -> None:
+        """The client does not want it any more."""
+        if not self.is_over:
+            self._end(None)
+
+    def _end(self, ending: Ending | None) -> None:
+        self.is_over = True
+        self._abort_legs()
+        self._dispatcher.ended(self, ending)
+
+    def _abort_legs(self) -> None:
+        legs, self._legs = self.legs, {}
+        for leg in legs:
+            self._dispatcher.drop(leg, abort=True)

@@ -1,0 +1,1 @@
+"""Which engines work on a request; pure."""

@@ -1,0 +1,151 @@
+"""The data plane over NIXL. The only module that imports nixl.
+
+NIXL's progress thread stays off (it spins a core, idle or not); the owner of the transport
+drives progress through ``poll_read`` and ``progress``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from nixl._api import nixl_agent, nixl_agent_config
+from numpy.typing import NDArray
+
+from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.net.transport import PeerName, ReadHandle, ReadPlan, ReadState
+
+logger = logging.getLogger(__name__)
+
+# ruff: noqa: BLE001  (NIXL's bindings raise types that they do not export)
+_STATES = {"DONE": ReadState.DONE, "PROC": ReadState.PENDING}
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Remote:
+    """A peer that we read from, and the agent that is used for nothing else."""
+
+    agent: Any
+    name: str
+    device: int
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Read:
+    remote: _Remote
+    read: Any
+
+
+class NixlTransport:
+    """One NIXL agent (UCX backend) that peers read through, and one for each peer that we read.
+
+    A read over TCP goes on when its peer does, even after NIXL was told to release it and to
+    forget the peer (seen: 260 MB written after both). Only destroying the agent that reads ends
+    it for certain; with an agent for each peer that concerns nobody else.
+
+    memory_kind: NIXL's name for the KV's memory, ``DRAM`` or ``VRAM``.
+    device: CUDA device index; 0 for host memory.
+    """
+
+    def __init__(self, memory_kind: str, device: int) -> None:
+        self._memory_kind = memory_kind
+        self._device = device
+        self._spans: Sequence[tuple[int, int]] = ()
+        self._serving: Any = None
+        self._remotes: dict[PeerName, _Remote] = {}
+        self._reads: dict[ReadHandle, _Read] = {}
+        self._numbers = itertools.count(1)
+
+    def register(self, spans: Sequence[tuple[int, int]]) -> bytes:
+        self._spans = spans
+        self._serving = self._new_agent()
+        return msgspec.msgpack.encode((self._device, self._serving.get_agent_metadata()))
+
+    def add_peer(self, metadata: bytes) -> PeerName:
+        try:
+            device, agent_metadata = msgspec.msgpack.decode(metadata, type=tuple[int, bytes])
+            agent = self._new_agent()
+            name = agent.add_remote_agent(agent_metadata)
+        except Exception as error:
+            raise PeerError(
+                Reason.PEER_INCOMPATIBLE, f"NIXL cannot use the peer's metadata: {error}"
+            ) from error
+        peer = PeerName(f"peer-{next(self._numbers)}")
+        self._remotes[peer] = _Remote(agent, name, device)
+        return peer
+
+    def remove_peer(self, peer: PeerName) -> None:
+        remote = self._remotes.pop(peer)
+        for read in self._reads.values():
+            if read.remote is remote:
+                read.read = None
+        remote.agent = None  # the last reference: its connections are closed here
+
+    def post_read(self, peer: PeerName, plan: ReadPlan) -> ReadHandle:
+        remote = self._remotes[peer]
+        agent = remote.agent
+        try:
+            read = agent.initialize_xfer(
+                "READ",
+                self._descriptors(agent, plan.local, plan.num_bytes, self._device),
+                self._descriptors(agent, plan.remote, plan.num_bytes, remote.device),
+                remote.name,
+            )
+            agent.transfer(read)
+        except Exception as error:
+            raise PeerError(Reason.READ_FAILED, f"NIXL cannot start a read: {error}") from error
+        handle = ReadHandle(next(self._numbers))
+        self._reads[handle] = _Read(remote, read)
+        return handle
+
+    def poll_read(self, handle: ReadHandle) -> ReadState:
+        read = self._reads[handle]
+        try:
+            state = read.remote.agent.check_xfer_state(read.read)
+        except Exception as error:
+            logger.warning("a NIXL read failed: %s", error)
+            return ReadState.FAILED
+        return _STATES.get(state, ReadState.FAILED)
+
+    def release_read(self, handle: ReadHandle) -> None:
+        read = self._reads.pop(handle)
+        if read.read is None:  # gone with its peer
+            return
+        try:
+            read.remote.agent.release_xfer_handle(read.read)
+        except Exception:
+            logger.warning("NIXL could not release a read", exc_info=True)
+
+    def progress(self) -> None:
+        self._serving.get_new_notifs()
+
+    def close(self) -> None:
+        for peer in list(self._remotes):
+            self.remove_peer(peer)
+        self._serving = None
+
+    def _new_agent(self) -> Any:
+        """Return an agent that knows our memory."""
+        config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        agent = nixl_agent(f"pd-{secrets.token_hex(8)}", config)
+        rows = [(address, size, self._device, "") for address, size in self._spans]
+        if rows:
+            agent.register_memory(agent.get_reg_descs(rows, self._memory_kind))
+        return agent
+
+    def _descriptors(
+        self,
+        agent: Any,
+        addresses: NDArray[np.uint64],
+        num_bytes: NDArray[np.uint64],
+        device: int,
+    ) -> Any:
+        rows = np.empty((len(addresses), 3), dtype=np.uint64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = addresses, num_bytes, device
+        return agent.get_xfer_descs(rows, self._memory_kind)

@@ -1,0 +1,72 @@
+"""What moves the bytes, as the rest of the package sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import NewType, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+PeerName = NewType("PeerName", str)
+ReadHandle = NewType("ReadHandle", int)
+
+
+class ReadState(enum.Enum):
+    PENDING = enum.auto()
+    DONE = enum.auto()
+    FAILED = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Reads to post; entry i moves ``num_bytes[i]`` from ``remote[i]`` to ``local[i]``.
+
+    All three arrays are ``uint64[num_descriptors]``: addresses, addresses, bytes.
+    """
+
+    local: NDArray[np.uint64]
+    remote: NDArray[np.uint64]
+    num_bytes: NDArray[np.uint64]
+
+    @property
+    def num_descriptors(self) -> int:
+        return len(self.num_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        return int(self.num_bytes.sum())
+
+
+class Transport(Protocol):
+    """One rank's end of the data plane; used from one thread only.
+
+    Only reads exist: nobody writes into a peer's memory.
+    """
+
+    def register(self, spans: Sequence[tuple[int, int]]) -> bytes:
+        """Make local memory readable; ``spans`` are (address, bytes). Returns what
+        ``add_peer`` needs on the other side."""
+
+    def add_peer(self, metadata: bytes) -> PeerName:
+        """Connect to a peer by what its ``register`` returned. Raises PeerError."""
+
+    def remove_peer(self, peer: PeerName) -> None:
+        """Close the connection: no read from that peer writes to local memory afterwards."""
+
+    def post_read(self, peer: PeerName, plan: ReadPlan) -> ReadHandle:
+        """Start one read. Raises PeerError when it cannot even start."""
+
+    def poll_read(self, handle: ReadHandle) -> ReadState:
+        """Say how a read stands, and drive it on."""
+
+    def release_read(self, handle: ReadHandle) -> None:
+        """Forget a read that is DONE or FAILED, or whose peer was removed."""
+
+    def progress(self) -> None:
+        """Serve peers that read from this side; must be called now and then while they do."""
+
+    def close(self) -> None:
+        """Deregister memory and disconnect."""

@@ -1,0 +1,1 @@
+"""Pieces of KV that a producer writes down and a consumer reads as one."""

@@ -1,0 +1,132 @@
+"""Per process: moves pieces of KV between a rank's cache and its staging memory, with the ops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from vllm_pd_plugin.codecs import ops
+from vllm_pd_plugin.codecs.codec import Codec, Encoding, encoding_of
+from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
+from vllm_pd_plugin.packing.pieces import Piece, Pieces, Slice, blocks_at
+
+_TRIAL_BYTES = 4 * 2**20
+_TRIALS = 3
+
+
+class BlockCoder:
+    """See ``packer.Coder``.
+
+    caches: one a layer, in the order of the regions; see ``ops.as_plane``.
+    outgoing, incoming: staging memory, uint8, one contiguous dimension, on the caches' device.
+    """
+
+    def __init__(
+        self,
+        layout: EngineLayout,
+        pieces: Pieces,
+        caches: Sequence[torch.Tensor],
+        outgoing: torch.Tensor,
+        incoming: torch.Tensor,
+    ) -> None:
+        self._groups = layout.groups
+        self._pieces = pieces
+        self._planes = [ops.as_plane(cache) for cache in caches]
+        groups = [group for group in layout.groups for _ in group.layers]
+        self._parts = [
+            [ops.part_of(cache, part) for part in group.parts] if group.is_encodable else []
+            for cache, group in zip(caches, groups, strict=True)
+        ]
+        self._outgoing = outgoing
+        self._incoming = incoming
+
+    def encode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> None:
+        slab = self._outgoing[offset : offset + piece.num_bytes]
+        for part, blocks, memory in self._places(piece, codec, tables, slab):
+            if codec is Codec.RAW:
+                ops.pack_blocks([self._planes[layer] for layer in part.layers], blocks, memory)
+                continue
+            for encoding, parts, stripes in self._stripes(part, codec, memory):
+                ops.encode_blocks(parts, blocks, part.tokens, encoding, part.sinks, stripes)
+        self._finish()
+
+    def decode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> None:
+        slab = self._incoming[offset : offset + piece.num_bytes]
+        for part, blocks, memory in self._places(piece, codec, tables, slab):
+            if codec is Codec.RAW:
+                ops.unpack_blocks(memory, blocks, [self._planes[layer] for layer in part.layers])
+                continue
+            for encoding, parts, stripes in self._stripes(part, codec, memory):
+                ops.decode_blocks(stripes, blocks, part.tokens, encoding, part.sinks, parts)
+        self._finish()
+
+    def digest_outgoing(self, offset: int, num_bytes: int) -> bytes:
+        return slab_digest(self._outgoing[offset : offset + num_bytes])
+
+    def digest_incoming(self, offset: int, num_bytes: int) -> bytes:
+        return slab_digest(self._incoming[offset : offset + num_bytes])
+
+    def speed(self, codec: Codec) -> float:
+        """Return how many bytes of KV a second are written down and read back, one after the other.
+
+        It is tried on the first blocks of the first layer, which must not be in use: their KV is
+        what a decoder makes of it afterwards.
+        """
+        group, plane = self._groups[0], self._planes[0]
+        block_bytes = plane[0].numel() * plane.element_size()
+        count = max(1, min(len(plane) - 1, _TRIAL_BYTES // block_bytes))
+        positions = range(count)
+        stretch = (positions, *(range(0) for _ in self._planes[1:]))
+        piece = self._pieces.piece(stretch, count * group.block_tokens, codec)
+        tables = [list(range(1, count + 1)), *([] for _ in self._groups[1:])]
+        fits = piece.num_bytes <= min(len(self._outgoing), len(self._incoming))
+        best_s = float("inf")
+        for _ in range(_TRIALS if fits else 0):
+            began = time.perf_counter()
+            self.encode(piece, codec, tables, 0)
+            self._incoming[: piece.num_bytes].copy_(self._outgoing[: piece.num_bytes])
+            self.decode(piece, codec, tables, 0)
+            best_s = min(best_s, time.perf_counter() - began)
+        return piece.kv_bytes / best_s
+
+    def _places(
+        self, piece: Piece, codec: Codec, tables: BlockTables, slab: torch.Tensor
+    ) -> Iterator[tuple[Slice, torch.Tensor, torch.Tensor]]:
+        """Yield each slice with its blocks and its bytes."""
+        start = 0
+        for part in piece.slices:
+            size = self._pieces.slice_bytes(part, codec)
+            blocks = blocks_at(tables[part.group], part.positions)
+            on_device = torch.tensor(blocks, dtype=torch.int64, device=slab.device)
+            yield part, on_device, slab[start : start + size]
+            start += size
+
+    def _stripes(
+        self, part: Slice, codec: Codec, memory: torch.Tensor
+    ) -> Iterator[tuple[Encoding, list[torch.Tensor], torch.Tensor]]:
+        """Yield each part of a slice's KV: how it is written down, where it lies in the caches, and
+        its bytes."""
+        group = self._groups[part.group]
+        start = 0
+        for index, channels in enumerate(group.parts):
+            encoding = encoding_of(codec, channels)
+            stripe = encoding.stripe_bytes(part.tokens, channels.width, part.sinks)
+            size = len(part.layers) * group.heads * stripe
+            parts = [self._parts[layer][index] for layer in part.layers]
+            yield encoding, parts, memory[start : start + size]
+            start += size
+
+    def _finish(self) -> None:
+        """A peer may read, or the engine use, what is there when a call returns."""
+        if self._outgoing.is_cuda:
+            torch.cuda.current_stream(self._outgoing.device).synchronize()
+
+
+def slab_digest(slab: torch.Tensor) -> bytes:
+    """Return the digest of a piece's bytes, 8 of them."""
+    plane = slab.view(1, 1, 1, -1)
+    first = torch.zeros(1, dtype=torch.int64, device=slab.device)
+    digest: bytes = ops.digest_blocks([plane], first).cpu().numpy().tobytes()
+    return digest

@@ -1,0 +1,369 @@
+"""The control channel's messages, and how they are told apart.
+
+A message is two frames. The *header* has the same form in every protocol version, so that two
+versions can tell each other why they do not talk; the *body* is decoded only when the header's
+version and kind are known. Both are MessagePack; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.errors import PdError, Reason
+from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
+from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
+
+PROTOCOL_VERSION = 4
+MAX_BODY_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 512
+
+
+class WireError(PdError):
+    """A message is malformed, too large, or of an unknown kind; it is dropped and counted."""
+
+
+class VersionError(WireError):
+    """The peer speaks another version of the protocol."""
+
+    def __init__(self, theirs: int) -> None:
+        super().__init__(
+            f"the peer speaks version {theirs} of the control protocol, this engine version "
+            f"{PROTOCOL_VERSION}; run the same release of vllm-pd-plugin on both"
+        )
+        self.theirs = theirs
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True):
+    """First frame of every message.
+
+    sender: the sending engine's incarnation.
+    target: the incarnation that the sender means to reach; empty while it is not known.
+    """
+
+    version: int
+    kind: str
+    sender: Incarnation
+    target: Incarnation
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """A consumer introduces itself; answered by Welcome."""
+
+    engine_id: str
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
+    """A producer's memory and rules: one ``RankMemory`` for each tensor parallel rank."""
+
+    engine_id: str
+    layout: EngineLayout
+    ranks: tuple[RankMemory, ...]
+    lease_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)]
+
+
+class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
+    """A consumer's scheduler asks for a handoff; answered by Offer or Refuse.
+
+    It may come before the producer has heard of the handoff, and the offer follows when the
+    producer begins to compute it: in the meantime heartbeats say that both are alive.
+    """
+
+    handoff_id: HandoffId
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
+    """The handoff has started: its size, and which prompt it is for (see ``prompt_digest``)."""
+
+    handoff_id: HandoffId
+    num_tokens: Count
+    digest: bytes
+
+
+class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
+    """One consumer rank has allocated and wants to know where the KV is.
+
+    Answered at once by Progress or Seal with whole block tables, and then by further ones, each
+    with what has been added to the tables. Sent again when a table has a gap.
+    """
+
+    handoff_id: HandoffId
+    rank: Count
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TableSlice(msgspec.Struct, frozen=True, array_like=True):
+    """A stretch of one KV cache group's block table, from position ``start`` on."""
+
+    start: Count
+    blocks: tuple[BlockId, ...]
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
+    """KV is final on the receiver's rank: tokens [0, base_tokens) of every layer, and tokens
+    [0, num_tokens) of the first ``num_layers`` layers in the order of the forward pass.
+
+    epoch: how often the producer has lost the handoff's blocks and started afresh. Whatever was
+        read in an earlier epoch is void.
+    tables: one slice for each KV cache group.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    base_tokens: Count
+    num_tokens: Count
+    num_layers: Count
+    tables: tuple[TableSlice, ...]
+
+
+class Seal(msgspec.Struct, frozen=True, array_like=True, tag="seal"):
+    """All KV of the handoff is final: tokens [0, num_tokens) of every layer.
+
+    sampled: the token that the producer sampled after them; None if it sampled none.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    num_tokens: Count
+    tables: tuple[TableSlice, ...]
+    sampled: Count | None = None
+
+
+class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):
+    """One consumer rank has read something: did the producer still hold those blocks?
+
+    is_last: everything has been read, and the rank will not read again. Without it only what
+        arrived so far is asked for, and the handoff goes on.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    rank: Count
+    is_last: bool
+
+
+class Committed(msgspec.Struct, frozen=True, array_like=True, tag="committed"):
+    """Yes: what that rank had read in that epoch when it asked is valid."""
+
+    handoff_id: HandoffId
+    epoch: Count
+    is_last: bool
+
+
+class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
+    """One consumer rank has read tokens [first_token, num_tokens) and wants to know what it should
+    have read; answered by Checked. Only with the option ``integrity``."""
+
+    handoff_id: HandoffId
+    epoch: Count
+    rank: Count
+    first_token: Count
+    num_tokens: Count
+
+
+class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
+    """The digest of those blocks as they are in the producer's memory; see ``kv_digest``."""
+
+    handoff_id: HandoffId
+    epoch: Count
+    digest: bytes
+
+
+class LayerRun(msgspec.Struct, frozen=True, array_like=True):
+    """So many layers, next in the order of the forward pass, of which the positions [start, stop)
+    of their block table are meant."""
+
+    num_layers: Count
+    start: Count
+    stop: Count
+
+
+class Pack(msgspec.Struct, frozen=True, array_like=True, tag="pack"):
+    """One consumer rank wants some of the KV in one piece, written down by a codec; answered by
+    Packed.
+
+    number: tells the pieces of one handoff and rank apart.
+    num_tokens: how many tokens of the handoff count; a last block may have room for more.
+    digest: whether the piece's digest is wanted.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    rank: Count
+    number: Count
+    codec: Codec
+    num_tokens: Count
+    layers: tuple[LayerRun, ...]
+    digest: bool
+
+
+class Packed(msgspec.Struct, frozen=True, array_like=True, tag="packed"):
+    """The piece lies in the staging memory of the receiver's rank, and stays there until Unpacked,
+    or until the handoff is over.
+
+    offset, num_bytes: where in ``RankMemory.staging``.
+    digest: as ``slab_digest`` has it; empty if it was not asked for.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    number: Count
+    offset: Count
+    num_bytes: Count
+    digest: bytes
+
+
+class Unpacked(msgspec.Struct, frozen=True, array_like=True, tag="unpacked"):
+    """One consumer rank has read a piece, or will not read it; not answered."""
+
+    handoff_id: HandoffId
+    rank: Count
+    number: Count
+
+
+class Refuse(msgspec.Struct, frozen=True, array_like=True, tag="refuse"):
+    """No: the handoff is over for this consumer; what it has read must be discarded."""
+
+    handoff_id: HandoffId
+    reason: Reason
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
+    """The consumer still wants these handoffs; renews their leases. Answered by Alive."""
+
+    handoff_ids: tuple[HandoffId, ...]
+
+
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
+    """The producer lives; ``lost`` are handoffs that it no longer holds for the consumer."""
+
+    lost: dict[HandoffId, Reason]
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
+    """The consumer no longer wants the handoff; not answered."""
+
+    handoff_id: HandoffId
+
+
+class Announce(msgspec.Struct, frozen=True, array_like=True, tag="announce"):
+    """Inside one engine, a worker rank to its own control plane; not answered.
+
+    In the forward pass of step ``step``, the KV of the first ``num_layers`` layers is written.
+    """
+
+    step: Count
+    rank: Count
+    num_layers: Count
+
+
+class Examine(msgspec.Struct, frozen=True, array_like=True, tag="examine"):
+    """Inside one engine, the control plane to a worker rank: the digest of these blocks is wanted;
+    answered by Examined."""
+
+    check: Check
+    tables: tuple[tuple[BlockId, ...], ...]
+
+
+class Examined(msgspec.Struct, frozen=True, array_like=True, tag="examined"):
+    """Inside one engine, a worker rank to its own control plane; not answered."""
+
+    check: Check
+    digest: bytes
+
+
+class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
+    """Inside one engine, the control plane to a worker rank: a piece is wanted; answered by Staged,
+    when there is room for it."""
+
+    pack: Pack
+    tables: tuple[tuple[BlockId, ...], ...]
+
+
+class Staged(msgspec.Struct, frozen=True, array_like=True, tag="staged"):
+    """Inside one engine, a worker rank to its own control plane; not answered.
+
+    packed: None when the piece cannot be made, for ``reason``.
+    """
+
+    handoff_id: HandoffId
+    rank: Count
+    packed: Packed | None
+    reason: Reason | None
+
+
+class Unstage(msgspec.Struct, frozen=True, array_like=True, tag="unstage"):
+    """Inside one engine, the control plane to a worker rank: a piece is not needed any more, or
+    (without a number) none of the handoff's; not answered."""
+
+    handoff_id: HandoffId
+    number: Count | None
+
+
+class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
+    """Inside one engine, a worker rank to its own control plane; not answered.
+
+    A fetch has ended on that rank: an engine that only waits for it need not wait any longer.
+    """
+
+
+FromConsumer = Hello | Want | Subscribe | Pack | Unpacked | Check | Commit | Heartbeat | Cancel
+FromWorker = Announce | Examined | Staged | Nudge
+Request = FromConsumer | FromWorker
+"""What a consumer sends, and a worker to its own engine."""
+
+ToConsumer = Welcome | Offer | Progress | Seal | Packed | Checked | Committed | Refuse | Alive
+ToWorker = Examine | Stage | Unstage
+Reply = ToConsumer | ToWorker
+"""What a producer sends, and an engine to its own workers."""
+
+Message = Request | Reply
+M = TypeVar("M", bound=Message)
+
+_KINDS: dict[str, type[Message]] = {
+    str(kind.__struct_config__.tag): kind
+    for kind in (
+        Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Pack, Packed, Unpacked, Commit,
+        Committed, Check, Checked, Refuse, Heartbeat, Alive, Cancel, Announce, Examine, Examined,
+        Stage, Staged, Unstage, Nudge,
+    )
+}  # fmt: skip
+# What msgspec raises for bytes from outside; the latter two are no MsgspecError.
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_body_decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in _KINDS.items()}
+
+
+def encode(message: Message, sender: Incarnation, target: Incarnation) -> list[bytes]:
+    """Return the two frames of a message."""
+    kind = str(message.__struct_config__.tag)
+    header = Header(PROTOCOL_VERSION, kind, sender, target)
+    return [msgspec.msgpack.encode(header), msgspec.msgpack.encode(message)]
+
+
+def decode(frames: list[bytes]) -> tuple[Header, Message]:
+    """Parse the two frames of a message.
+
+    Raises:
+        VersionError: the header is of another protocol version.
+        WireError: the frames are anything else than a message of this protocol.
+    """
+    if len(frames) != 2 or len(frames[0]) > MAX_HEADER_BYTES or len(frames[1]) > MAX_BODY_BYTES:
+        raise WireError("not a header and a body of allowed size")
+    try:
+        header = _header_decoder.decode(frames[0])
+    except _MALFORMED as error:
+        raise WireError(f"malformed header: {error}") from error
+    if header.version != PROTOCOL_VERSION:
+        raise VersionError(header.version)
+    decoder = _body_decoders.get(header.kind)
+    if decoder is None:
+        raise WireError(f"unknown kind of message {header.kind[:32]!r}")
+    try:
+        return header, decoder.decode(frames[1])
+    except _MALFORMED as error:
+        raise WireError(f"malformed {header.kind}: {error}") from error

@@ -1,0 +1,1 @@
+"""A consumer's fetches, and what a worker rank tells of its forward pass."""

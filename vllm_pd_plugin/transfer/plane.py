@@ -1,0 +1,200 @@
+"""The consumer's data plane on one worker rank: fetch what the scheduler has allocated.
+
+A ``TransferPlane`` is owned by the rank's transfer thread. It knows nothing of vLLM; the worker
+hands it ``FetchSpec``s and collects one ``FetchResult`` for each, whatever happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+
+from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.ids import Address, HandoffId, RequestId
+from vllm_pd_plugin.net.transport import PeerName
+from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.peers import MakePeers, Peer
+from vllm_pd_plugin.transfer.fetch import AboutFetch, Fetch, Rank
+from vllm_pd_plugin.transfer.rates import PeerRates
+from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult, FetchSpec, FetchState
+
+SERVE_INTERVAL_S = 0.002
+"""How often a side that is being read drives its transport."""
+
+_REMEMBERED_SUCCESSES = 4096
+
+
+class TransferPlane:
+    """All fetches of one rank.
+
+    on_result: called for every spec that was handed in, once for each attempt.
+    """
+
+    def __init__(
+        self, rank: Rank, make_peers: MakePeers, on_result: Callable[[FetchResult], None]
+    ) -> None:
+        self._rank = rank
+        self._transport = rank.transport
+        self._peers = make_peers(self)
+        self._on_result = on_result
+        self._fetches: dict[RequestId, Fetch] = {}
+        self._successors: dict[RequestId, FetchSpec] = {}
+        """What takes the place of a fetch when it has ended."""
+        self._succeeded: OrderedDict[RequestId, None] = OrderedDict()
+        self._names: dict[Address, tuple[Peer, PeerName]] = {}
+        self._rates: dict[Address, PeerRates] = {}
+        self._serving = False
+
+    @property
+    def control_bytes(self) -> int:
+        """Of all messages to and from producers."""
+        return self._peers.num_bytes
+
+    @property
+    def dropped_messages(self) -> int:
+        return self._peers.dropped_messages
+
+    def fetch(self, spec: FetchSpec) -> None:
+        """Start a fetch; one that is under way for the same request, from elsewhere, ends first."""
+        if spec.request_id in self._succeeded:
+            return
+        if before := self._fetches.get(spec.request_id):
+            self._successors[spec.request_id] = spec
+            before.fail(Reason.CANCELLED)
+            return
+        fetch = self._fetches[spec.request_id] = Fetch(spec, self._rank, self, self._ended)
+        peer = self._peers.get(spec.source.address)
+        if peer is None:
+            return
+        if peer.incarnation == spec.source.incarnation:
+            fetch.subscribe(peer)
+        else:
+            self._peers.refresh(spec.source.address)
+
+    def cancel(self, request_id: RequestId, reason: Reason) -> None:
+        """End a fetch early; its result follows once nothing writes to its blocks any more."""
+        if fetch := self._fetches.get(request_id):
+            fetch.fail(reason)
+
+    def refuse(self, request_id: RequestId) -> None:
+        """Report a request as failed, once nothing writes to its blocks any more; unless its fetch
+        has succeeded, as that has been reported."""
+        if request_id in self._succeeded:
+            return
+        fetch = self._fetches.get(request_id)
+        if fetch is None:
+            self._on_result(_never_begun(request_id))
+            return
+        self._successors.pop(request_id, None)
+        fetch.spec = dataclasses.replace(fetch.spec, is_last=True)
+        fetch.fail(Reason.INTERNAL)
+
+    def set_serving(self, serving: bool) -> None:
+        """Say whether peers may be reading from this rank."""
+        self._serving = serving
+
+    def turn(self) -> float | None:
+        """Drive everything; return for how many seconds nothing needs to be done."""
+        if self._serving:
+            self._transport.progress()
+        for fetch in list(self._fetches.values()):
+            if fetch.state is not FetchState.ENDED:  # losing a peer ends others too
+                fetch.drive()
+        peers_at = self._peers.tick()
+        waits = [fetch.wait_s() for fetch in self._fetches.values()]
+        if self._serving:
+            waits.append(SERVE_INTERVAL_S)
+        if peers_at is not None:
+            waits.append(peers_at - self._rank.clock())
+        return max(0.0, min(waits)) if waits else None
+
+    def close(self) -> None:
+        """Fail what is open and disconnect."""
+        self._successors.clear()
+        for address in list(self._names):
+            self._peers.drop(address, PeerError(Reason.CANCELLED, "this engine is shutting down"))
+        for fetch in list(self._fetches.values()):
+            fetch.disconnected(Reason.CANCELLED)
+        self._serving = False
+        self._peers.close()
+        self._transport.close()
+
+    # --- what peers say ----------------------------------------------------------------------
+
+    def peer_ready(self, address: Address, peer: Peer) -> None:
+        for fetch in self._at(address):
+            if fetch.state is not FetchState.CONNECTING:
+                continue
+            if fetch.spec.source.incarnation == peer.incarnation:
+                fetch.subscribe(peer)
+            else:
+                fetch.fail(Reason.PEER_RESTARTED)
+
+    def peer_lost(self, address: Address, error: PeerError) -> None:
+        fetches = self._at(address)
+        self._rates.pop(address, None)
+        known = self._names.pop(address, None)
+        if known is not None:
+            self._transport.remove_peer(known[1])
+        for fetch in fetches:
+            fetch.forget_reads()
+        for fetch in fetches:
+            if error.reason is Reason.PEER_RESTARTED and fetch.state is FetchState.CONNECTING:
+                self._peers.get(address)  # it waits for the new incarnation
+            else:
+                fetch.disconnected(error.reason)
+
+    def peer_replied(self, peer: Peer, message: wire.Message) -> None:
+        if isinstance(message, AboutFetch) and (fetch := self._find(peer, message.handoff_id)):
+            fetch.take(peer, message)
+
+    # --- what fetches need -------------------------------------------------------------------
+
+    def send(self, peer: Peer, message: wire.Request, expects_answer: bool = True) -> None:
+        self._peers.send(peer, message, expects_answer)
+
+    def rates(self, peer: Peer) -> PeerRates:
+        """Return what was observed at an address, whoever runs there."""
+        if peer.address not in self._rates:
+            self._rates[peer.address] = PeerRates(self._rank.clock)
+        return self._rates[peer.address]
+
+    def name(self, peer: Peer) -> PeerName:
+        """Connect the transport to a peer, once for each incarnation."""
+        known = self._names.get(peer.address)
+        if known is None:
+            metadata = peer.welcome.ranks[self._rank.local.rank].transport_metadata
+            known = self._names[peer.address] = (peer, self._transport.add_peer(metadata))
+        assert known[0] is peer
+        return known[1]
+
+    def drop(self, peer: Peer, error: PeerError) -> None:
+        """Close the connection to a peer; all fetches from it end."""
+        self._peers.drop(peer.address, error)
+
+    def _ended(self, fetch: Fetch, result: FetchResult) -> None:
+        request_id = fetch.spec.request_id
+        del self._fetches[request_id]
+        if successor := self._successors.pop(request_id, None):
+            self.fetch(successor)
+            return
+        if result.reason is None and not result.is_last:  # others may be told to try elsewhere
+            self._succeeded[request_id] = None
+            while len(self._succeeded) > _REMEMBERED_SUCCESSES:
+                self._succeeded.popitem(last=False)
+        self._on_result(result)
+
+    def _at(self, address: Address) -> list[Fetch]:
+        return [f for f in self._fetches.values() if f.spec.source.address == address]
+
+    def _find(self, peer: Peer, handoff_id: HandoffId) -> Fetch | None:
+        for fetch in self._fetches.values():
+            if fetch.peer is peer and fetch.spec.source.handoff_id == handoff_id:
+                return fetch
+        return None
+
+
+def _never_begun(request_id: RequestId) -> FetchResult:
+    return FetchResult(request_id, Reason.INTERNAL, FetchCounts(), Codec.RAW, 0.0, 0)
