@@ -33,7 +33,7 @@ struct Planes {
 };
 
 struct Parts {
-  std::vector<pd::Part> parts;
+  std::vector<pd::PartPlane> parts;
   int64_t heads;
   pd::Element element;
   pd::Tiling tiling;

@@ -40,7 +40,7 @@ struct Tiling {
 };
 
 // One layer's keys, or its values, or another part of its KV cache. Strides are in bytes.
-struct Part {
+struct PartPlane {
   char* base;
   int64_t block_stride;
   int64_t head_stride;
@@ -49,7 +49,7 @@ struct Part {
 // A run of blocks in one part of several layers: token i of it lies in blocks[i / tiling.tokens],
 // and the first `tokens` count.
 struct TokenRun {
-  const Part* parts;
+  const PartPlane* parts;
   int64_t num_parts;
   int64_t heads;
   Element element;
@@ -59,7 +59,7 @@ struct TokenRun {
   int64_t tokens;
 
   // The place of a token of the run in one head of a part; channel_offset leads on from there.
-  PD_BOTH char* token_address(const Part& part, int64_t head, int64_t token) const {
+  PD_BOTH char* token_address(const PartPlane& part, int64_t head, int64_t token) const {
     const int64_t index = token / tiling.tokens;
     return part.base + blocks[index] * part.block_stride + head * part.head_stride +
            tiling.token_offset(token - index * tiling.tokens);

@@ -72,7 +72,7 @@ PD_BOTH void decode_wide_rows(
 }
 
 PD_BOTH void decode_stripe(
-    const TokenRun& run, const Stripe& stripe, const Part& part, int64_t head, Tile& rows,
+    const TokenRun& run, const Stripe& stripe, const PartPlane& part, int64_t head, Tile& rows,
     const char* place) {
   const int64_t sinks = stripe.sink_tokens(), tail = stripe.tail_tokens();
   for (int64_t g = 0; g < stripe.groups(); ++g) {

@@ -19,7 +19,7 @@ struct TokenPlaces {
   char* of[2 * kTokenGroup];
   int64_t count;  // at most 32
 
-  PD_BOTH TokenPlaces(const TokenRun& run, const Part& part, int64_t head, int64_t first) {
+  PD_BOTH TokenPlaces(const TokenRun& run, const PartPlane& part, int64_t head, int64_t first) {
     const int64_t left = run.tokens - first;
     const int64_t known = left < 2 * kTokenGroup ? left : 2 * kTokenGroup;
     count = left < kTokenGroup ? left : kTokenGroup;

@@ -1,4 +1,4 @@
-#include "stretches.cuh"
+#include "block_runs.cuh"
 
 namespace pd {
 namespace {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
-from tests.fakes.frontend import PROMPT, FakeDispatcher, sampling_of, transfer_of
+from tests.fakes.courses import PROMPT, FakeDispatcher, sampling_of, transfer_of
 from vllm_pd_plugin.ids import HandoffId
 
 with warnings.catch_warnings():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_pd_plugin.codecs.codec import CodecChoice
-from vllm_pd_plugin.edge.digest import prompt_digest
+from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.protocol.control import ControlPlane, Offered
@@ -83,8 +83,8 @@ class Consumer:
         return self.requests.match(request, num_computed_tokens)  # type: ignore[arg-type]
 
     def offer(self, request: FakeRequest | Request, num_tokens: int = TOKENS) -> None:
-        digest = prompt_digest(request, num_tokens)  # type: ignore[arg-type]
-        self.requests.offered(Offered(request.request_id, PINNED, num_tokens, digest))
+        prompt = prompt_fingerprint(request, num_tokens)  # type: ignore[arg-type]
+        self.requests.offered(Offered(request.request_id, PINNED, num_tokens, prompt))
 
     def allocate(self, request: FakeRequest | Request, num_external_tokens: int) -> None:
         blocks = SimpleNamespace(get_block_ids=lambda: BLOCKS)

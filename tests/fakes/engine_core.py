@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.fakes.clock import FakeClock
-from tests.fakes.frontend import make_request
+from tests.fakes.courses import make_request
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_incarnation
 

@@ -138,7 +138,7 @@ class FakeEngine(FakeMemory):
 
     def turn(self) -> None:
         self.control.turn()
-        self.announcer.set_serving(len(self.control._producing) > 0)
+        self.announcer.set_lending(len(self.control._producing) > 0)
         self.announcer.turn()
         self.plane.turn()
 
@@ -165,13 +165,13 @@ class FakeEngine(FakeMemory):
         request_id: str,
         num_tokens: int,
         handoff_id: HandoffId | None = None,
-        digest: bytes = b"digest",
+        prompt: bytes = b"digest",
     ) -> Source:
         """A request arrives whose KV is to be handed off."""
         handoff = handoff_id or new_handoff_id()
         source = Source(handoff, self.address, self.identity.incarnation)
         self.running[request_id] = _Running(source, num_tokens)
-        self.control.enqueue(handoff, request_id, num_tokens, digest)
+        self.control.enqueue(handoff, request_id, num_tokens, prompt)
         return source
 
     def begin(

@@ -27,7 +27,7 @@ class Packet:
 
 
 class FakeLink:
-    """The connecting end, in place of ``channel.Link``."""
+    """The connecting end, in place of ``channel.Dealer``."""
 
     def __init__(
         self,

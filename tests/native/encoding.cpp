@@ -45,7 +45,7 @@ struct Cache {
     const int64_t num_blocks = (of.tokens + tokens - 1) / tokens;
     for (int64_t i = num_blocks; i > 0; --i) blocks.push_back(i);
     tiling = {tokens, width, tokens, width, 0, 0, 0, size};
-    pd::Part part{nullptr, 0, 0};
+    pd::PartPlane part{nullptr, 0, 0};
     switch (of.layout) {
       case Layout::kHeads:
         tiling.token_stride = (width + of.gap) * size;
@@ -90,7 +90,7 @@ struct Cache {
   }
 
   char* at(int64_t stripe, int64_t token, int64_t channel) const {
-    const pd::Part& part = parts[static_cast<size_t>(stripe / kHeads)];
+    const pd::PartPlane& part = parts[static_cast<size_t>(stripe / kHeads)];
     const int64_t block = blocks[static_cast<size_t>(token / of.block_tokens)];
     const int64_t in_block = token % of.block_tokens;
     return part.base + block * part.block_stride + stripe % kHeads * part.head_stride +
@@ -148,7 +148,7 @@ struct Cache {
   Case of;
   std::vector<int64_t> blocks;
   pd::Tiling tiling;
-  std::vector<pd::Part> parts;
+  std::vector<pd::PartPlane> parts;
   std::vector<std::vector<char>> memory;
 };
 

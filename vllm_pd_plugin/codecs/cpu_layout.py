@@ -2,8 +2,8 @@
 
 vLLM says of a cache only that it is ``[num_blocks, heads, tokens, 2 * width]``. Its CPU backend
 takes a head's part of a block as so many bytes, the keys and then the values, each as its kernel
-wants them (``csrc/cpu/cpu_attn_*.hpp`` in vLLM 0.32). ``tests/unit/codecs/test_cpu_layout.py`` compares
-this with what the kernels do.
+wants them (``csrc/cpu/cpu_attn_*.hpp`` in vLLM 0.32).
+``tests/unit/codecs/test_cpu_layout.py`` compares this with what the kernels do.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from vllm_pd_plugin.compat import require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.edge import geometry
 from vllm_pd_plugin.edge.hooks import (
+    admit_frontends,
     call_on_arrival,
     end_abandoned_requests,
-    serve_frontends,
 )
 from vllm_pd_plugin.edge.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdPromMetrics, PdStats
@@ -69,7 +69,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = SchedulerSide(config, engine_id, engine_role)
             end_abandoned_requests()
             call_on_arrival(self._scheduler.wake)
-            serve_frontends()
+            admit_frontends()
         else:
             rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(config, engine_id, rank)
@@ -146,9 +146,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Return running requests to be ended; see ``hooks.end_abandoned_requests``."""
         return self._scheduler.take_abandoned()
 
-    def serve_frontends(self, core: EngineCoreProc) -> None:
-        """Be a client of this engine's core; see ``hooks.serve_frontends``."""
-        self._scheduler.serve_frontends(core)
+    def admit_frontends(self, core: EngineCoreProc) -> None:
+        """Be a client of this engine's core; see ``hooks.admit_frontends``."""
+        self._scheduler.admit_frontends(core)
 
     def describe_engine(self) -> dict[str, Any]:
         """Say where frontends attach; see ``hooks.add_description_route``."""

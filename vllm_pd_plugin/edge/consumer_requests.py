@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_pd_plugin.codecs.codec import CodecChoice
-from vllm_pd_plugin.edge.digest import prompt_digest
 from vllm_pd_plugin.edge.metadata import FetchReport
 from vllm_pd_plugin.edge.metrics import PdStats
+from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId, RequestId, Source
 from vllm_pd_plugin.protocol.control import CallControl, Lost, Offered
@@ -164,7 +164,7 @@ class ConsumingRequests:
         fits = offer.num_tokens <= request.num_tokens
         if consuming.seeds:  # the token that it brings must be the next one
             fits = offer.num_tokens == request.num_tokens
-        if not fits or prompt_digest(request, offer.num_tokens) != offer.digest:
+        if not fits or prompt_fingerprint(request, offer.num_tokens) != offer.prompt:
             self._close(request.request_id, cancel=False)
             text = "the handoff is of another prompt"
             self._lose(consuming, Reason.PROMPT_MISMATCH, text)

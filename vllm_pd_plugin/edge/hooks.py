@@ -112,8 +112,8 @@ def log_like_vllm() -> None:
     ours.propagate = theirs.propagate
 
 
-def serve_frontends() -> None:
-    """Let a connector that can (``serve_frontends``) be a client of its engine core.
+def admit_frontends() -> None:
+    """Let a connector that can (``admit_frontends``) be a client of its engine core.
 
     Its output thread starts when the core is complete, and before any request can have come.
     """
@@ -125,8 +125,8 @@ def serve_frontends() -> None:
 
     @functools.wraps(process_output_sockets)
     def and_frontends(self: EngineCoreProc, *args: Any, **kwargs: Any) -> None:
-        if serve := getattr(self.scheduler.get_kv_connector(), "serve_frontends", None):
-            serve(self)
+        if admit := getattr(self.scheduler.get_kv_connector(), "admit_frontends", None):
+            admit(self)
         process_output_sockets(self, *args, **kwargs)
 
     EngineCoreProc.process_output_sockets = and_frontends

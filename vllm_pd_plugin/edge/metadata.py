@@ -24,7 +24,7 @@ class StepMetadata(KVConnectorMetadata):
     fetches: to start. refused: never started; to be reported as failed receives.
     cancels: to end early, and why.
     released: producer requests whose blocks may be freed; to be reported as sent.
-    serving: whether peers may be reading from this engine.
+    lending: whether peers may be reading from this engine.
     announcement: set when this step computes KV that is to be handed off.
     control: the engine's own control channel, and its incarnation.
     """
@@ -33,7 +33,7 @@ class StepMetadata(KVConnectorMetadata):
     refused: tuple[RequestId, ...]
     cancels: dict[RequestId, Reason]
     released: tuple[RequestId, ...]
-    serving: bool
+    lending: bool
     announcement: Announcement | None
     control: tuple[Address, Incarnation]
 

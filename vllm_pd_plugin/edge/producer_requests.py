@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
-from vllm_pd_plugin.edge.digest import prompt_digest
 from vllm_pd_plugin.edge.metrics import PdStats
+from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import HandoffId, RequestId, new_handoff_id
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
@@ -105,8 +105,8 @@ class ProducingRequests:
         request_id, num_tokens = request.request_id, request.num_prompt_tokens
         self._open[request_id] = _Producing(request, handoff_id)
         self._handoff_ids.add(handoff_id)
-        digest = prompt_digest(request, num_tokens)
-        self._call(lambda control: control.enqueue(handoff_id, request_id, num_tokens, digest))
+        prompt = prompt_fingerprint(request, num_tokens)
+        self._call(lambda control: control.enqueue(handoff_id, request_id, num_tokens, prompt))
 
     def scheduled(self, request_id: RequestId) -> None:
         """The request has blocks; the first time it starts to produce."""

@@ -25,7 +25,7 @@ from vllm_pd_plugin.engine_port.server import TokenServer, divert_outputs
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
 from vllm_pd_plugin.ids import EngineId, RequestId, Source, new_incarnation
-from vllm_pd_plugin.net.channel import CurveKeys, Link, Listener, Loop
+from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Listener, Loop
 from vllm_pd_plugin.protocol.control import (
     Abandoned,
     ControlPlane,
@@ -119,7 +119,7 @@ class SchedulerSide:
                 self._identity,
                 layout,
                 self._config.peer_timeout_s,
-                lambda address, on_message: Link(self._loop, address, self._keys, on_message),
+                lambda address, on_message: Dealer(self._loop, address, self._keys, on_message),
                 time.monotonic,
             ),
             self._listener.send,
@@ -135,7 +135,7 @@ class SchedulerSide:
             self._identity.incarnation,
         )
 
-    def serve_frontends(self, core: EngineCoreProc) -> None:
+    def admit_frontends(self, core: EngineCoreProc) -> None:
         """Let frontends add requests to this engine, now that it is complete."""
         server = TokenServer(
             core,
@@ -226,7 +226,7 @@ class SchedulerSide:
             orders.refused,
             orders.cancels,
             self._producing.take_released(),
-            serving=len(self._producing) > 0,
+            lending=len(self._producing) > 0,
             announcement=self._producing.advance(output.num_scheduled_tokens),
             control=(
                 (self._config.advertise_host, self._listener.port),

@@ -13,14 +13,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.config import PdConfig
-from vllm_pd_plugin.edge.digest import kv_digest
 from vllm_pd_plugin.edge.metadata import FetchReport, RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
 from vllm_pd_plugin.memory import regions
 from vllm_pd_plugin.memory.layout import EngineLayout
-from vllm_pd_plugin.net.channel import CurveKeys, Link, Loop
+from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Loop
 from vllm_pd_plugin.net.transport import Transport
+from vllm_pd_plugin.packing.digests import kv_digest
 from vllm_pd_plugin.packing.slabs import Slabs
 from vllm_pd_plugin.protocol.peers import Identity, PeerTable
 from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
@@ -52,7 +52,7 @@ class WorkerSide:
         self._failed: dict[RequestId, FetchResult] = {}
         self._sampled: dict[RequestId, int] = {}
         self._released: list[RequestId] = []
-        self._serving = False
+        self._lending = False
         self._places: dict[str, int] = {}
         self._mark_stream: Callable[[], Callable[[], bool]] = _mark_nothing
         self._announcement: Announcement | None = None
@@ -115,8 +115,8 @@ class WorkerSide:
         self._loop.start()
         return RankHandshake(self._identity.incarnation, layout, rank_memory)
 
-    def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Link:
-        return Link(self._loop, address, self._keys, on_message)
+    def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Dealer:
+        return Dealer(self._loop, address, self._keys, on_message)
 
     def _take_result(self, result: FetchResult) -> None:
         self._results.append(result)
@@ -160,10 +160,10 @@ class WorkerSide:
         for request_id in metadata.refused:
             self._loop.call(partial(self._plane.refuse, request_id))
         self._released += metadata.released
-        if metadata.serving != self._serving:
-            self._serving = serving = metadata.serving
-            self._loop.call(lambda: self._plane.set_serving(serving))
-            self._loop.call(lambda: self._announcer.set_serving(serving))
+        if metadata.lending != self._lending:
+            self._lending = lending = metadata.lending
+            self._loop.call(lambda: self._plane.set_lending(lending))
+            self._loop.call(lambda: self._announcer.set_lending(lending))
         for spec in metadata.fetches:
             self._loop.call(lambda s=spec: self._plane.fetch(s))  # type: ignore[misc]
         for request_id, reason in metadata.cancels.items():

@@ -21,7 +21,7 @@ from vllm_pd_plugin.config import is_loopback
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.engine_port.peer_decoder import PeerDecoder
 from vllm_pd_plugin.ids import Incarnation, RequestId
-from vllm_pd_plugin.net.async_channel import Context, Dealer
+from vllm_pd_plugin.net.async_channel import AsyncDealer, Context
 from vllm_pd_plugin.net.channel import CurveKeys
 from vllm_pd_plugin.protocol.wire import WireError
 
@@ -70,7 +70,7 @@ class Link:
         self._connection = connection
         self._owner = owner
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
-        self._dealer: Dealer | None = None
+        self._dealer: AsyncDealer | None = None
         self._encoder = MsgpackEncoder()
         self._decoder = PeerDecoder(EngineCoreOutputs)
         self._is_attached = False
@@ -149,7 +149,7 @@ class Link:
         self._changed.clear()
         address = (self.description.control_host, self.description.control_port)
         connection = self._connection
-        self._dealer = Dealer(
+        self._dealer = AsyncDealer(
             connection.context, address, connection.keys, self._take, self._disconnected
         )
         self.incarnation = Incarnation("")

@@ -27,7 +27,7 @@ def close_context(context: Context) -> None:
     context.destroy(linger=0)
 
 
-class Dealer:
+class AsyncDealer:
     """One connection to an engine. Everything happens on the event loop that made it.
 
     on_message: called for each message.

@@ -212,7 +212,7 @@ class Listener:
         self._socket.curve_secretkey = keys.server_secret
 
 
-class Link:
+class Dealer:
     """The connecting end: one peer. ZeroMQ reconnects by itself."""
 
     def __init__(

@@ -57,15 +57,15 @@ class NixlTransport:
         self._memory_kind = memory_kind
         self._device = device
         self._spans: Sequence[tuple[int, int]] = ()
-        self._serving: Any = None
+        self._lender: Any = None
         self._remotes: dict[PeerName, _Remote] = {}
         self._reads: dict[ReadHandle, _Read] = {}
         self._numbers = itertools.count(1)
 
     def register(self, spans: Sequence[tuple[int, int]]) -> bytes:
         self._spans = spans
-        self._serving = self._new_agent()
-        return msgspec.msgpack.encode((self._device, self._serving.get_agent_metadata()))
+        self._lender = self._new_agent()
+        return msgspec.msgpack.encode((self._device, self._lender.get_agent_metadata()))
 
     def add_peer(self, metadata: bytes) -> PeerName:
         try:
@@ -123,12 +123,12 @@ class NixlTransport:
             logger.warning("NIXL could not release a read", exc_info=True)
 
     def progress(self) -> None:
-        self._serving.get_new_notifs()
+        self._lender.get_new_notifs()
 
     def close(self) -> None:
         for peer in list(self._remotes):
             self.remove_peer(peer)
-        self._serving = None
+        self._lender = None
 
     def _new_agent(self) -> Any:
         """Return an agent that knows our memory."""

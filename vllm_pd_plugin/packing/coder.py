@@ -10,6 +10,7 @@ import torch
 from vllm_pd_plugin.codecs import ops
 from vllm_pd_plugin.codecs.codec import Codec, Encoding, encoding_of
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
+from vllm_pd_plugin.packing.digests import slab_digest
 from vllm_pd_plugin.packing.pieces import Piece, Pieces, Slice, blocks_at
 
 _TRIAL_BYTES = 4 * 2**20
@@ -122,11 +123,3 @@ class BlockCoder:
         """A peer may read, or the engine use, what is there when a call returns."""
         if self._outgoing.is_cuda:
             torch.cuda.current_stream(self._outgoing.device).synchronize()
-
-
-def slab_digest(slab: torch.Tensor) -> bytes:
-    """Return the digest of a piece's bytes, 8 of them."""
-    plane = slab.view(1, 1, 1, -1)
-    first = torch.zeros(1, dtype=torch.int64, device=slab.device)
-    digest: bytes = ops.digest_blocks([plane], first).cpu().numpy().tobytes()
-    return digest

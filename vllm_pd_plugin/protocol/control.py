@@ -38,7 +38,7 @@ class Offered:
     request_id: RequestId
     source: Source
     num_tokens: int
-    digest: bytes
+    prompt: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,10 +140,10 @@ class ControlPlane:
     # --- as a producer ---------------------------------------------------------------------
 
     def enqueue(
-        self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, digest: bytes
+        self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, prompt: bytes
     ) -> None:
         """A request whose KV is to be handed off has arrived."""
-        self._producing.enqueue(handoff_id, request_id, num_tokens, digest)
+        self._producing.enqueue(handoff_id, request_id, num_tokens, prompt)
 
     def open(self, handoff_id: HandoffId) -> None:
         """It is scheduled for the first time."""
@@ -375,9 +375,9 @@ class ControlPlane:
 
     def peer_replied(self, peer: Peer, message: wire.Message) -> None:
         match message:
-            case wire.Offer(handoff_id, num_tokens, digest):
+            case wire.Offer(handoff_id, num_tokens, prompt):
                 if wanted := self._consuming.offered(handoff_id, peer.incarnation):
-                    self._emit(Offered(wanted.request_id, wanted.source, num_tokens, digest))
+                    self._emit(Offered(wanted.request_id, wanted.source, num_tokens, prompt))
             case wire.Refuse(handoff_id, reason):
                 if wanted := self._consuming.get(handoff_id):
                     self._lose(wanted.request_id, reason, f"the producer refused: {reason}")

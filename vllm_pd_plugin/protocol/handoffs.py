@@ -81,7 +81,7 @@ class Produced:
     handoff_id: HandoffId
     request_id: RequestId
     num_tokens: int
-    digest: bytes
+    prompt: bytes
     lease: Lease
     blocks: BlockTables
     state: ProducerState = ProducerState.QUEUED
@@ -150,7 +150,7 @@ class ProducerTable:
         return len(self._open)
 
     def enqueue(
-        self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, digest: bytes
+        self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, prompt: bytes
     ) -> None:
         """A request has arrived whose KV is to be handed off: QUEUED.
 
@@ -158,7 +158,7 @@ class ProducerTable:
         if used := self._open.get(handoff_id):
             self._end(used, ProducerState.CANCELLED)
         lease = Lease(self._lease_s, self._clock())
-        handoff = Produced(handoff_id, request_id, num_tokens, digest, lease, self._no_blocks)
+        handoff = Produced(handoff_id, request_id, num_tokens, prompt, lease, self._no_blocks)
         self._open[handoff_id] = handoff
         if early := self._early.pop(handoff_id, None):
             handoff.wanted_by = early[0]
@@ -502,7 +502,7 @@ class ProducerTable:
 
 
 def _offer(handoff: Produced) -> wire.Offer:
-    return wire.Offer(handoff.handoff_id, handoff.num_tokens, handoff.digest)
+    return wire.Offer(handoff.handoff_id, handoff.num_tokens, handoff.prompt)
 
 
 def _is_leased(handoff: Produced) -> bool:

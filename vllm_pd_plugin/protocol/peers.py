@@ -19,8 +19,8 @@ from vllm_pd_plugin.protocol import wire
 logger = logging.getLogger(__name__)
 
 
-class Link(Protocol):
-    """What a peer needs of ``channel.Link``."""
+class Channel(Protocol):
+    """What a peer needs of ``net.channel.Dealer``."""
 
     def send(self, frames: list[bytes]) -> None: ...
 
@@ -29,7 +29,7 @@ class Link(Protocol):
 
 MakePeers = Callable[["PeerListener"], "PeerTable"]
 
-Connect = Callable[[Address, Callable[[list[bytes]], None]], Link]
+Connect = Callable[[Address, Callable[[list[bytes]], None]], Channel]
 """Opens a link to an address; the second argument receives every message from it."""
 
 
@@ -52,7 +52,7 @@ class Peer:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Connection:
-    link: Link
+    channel: Channel
     peer: Peer | None = None
     deadline: float | None = None
     """When the answer that is awaited is given up; None while none is."""
@@ -99,8 +99,8 @@ class PeerTable:
         """Return the peer if it is ready; else make sure that an introduction is under way."""
         connection = self._connections.get(address)
         if connection is None:
-            link = self._connect(address, lambda frames: self._receive(address, frames))
-            connection = self._connections[address] = _Connection(link)
+            channel = self._connect(address, lambda frames: self._receive(address, frames))
+            connection = self._connections[address] = _Connection(channel)
             self._introduce(connection)
         return connection.peer
 
@@ -139,7 +139,7 @@ class PeerTable:
 
     def close(self) -> None:
         for connection in self._connections.values():
-            connection.link.close()
+            connection.channel.close()
         self._connections.clear()
 
     def _introduce(self, connection: _Connection) -> None:
@@ -149,14 +149,14 @@ class PeerTable:
     def _send(self, connection: _Connection, message: wire.Request, target: Incarnation) -> None:
         frames = wire.encode(message, self._identity.incarnation, target)
         self.num_bytes += sum(map(len, frames))
-        connection.link.send(frames)
+        connection.channel.send(frames)
 
     def _expect(self, connection: _Connection) -> None:
         if connection.deadline is None:
             connection.deadline = self._clock() + self._timeout_s
 
     def _lose(self, address: Address, error: PeerError) -> None:
-        self._connections.pop(address).link.close()
+        self._connections.pop(address).channel.close()
         logger.warning("peer %s lost: %s", _spell(address), error)
         self._listener.peer_lost(address, error)
 

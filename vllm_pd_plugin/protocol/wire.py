@@ -75,11 +75,11 @@ class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
-    """The handoff has started: its size, and which prompt it is for (see ``prompt_digest``)."""
+    """The handoff has started: its size, and its prompt (see ``prompt_fingerprint``)."""
 
     handoff_id: HandoffId
     num_tokens: Count
-    digest: bytes
+    prompt: bytes
 
 
 class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):

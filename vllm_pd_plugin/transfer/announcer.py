@@ -14,7 +14,7 @@ from collections.abc import Callable
 from vllm_pd_plugin.ids import Address, Incarnation
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.peers import Connect, Link
+from vllm_pd_plugin.protocol.peers import Channel, Connect
 from vllm_pd_plugin.transfer.plan import Digest
 
 POLL_INTERVAL_S = 0.0005
@@ -58,7 +58,7 @@ class Announcer:
         self._digest = digest
         self._packer = packer
         self._connect = connect
-        self._link: Link | None = None
+        self._channel: Channel | None = None
         self._control = Incarnation("")
         self._marks: deque[Mark] = deque()
 
@@ -66,7 +66,7 @@ class Announcer:
         """Take the engine's own control channel and its incarnation; before anything else.
 
         The control channel learns where this rank is: a step 0 is none of an engine's."""
-        self._link = self._connect(control, self._receive)
+        self._channel = self._connect(control, self._receive)
         self._control = incarnation
         self._send(wire.Announce(0, self._rank, 0))
 
@@ -89,9 +89,9 @@ class Announcer:
             return 0.0  # there may be more to pack
         return POLL_INTERVAL_S if self._marks else None
 
-    def set_serving(self, serving: bool) -> None:
+    def set_lending(self, lending: bool) -> None:
         """Say whether consumers may want anything of this rank."""
-        if self._packer is not None and not serving:
+        if self._packer is not None and not lending:
             self._packer.clear()
 
     def _receive(self, frames: list[bytes]) -> None:
@@ -106,12 +106,12 @@ class Announcer:
                 self._packer.unstage(handoff_id, number)
 
     def _send(self, message: wire.FromWorker) -> None:
-        assert self._link is not None
-        self._link.send(wire.encode(message, self._incarnation, self._control))
+        assert self._channel is not None
+        self._channel.send(wire.encode(message, self._incarnation, self._control))
 
     def close(self) -> None:
-        if self._link is not None:
-            self._link.close()
+        if self._channel is not None:
+            self._channel.close()
 
 
 def layers_worth_a_message(

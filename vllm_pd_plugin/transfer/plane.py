@@ -20,7 +20,7 @@ from vllm_pd_plugin.transfer.fetch import AboutFetch, Fetch, Rank
 from vllm_pd_plugin.transfer.rates import PeerRates
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult, FetchSpec, FetchState
 
-SERVE_INTERVAL_S = 0.002
+LENDING_INTERVAL_S = 0.002
 """How often a side that is being read drives its transport."""
 
 _REMEMBERED_SUCCESSES = 4096
@@ -45,7 +45,7 @@ class TransferPlane:
         self._succeeded: OrderedDict[RequestId, None] = OrderedDict()
         self._names: dict[Address, tuple[Peer, PeerName]] = {}
         self._rates: dict[Address, PeerRates] = {}
-        self._serving = False
+        self._lending = False
 
     @property
     def control_bytes(self) -> int:
@@ -91,21 +91,21 @@ class TransferPlane:
         fetch.spec = dataclasses.replace(fetch.spec, is_last=True)
         fetch.fail(Reason.INTERNAL)
 
-    def set_serving(self, serving: bool) -> None:
+    def set_lending(self, lending: bool) -> None:
         """Say whether peers may be reading from this rank."""
-        self._serving = serving
+        self._lending = lending
 
     def turn(self) -> float | None:
         """Drive everything; return for how many seconds nothing needs to be done."""
-        if self._serving:
+        if self._lending:
             self._transport.progress()
         for fetch in list(self._fetches.values()):
             if fetch.state is not FetchState.ENDED:  # losing a peer ends others too
                 fetch.drive()
         peers_at = self._peers.tick()
         waits = [fetch.wait_s() for fetch in self._fetches.values()]
-        if self._serving:
-            waits.append(SERVE_INTERVAL_S)
+        if self._lending:
+            waits.append(LENDING_INTERVAL_S)
         if peers_at is not None:
             waits.append(peers_at - self._rank.clock())
         return max(0.0, min(waits)) if waits else None
@@ -117,7 +117,7 @@ class TransferPlane:
             self._peers.drop(address, PeerError(Reason.CANCELLED, "this engine is shutting down"))
         for fetch in list(self._fetches.values()):
             fetch.disconnected(Reason.CANCELLED)
-        self._serving = False
+        self._lending = False
         self._peers.close()
         self._transport.close()
 

@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
 
     from tests.fakes.consumer import BIT_FOR_BIT, PINNED, TOKENS, Consumer, new_source
-    from vllm_pd_plugin.edge.digest import prompt_digest
     from vllm_pd_plugin.edge.metadata import FetchReport
+    from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 
 PROMPT = list(range(TOKENS))
 SAMPLED = 777
@@ -121,8 +121,8 @@ def test_a_block_that_the_token_completes_has_a_hash(consumer: Consumer) -> None
     params = SamplingParams(max_tokens=8)
     request = Request("r", list(range(TOKENS + 1)), params, None, block_hasher=hasher)
     consumer.requests.add(request, [new_source()], BIT_FOR_BIT, seeds=True)
-    digest = prompt_digest(request, TOKENS + 1)
-    consumer.requests.offered(Offered("r", PINNED, TOKENS + 1, digest))
+    prompt = prompt_fingerprint(request, TOKENS + 1)
+    consumer.requests.offered(Offered("r", PINNED, TOKENS + 1, prompt))
     consumer.match(request)
     consumer.allocate(request, TOKENS + 1)
     assert len(request.block_hashes) == 13
@@ -183,8 +183,8 @@ def test_a_token_that_is_not_the_next_one_is_not_taken(recomputes: bool, offered
     """A token after a shorter prompt says nothing of what comes after this one."""
     consumer = Consumer(recomputes)
     request = consumer.add_seeded()
-    digest = prompt_digest(request, offered)
-    consumer.requests.offered(Offered("r", PINNED, offered, digest))
+    prompt = prompt_fingerprint(request, offered)
+    consumer.requests.offered(Offered("r", PINNED, offered, prompt))
     assert consumer.stats.data["failures"] == {"prompt_mismatch": 1}
     assert consumer.match(request) == ((None, False) if recomputes else (1, True))
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.fakes.frontend import PROMPT, make_request, sampling_of
+from tests.fakes.courses import PROMPT, make_request, sampling_of
 from vllm_pd_plugin.protocol.wire import WireError
 
 with warnings.catch_warnings():

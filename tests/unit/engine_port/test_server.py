@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.fakes.frontend import PROMPT, make_request, sampling_of
+from tests.fakes.courses import PROMPT, make_request, sampling_of
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_incarnation
 from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION, Header

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.frontend import PROMPT, make_request
+from tests.fakes.courses import PROMPT, make_request
 from vllm_pd_plugin.engine_port.messages import EngineLoad
 
 with warnings.catch_warnings():

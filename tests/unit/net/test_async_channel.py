@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_pd_plugin.net.async_channel import Context, Dealer, close_context, new_context
+from vllm_pd_plugin.net.async_channel import AsyncDealer, Context, close_context, new_context
 from vllm_pd_plugin.net.channel import CurveKeys, Listener, Loop
 
 KEYS = CurveKeys.derive("the key of this cluster")
@@ -80,8 +80,8 @@ def context() -> Iterator[Context]:
     close_context(context)
 
 
-def dial(context: Context, engine: Engine, ear: Ear, keys: CurveKeys | None = None) -> Dealer:
-    return Dealer(context, engine.address, keys, ear.hear, ear.disconnected)
+def dial(context: Context, engine: Engine, ear: Ear, keys: CurveKeys | None = None) -> AsyncDealer:
+    return AsyncDealer(context, engine.address, keys, ear.hear, ear.disconnected)
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
@@ -143,7 +143,7 @@ def test_what_is_said_while_listening_is_answered(
             if len(ear.messages) < 200:
                 dealer.send([b"%d" % len(ear.messages)])
 
-        dealer = Dealer(context, engine.address, None, go_on, ear.disconnected)
+        dealer = AsyncDealer(context, engine.address, None, go_on, ear.disconnected)
         dealer.send([b"0"])
         await ear.until(lambda: len(ear.messages) == 200)
         dealer.close()
@@ -177,7 +177,7 @@ def test_an_owner_may_close_it_when_it_hears_of_the_loss(
             dealer.close()
             ear.disconnected()
 
-        dealer = Dealer(context, engine.address, None, ear.hear, disconnected)
+        dealer = AsyncDealer(context, engine.address, None, ear.hear, disconnected)
         dealer.send([b"hello"])
         await ear.until(lambda: bool(ear.messages))
         await asyncio.to_thread(engine.loop.close)
@@ -233,7 +233,7 @@ def test_it_may_be_closed_by_the_message_that_it_brings(
             ear.hear(frames)
             dealer.close()
 
-        dealer = Dealer(context, make_engine(None).address, None, hear_once, ear.disconnected)
+        dealer = AsyncDealer(context, make_engine(None).address, None, hear_once, ear.disconnected)
         dealer.send([b"many", b"10"])
         await ear.until(lambda: bool(ear.messages))
         assert ear.messages == [[b"0"]]

@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from vllm_pd_plugin.errors import ConfigError
-from vllm_pd_plugin.net.channel import CurveKeys, Link, Listener, Loop
+from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Listener, Loop
 
 T = TypeVar("T")
 
@@ -49,11 +49,11 @@ class Engine:
         self.loop.call(lambda: results.put(function()))
         return results.get(timeout=PATIENCE_S)
 
-    def link(self, port: int, keys: CurveKeys | None = None) -> Link:
+    def link(self, port: int, keys: CurveKeys | None = None) -> Dealer:
         address = ("127.0.0.1", port)
-        return self.on_thread(lambda: Link(self.loop, address, keys, self.replies.put))
+        return self.on_thread(lambda: Dealer(self.loop, address, keys, self.replies.put))
 
-    def send(self, link: Link, *frames: bytes) -> None:
+    def send(self, link: Dealer, *frames: bytes) -> None:
         self.loop.call(lambda: link.send(list(frames)))
 
     @contextlib.contextmanager
@@ -220,15 +220,15 @@ def test_a_link_may_be_closed_by_the_message_that_it_brings(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     here, there = make_engine(), make_engine()
-    links: list[Link] = []
+    links: list[Dealer] = []
     closed = threading.Event()
 
     def close(_: list[bytes]) -> None:
         links[0].close()
         closed.set()
 
-    def connect() -> Link:
-        return Link(here.loop, ("127.0.0.1", there.listener.port), None, close)
+    def connect() -> Dealer:
+        return Dealer(here.loop, ("127.0.0.1", there.listener.port), None, close)
 
     links.append(here.on_thread(connect))
     here.send(links[0], b"hello")
@@ -255,9 +255,9 @@ def test_messages_and_turns_run_on_the_loop_s_thread(make_engine: MakeEngine) ->
     assert turned.get(timeout=PATIENCE_S) == "test"
     heard: queue.Queue[str] = queue.Queue()
 
-    def connect() -> Link:
+    def connect() -> Dealer:
         address = ("127.0.0.1", engine.listener.port)
-        return Link(
+        return Dealer(
             engine.loop, address, None, lambda _: heard.put(threading.current_thread().name)
         )
 
@@ -320,8 +320,8 @@ def test_an_exception_over_a_message_costs_no_other_message(make_engine: MakeEng
             raise ValueError("bad")
         replies.put(frames)
 
-    def connect() -> Link:
-        return Link(here.loop, ("127.0.0.1", there.listener.port), None, receive)
+    def connect() -> Dealer:
+        return Dealer(here.loop, ("127.0.0.1", there.listener.port), None, receive)
 
     link = here.on_thread(connect)
     for text in (b"bad", b"good"):

@@ -248,9 +248,9 @@ def test_everything_is_given_back_when_the_engine_hands_nothing_off_any_more(
     for number in (1, 2):
         say(network, control, stage_of(number))
     packing.turn()
-    packing.set_serving(True)
+    packing.set_lending(True)
     assert staging.taken_bytes == ALIGNMENT
-    packing.set_serving(False)
+    packing.set_lending(False)
     assert staging.taken_bytes == 0
     assert packing.turn() is None
 
@@ -260,7 +260,7 @@ def test_without_staging_memory_nothing_is_packed(
 ) -> None:
     say(network, control, stage_of(1))
     say(network, control, wire.Unstage(HANDOFF, None))
-    announcer.set_serving(False)
+    announcer.set_lending(False)
     assert announcer.turn() is None
     assert network.deliver() == 0
 

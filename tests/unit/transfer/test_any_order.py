@@ -372,7 +372,7 @@ class AnyOrder(RuleBasedStateMachine):
             wanting = self.wanting[said.request_id]
             if isinstance(said, Offered):
                 assert wanting.honest, "an invented source has offered"
-                assert (said.num_tokens, said.digest) == (
+                assert (said.num_tokens, said.prompt) == (
                     wanting.num_tokens,
                     bytes([wanting.prompt]),
                 )

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.fakes.engines import FakeCluster, full_group, sliding_group
-from vllm_pd_plugin.edge.digest import kv_digest
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_incarnation
+from vllm_pd_plugin.packing.digests import kv_digest
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.transfer.fetch import Timeouts
 

@@ -8,7 +8,7 @@ from tests.fakes.engines import PEER_TIMEOUT_S
 from tests.fakes.fetching import EMPTY, HERE, KV, LEASE_S, THERE, TOKENS, FetchingCluster
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.transfer.plane import SERVE_INTERVAL_S
+from vllm_pd_plugin.transfer.plane import LENDING_INTERVAL_S
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult
 
 
@@ -230,10 +230,10 @@ def test_a_side_that_is_read_from_drives_its_transport(cluster: FetchingCluster)
     plane, transport = cluster.producer.plane, cluster.producer.transport
     assert plane.turn() is None
     assert transport.num_progress == 0
-    plane.set_serving(True)
-    assert plane.turn() == SERVE_INTERVAL_S
+    plane.set_lending(True)
+    assert plane.turn() == LENDING_INTERVAL_S
     assert transport.num_progress == 1
-    plane.set_serving(False)
+    plane.set_lending(False)
     assert plane.turn() is None
     assert transport.num_progress == 1
 

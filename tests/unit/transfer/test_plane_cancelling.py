@@ -187,7 +187,7 @@ def test_a_refusal_of_what_was_never_begun_is_reported_at_once(cluster: Fetching
 
 def test_a_closed_plane_serves_nobody(cluster: FetchingCluster) -> None:
     plane, transport = cluster.producer.plane, cluster.producer.transport
-    plane.set_serving(True)
+    plane.set_lending(True)
     plane.close()
     assert plane.turn() is None
     assert transport.num_progress == 0

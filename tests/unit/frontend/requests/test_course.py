@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.frontend import (
+from tests.fakes.courses import (
     DISAGGREGATED,
     PROMPT,
     WHOLE,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.fakes.answering import DECODE_ENGINES, ENGINES, PREFILL_ENGINES, Answer, AnsweringPool
-from tests.fakes.frontend import make_request
+from tests.fakes.courses import make_request
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours

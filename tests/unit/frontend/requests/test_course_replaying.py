@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fakes.frontend import (
+from tests.fakes.courses import (
     PROMPT,
     WHOLE,
     D,

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.fakes.frontend import PROMPT, make_request, sampling_of, transfer_of
+from tests.fakes.courses import PROMPT, make_request, sampling_of, transfer_of
 from vllm_pd_plugin.ids import new_handoff_id, new_incarnation
 
 with warnings.catch_warnings():

@@ -1,35 +1,13 @@
-"""Say which prompt KV belongs to, and which bytes it is, whoever mixed two of them up."""
+"""Digests of bytes: what blocks of a cache hold, and what a piece holds."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from vllm_pd_plugin.codecs.ops import as_plane, digest_blocks
 from vllm_pd_plugin.memory.layout import BlockTables, Group
-
-if TYPE_CHECKING:
-    from vllm.v1.request import Request
-
-
-def prompt_digest(request: Request, num_tokens: int) -> bytes:
-    """Return a 16-byte digest of all that the KV of the first ``num_tokens`` depends on.
-
-    It covers the token ids, the LoRA adapter and the multi-modal inputs, so that KV can never be
-    used for another prompt, whoever mixed the two up.
-    """
-    tokens = np.asarray(request.all_token_ids[:num_tokens], dtype=np.int64)
-    digest = hashlib.blake2b(tokens.tobytes(), digest_size=16)
-    lora = request.lora_request
-    digest.update(repr((lora.lora_name, lora.lora_path) if lora else None).encode())
-    for feature in request.mm_features or ():
-        position = feature.mm_position
-        digest.update(repr((feature.identifier, position.offset, position.length)).encode())
-    return digest.digest()
 
 
 def kv_digest(
@@ -54,3 +32,11 @@ def kv_digest(
         )
     together: bytes = torch.cat(digests).cpu().numpy().tobytes()
     return together
+
+
+def slab_digest(slab: torch.Tensor) -> bytes:
+    """Return the digest of a piece's bytes, 8 of them."""
+    plane = slab.view(1, 1, 1, -1)
+    first = torch.zeros(1, dtype=torch.int64, device=slab.device)
+    digest: bytes = digest_blocks([plane], first).cpu().numpy().tobytes()
+    return digest

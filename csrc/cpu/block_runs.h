@@ -5,10 +5,10 @@
 
 namespace pd {
 
-// Calls copy(rows' address, place in the slab, bytes) for each stretch of one block in one plane
-// that is contiguous on both sides.
+// Calls copy(rows' address, place in the slab, bytes) for each run of bytes of one block in one
+// plane that is contiguous on both sides.
 template <class Copy>
-void for_each_stretch(const BlockRun& run, int64_t item, Copy copy) {
+void for_each_run(const BlockRun& run, int64_t item, Copy copy) {
   const BlockShape& shape = run.shape;
   const int64_t plane_index = item / run.num_blocks;
   const Plane& plane = run.planes[plane_index];
