@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 CONNECTOR = "pdplugin"
 """The name to give to ``--kv-connector``."""
 
+_MODULE, _CLASS = "vllm_pd_plugin.edge.connector", "PdConnector"
+
 
 def register() -> None:
     """Make the connector and its flags known to vLLM (entry point ``vllm.general_plugins``).
@@ -21,10 +23,10 @@ def register() -> None:
 
         from vllm_pd_plugin.edge import hooks
 
-        if CONNECTOR not in KVConnectorFactory._registry:
-            KVConnectorFactory.register_connector(
-                CONNECTOR, "vllm_pd_plugin.edge.connector", "PdConnector"
-            )
+        # By its class's name, too: vLLM's MultiConnector looks for the statistics of its parts so.
+        for name in (CONNECTOR, _CLASS):
+            if name not in KVConnectorFactory._registry:
+                KVConnectorFactory.register_connector(name, _MODULE, _CLASS)
         hooks.install()
         hooks.log_like_vllm()
     except Exception:

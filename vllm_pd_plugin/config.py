@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_pd_plugin.codecs.codec import AUTO, Codec
 from vllm_pd_plugin.errors import ConfigError
+from vllm_pd_plugin.net.hosts import is_host, is_loopback, is_wildcard
 
 CLUSTER_KEY_VARIABLE = "VLLM_PD_CLUSTER_KEY"
 ADMIN_KEY_VARIABLE = "VLLM_PD_ADMIN_KEY"
@@ -40,6 +40,8 @@ class PdConfig:
         "always", "never", or "auto", whichever has been faster.
     staging_bytes: memory of one rank for packed pieces, in halves for what it packs and for what
         it reads; 0 packs nothing, and sends and fetches raw KV only.
+    weights_id: what the operator calls these weights, instead of what their files say; needed where
+        they are not in files, or are changed in place. Equal means equal.
     cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY``; None without.
     """
 
@@ -56,6 +58,7 @@ class PdConfig:
     lossy_max: str = "none"
     packing: str = "auto"
     staging_bytes: int = 64 * 2**20
+    weights_id: str = ""
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -87,6 +90,7 @@ class PdConfig:
             lossy_max=_one_of(options, "lossy_max", default.lossy_max, ("none", *_LOSSY)),
             packing=_one_of(options, "packing", default.packing, ("auto", "always", "never")),
             staging_bytes=_bytes(options, "staging_bytes", default.staging_bytes, least=0),
+            weights_id=_name(options, "weights_id", default.weights_id),
             cluster_key=_cluster_key(environ),
         )
         if config.narrowest is not Codec.RAW and not config.staging_bytes:
@@ -113,7 +117,7 @@ class PdConfig:
                 )
         if self.advertise_host:
             return self
-        if _is_wildcard(self.host):
+        if is_wildcard(self.host):
             raise ConfigError(
                 f"host={self.host!r} binds every address, so peers cannot be told which to use; "
                 "set advertise_host to the address that they reach this engine by"
@@ -124,27 +128,17 @@ class PdConfig:
 _LOSSY = [codec for codec in Codec if codec is not Codec.RAW]
 
 
-def is_loopback(host: str) -> bool:
-    """Say whether ``host`` can only be reached from this machine (no name is looked up)."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return host == "*" or ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
-
-
 def _text(options: Mapping[str, Any], name: str, default: str) -> str:
     value = options.get(name, default)
-    if not isinstance(value, str) or (name == "host" and not value):
-        raise ConfigError(f"{name}={value!r} is not an address; give a host name or an IP address")
+    if value == default or (isinstance(value, str) and (is_host(value) or is_wildcard(value))):
+        return str(value)
+    raise ConfigError(f"{name}={value!r} is not an address; give a host name or an IP address")
+
+
+def _name(options: Mapping[str, Any], name: str, default: str) -> str:
+    value = options.get(name, default)
+    if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
+        raise ConfigError(f"{name}={value!r} is not a name of at most 200 printable characters")
     return value
 
 
@@ -157,8 +151,8 @@ def _port(options: Mapping[str, Any], default: int) -> int:
 
 def _seconds(options: Mapping[str, Any], name: str, default: float) -> float:
     value = options.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.1 <= value <= 86_400:
-        raise ConfigError(f"{name}={value!r} is not a time; allowed are 0.1 to 86400 seconds")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.05 <= value <= 86_400:
+        raise ConfigError(f"{name}={value!r} is not a time; allowed are 0.05 to 86400 seconds")
     return float(value)
 
 

@@ -24,6 +24,7 @@ class Reason(enum.StrEnum):
     PEER_RESTARTED = "peer_restarted"
     PEER_INCOMPATIBLE = "peer_incompatible"
     UNKNOWN_HANDOFF = "unknown_handoff"
+    KV_CHANGED = "kv_changed"
     PROMPT_MISMATCH = "prompt_mismatch"
     MISSING_BLOCKS = "missing_blocks"
     READ_FAILED = "read_failed"

@@ -31,6 +31,7 @@ from vllm.version import __version__ as VLLM_VERSION
 
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, RequestId, new_incarnation
+from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.net.channel import Listener, Loop
 
 MAX_MODEL_LEN = 8192
@@ -200,7 +201,7 @@ def start_engine(
         data_parallel_size=1,
         codecs=("auto", "raw"),
         vocab_size=VOCAB_SIZE,
-        model_digest="canned",
+        kv=KvIdentity("", "", Weights("canned"), "", "", "", "", ""),
         kv_tokens=2**24,
         block_tokens=128,
     )

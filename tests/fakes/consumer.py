@@ -12,7 +12,8 @@ from vllm_pd_plugin.codecs.codec import CodecChoice
 from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.protocol.control import ControlPlane, Offered
+from vllm_pd_plugin.protocol.control import ControlPlane
+from vllm_pd_plugin.protocol.events import Offered
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.fakes.clock import FakeClock
 from tests.fakes.courses import make_request
+from tests.fakes.engines import make_kv
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_incarnation
 
@@ -48,7 +49,7 @@ def describe(**changes: Any) -> messages.EngineDescription:
         "data_parallel_size": 1,
         "codecs": ("auto", "raw"),
         "vocab_size": 1000,
-        "model_digest": "digest",
+        "kv": make_kv(),
         "kv_tokens": 10_000,
         "block_tokens": 16,
     }

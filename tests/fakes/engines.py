@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from tests.fakes.clock import FakeClock
 from tests.fakes.coder import FakeCoder
@@ -14,21 +15,15 @@ from tests.fakes.transport import FakeFabric, FakeTransport
 from vllm_pd_plugin.codecs.codec import CodecChoice
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
+from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, RankMemory, Span
 from vllm_pd_plugin.packing.incoming import Incoming, Packing
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
 from vllm_pd_plugin.packing.staging import Staging
-from vllm_pd_plugin.protocol.control import (
-    Abandoned,
-    ControlPlane,
-    Event,
-    LocalEngine,
-    Lost,
-    Offered,
-    Released,
-)
-from vllm_pd_plugin.protocol.handoffs import Advance
+from vllm_pd_plugin.protocol.control import ControlPlane, LocalEngine
+from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Released
+from vllm_pd_plugin.protocol.handoff import Advance
 from vllm_pd_plugin.protocol.peers import Identity, PeerTable
 from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
 from vllm_pd_plugin.transfer.fetch import Rank, Timeouts
@@ -51,10 +46,20 @@ def sliding_group(window: int, *layers: str) -> Group:
     return Group("sliding_window", BLOCK_TOKENS, window, layers, (2, BLOCK_TOKENS, 4), "uint8")
 
 
-def make_layout(model: str = "model", groups: Sequence[Group] = ()) -> EngineLayout:
+def make_layout(groups: Sequence[Group] = ()) -> EngineLayout:
     """One KV cache group of two layers, unless others are given; one rank."""
     chosen = tuple(groups) or (full_group("layer.0", "layer.1"),)
-    return EngineLayout(model=model, tensor_parallel_size=1, groups=chosen)
+    return EngineLayout(tensor_parallel_size=1, groups=chosen)
+
+
+def make_kv(**changes: Any) -> KvIdentity:
+    """What KV is, in engines that fit together."""
+    fields: dict[str, Any] = {
+        "architecture": "Model", "config": "config", "weights": Weights("sampled:1"),
+        "dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "quantization": "none", "rope": "{}",
+        "windows": "none",
+    }  # fmt: skip
+    return KvIdentity(**fields | changes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class Settings:
     checks_bytes: bool
     packing: Packing | None = None
     staging_bytes: int = STAGING_BYTES
+    kv: KvIdentity = make_kv()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -106,6 +112,7 @@ class FakeEngine(FakeMemory):
         self, name: str, address: Address, around: Surroundings, settings: Settings
     ) -> None:
         super().__init__(settings.layout)
+        self.kv = settings.kv
         self.identity = Identity(name, new_incarnation())
         self.worker = Identity(name, new_incarnation())
         self.address = address
@@ -153,7 +160,7 @@ class FakeEngine(FakeMemory):
         return {
             "producer": len(control._producing),
             "early": len(control._producing._early),
-            "consumer": len(control._consuming),
+            "consumer": len(control._wanting),
             "fetches": len(plane._fetches),
             "packed bytes": self.outgoing.taken_bytes + self.incoming.taken_bytes,
         }
@@ -220,7 +227,8 @@ class FakeEngine(FakeMemory):
         """The request has ended with KV to hand off, and perhaps with a token after it."""
         running = self.running.pop(request_id)
         tokens = running.num_tokens if num_tokens is None else num_tokens
-        self.control.seal(running.source.handoff_id, tokens, self._tables(blocks), sampled)
+        handoff_id = running.source.handoff_id
+        self.control.seal(handoff_id, request_id, tokens, self._tables(blocks), sampled)
 
     def drop(self, request_id: str) -> None:
         """The request has ended without."""
@@ -310,7 +318,7 @@ class FakeEngine(FakeMemory):
 
     def _make_control_plane(self, settings: Settings, memory: RankMemory) -> ControlPlane:
         return ControlPlane(
-            LocalEngine(self.identity, self.layout, [memory], [self.worker.incarnation]),
+            LocalEngine(self.identity, self.layout, self.kv, [memory], [self.worker.incarnation]),
             settings.lease_s,
             settings.queue_timeout_s,
             self._peers_of(self.identity),
@@ -321,9 +329,7 @@ class FakeEngine(FakeMemory):
 
     def _peers_of(self, identity: Identity) -> functools.partial[PeerTable]:
         network, clock = self._around.network, self._around.clock
-        return functools.partial(
-            PeerTable, identity, self.layout, PEER_TIMEOUT_S, network.connect, clock
-        )
+        return functools.partial(PeerTable, identity, PEER_TIMEOUT_S, network.connect, clock)
 
     def _report(self, result: FetchResult) -> None:
         assert not self.is_reported(result.request_id), "a fetch was reported twice"

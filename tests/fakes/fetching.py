@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tests.fakes.engines import FakeCluster
 from vllm_pd_plugin.ids import Source
+from vllm_pd_plugin.protocol.peers import IDLE_S
 from vllm_pd_plugin.transfer.fetch import Timeouts
 
 TOKENS = 8
@@ -52,4 +53,4 @@ class FetchingCluster(FakeCluster):
 
     def consumer_is_idle(self) -> bool:
         """Whether its transfer plane has nothing left to do."""
-        return self.consumer.plane.turn() is None and not self.consumer.transport.reads
+        return self.consumer.plane.turn() in (None, IDLE_S) and not self.consumer.transport.reads

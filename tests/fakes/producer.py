@@ -11,13 +11,8 @@ from tests.fakes.engines import full_group, make_layout
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoffs import (
-    Advance,
-    Answer,
-    ProducerState,
-    ProducerTable,
-    ReturnAddress,
-)
+from vllm_pd_plugin.protocol.handoff import Advance, Answer, ProducerState, ReturnAddress
+from vllm_pd_plugin.protocol.handoffs import ProducerTable
 
 LEASE_S = 30.0
 TOKENS = 100
@@ -26,9 +21,9 @@ LAYERS = 3
 BLOCKS = ([1, 2, 3], [4])
 NO_BLOCKS = (wire.TableSlice(0, ()), wire.TableSlice(0, ()))
 SEAL_TABLES = (wire.TableSlice(0, (1, 2, 3)), wire.TableSlice(0, (4,)))
-SCHEDULER: ReturnAddress = (b"scheduler", Incarnation("consumer"))
-RANK_0: ReturnAddress = (b"rank-0", Incarnation("consumer-0"))
-RANK_1: ReturnAddress = (b"rank-1", Incarnation("consumer-1"))
+SCHEDULER = ReturnAddress(b"scheduler", Incarnation("consumer"))
+RANK_0 = ReturnAddress(b"rank-0", Incarnation("consumer-0"))
+RANK_1 = ReturnAddress(b"rank-1", Incarnation("consumer-1"))
 
 
 class Producer:
@@ -67,8 +62,19 @@ class Producer:
 
     def sealed(self, request_id: str = "r") -> HandoffId:
         handoff = self.open(request_id)
-        self.table.seal(handoff, TOKENS, BLOCKS)
+        self.seal(handoff, request_id)
         return handoff
+
+    def seal(
+        self,
+        handoff: HandoffId,
+        request_id: str = "r",
+        num_tokens: int = TOKENS,
+        blocks: BlockTables = BLOCKS,
+        sampled: int | None = None,
+    ) -> list[Answer]:
+        """Its request has ended with KV to hand off."""
+        return self.table.seal(handoff, request_id, num_tokens, blocks, sampled)
 
     def advance(
         self, handoff: HandoffId, num_tokens: int, blocks: BlockTables = BLOCKS, epoch: int = 0

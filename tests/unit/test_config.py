@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from vllm_pd_plugin.codecs.codec import Codec
-from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig, is_loopback
+from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig
 from vllm_pd_plugin.errors import ConfigError
+from vllm_pd_plugin.net.hosts import is_loopback
 
 KEY = "0123456789abcdef"
 KEYED = {CLUSTER_KEY_VARIABLE: KEY}
@@ -42,6 +43,7 @@ def test_every_option_is_taken_over() -> None:
         "lossy_max": "int8",
         "packing": "never",
         "staging_bytes": 2**20,
+        "weights_id": "policy-7",
     }
     assert list(options) == OPTIONS
     config = PdConfig.parse(options, KEYED)
@@ -131,12 +133,12 @@ def test_the_ends_of_the_port_range_are_allowed(value: int) -> None:
 
 @pytest.mark.parametrize("name", TIMES)
 @pytest.mark.parametrize(
-    "value", [0, 0.09, -1, 86_401, "30", True, None, float("nan"), float("inf"), 10**400]
+    "value", [0, 0.04, -1, 86_401, "30", True, None, float("nan"), float("inf"), 10**400]
 )
 def test_a_time_that_cannot_work_is_refused(name: str, value: object) -> None:
     message = refusal({name: value})
     assert f"{name}={value!r}" in message
-    assert "0.1 to 86400 seconds" in message
+    assert "0.05 to 86400 seconds" in message
 
 
 @pytest.mark.parametrize(("name", "least"), [("stretch_bytes", 1), ("staging_bytes", 0)])

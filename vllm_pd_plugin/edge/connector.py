@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -19,12 +20,14 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_pd_plugin.compat import require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
-from vllm_pd_plugin.edge import geometry
+from vllm_pd_plugin.edge import geometry, sampling
 from vllm_pd_plugin.edge.hooks import (
     admit_frontends,
     call_on_arrival,
     end_abandoned_requests,
+    watch_weights,
 )
+from vllm_pd_plugin.edge.identity import LocalIdentity
 from vllm_pd_plugin.edge.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdPromMetrics, PdStats
 from vllm_pd_plugin.edge.scheduler import EngineRole, SchedulerSide
@@ -66,11 +69,14 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             recomputes = transfer.kv_load_failure_policy == "recompute"
             engine_role = EngineRole(transfer.is_kv_producer, transfer.is_kv_consumer, recomputes)
-            self._scheduler = SchedulerSide(config, engine_id, engine_role)
+            identify = partial(LocalIdentity, vllm_config, config.weights_id)
+            self._scheduler = SchedulerSide(config, engine_id, engine_role, identify)
             end_abandoned_requests()
             call_on_arrival(self._scheduler.wake)
             admit_frontends()
+            watch_weights()
         else:
+            sampling.mend()
             rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(config, engine_id, rank)
             self._handshake: RankHandshake | None = None
@@ -141,6 +147,21 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.finish(request, block_ids)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Asked by vLLM's MultiConnector when another of its connectors knows one group only."""
+        return self._scheduler.finish(request, (block_ids,))
+
+    def reset_cache(self) -> bool:
+        """Asked with ``reset_prefix_cache(reset_connector=True)``."""
+        self._scheduler.reset()
+        return True
+
+    def weights_change(self, is_over: bool) -> None:
+        """Take note of new weights; see ``hooks.watch_weights``."""
+        self._scheduler.weights_change(is_over)
 
     def take_abandoned(self) -> list[RequestId]:
         """Return running requests to be ended; see ``hooks.end_abandoned_requests``."""

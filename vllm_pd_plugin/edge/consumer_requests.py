@@ -12,18 +12,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_pd_plugin.codecs.codec import CodecChoice
+from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.edge.metadata import FetchReport
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId, RequestId, Source
-from vllm_pd_plugin.protocol.control import CallControl, Lost, Offered
+from vllm_pd_plugin.protocol.control import CallControl
+from vllm_pd_plugin.protocol.events import Lost, Offered
 from vllm_pd_plugin.transfer.specs import FetchSpec
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from vllm_pd_plugin.edge.identity import AdapterFingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,15 @@ class FetchOrders:
 class ConsumingRequests:
     """Which requests fetch, and how far each is."""
 
-    def __init__(self, recomputes: bool, call: CallControl, stats: PdStats) -> None:
+    def __init__(
+        self,
+        recomputes: bool,
+        call: CallControl,
+        stats: PdStats,
+        adapters: AdapterFingerprints | None = None,
+    ) -> None:
+        self._contain = Containment("consuming")
+        self._adapters = adapters
         self._recomputes = recomputes
         self._call = call
         self._stats = stats
@@ -85,6 +97,11 @@ class ConsumingRequests:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    @property
+    def faults(self) -> int:
+        """How many were caught; see ``Containment``."""
+        return self._contain.faults
 
     def add(
         self, request: Request, sources: Sequence[Source], codec: CodecChoice, seeds: bool = False
@@ -114,17 +131,41 @@ class ConsumingRequests:
         if consuming.stage is _Stage.WANTED:
             return None, False
         if consuming.stage is _Stage.FOLLOWING:
-            return (None if self._is_led(consuming) else 0), False
+            if self._is_led(consuming):
+                return None, False
+            if not consuming.seeds:
+                return 0, False
+            # Its leader is gone, and with it the token that it was to go on after.
+            self._fail(request.request_id, Reason.PRODUCER_ENDED, "the first token is not known")
         if consuming.stage is _Stage.FAILED:
-            # vLLM fails a request only through a failed receive, so one is staged: a single
-            # token, whose load the workers report as failed without starting it.
-            if not self._recomputes:
-                return 1, True
-            # One that must not be computed here waits until it is ended.
-            return (None if consuming.seeds else 0), False
+            return self._match_failed(consuming)
         missing = consuming.missing = consuming.num_tokens - num_computed_tokens
         # The last token of a prompt is computed again in any case, unless the next one is known.
         return (missing, True) if missing > 1 or consuming.seeds else (0, False)
+
+    def _match_failed(self, consuming: _Consuming) -> tuple[int | None, bool]:
+        # vLLM fails a request only through a failed receive, so one is staged: a single token,
+        # whose load the workers report as failed without starting it.
+        if not self._recomputes:
+            return 1, True
+        # One that must not be computed here waits until it is ended.
+        return (None if consuming.seeds else 0), False
+
+    def break_off(self, request: Request) -> tuple[int | None, bool]:
+        """A request could not be matched: it fails. Returns what to answer."""
+        consuming = self._open.get(request.request_id)
+        if consuming is None:
+            return 0, False
+        self._fail(request.request_id, Reason.INTERNAL, "it could not be matched")
+        return self._match_failed(consuming)
+
+    def refuse(self, request: Request, num_external_tokens: int) -> None:
+        """A request's blocks could not be taken in: it fails, once nothing writes to them."""
+        request_id = request.request_id
+        if request_id in self._open:
+            self._fail(request_id, Reason.INTERNAL, "its blocks could not be taken in")
+        if num_external_tokens:  # vLLM waits for what is to come
+            self._refused.append(request_id)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has blocks, for so many tokens that are to come from elsewhere."""
@@ -134,8 +175,12 @@ class ConsumingRequests:
             return
         if num_external_tokens == 0:  # everything is here already, or is computed here
             if consuming.missing > 1 and consuming.stage is not _Stage.FAILED:
-                # vLLM loads nothing for this request (it wants prompt_logprobs, for one).
+                # vLLM loads nothing for this request (it wants prompt_logprobs, for one), or
+                # another connector does.
                 self._stats.record_failure(Reason.NOT_LOADED)
+                logger.warning("handoff of request %s: vLLM does not load it", request_id)
+            if consuming.seeds and consuming.stage is not _Stage.FAILED:
+                self._hopeless.append(request_id)  # its first token would be given out twice
             self._forget(request_id, cancel=True)
         elif consuming.stage is _Stage.FAILED:
             self._refused.append(request_id)
@@ -164,7 +209,10 @@ class ConsumingRequests:
         fits = offer.num_tokens <= request.num_tokens
         if consuming.seeds:  # the token that it brings must be the next one
             fits = offer.num_tokens == request.num_tokens
-        if not fits or prompt_fingerprint(request, offer.num_tokens) != offer.prompt:
+        if (
+            not fits
+            or prompt_fingerprint(request, offer.num_tokens, self._adapters) != offer.prompt
+        ):
             self._close(request.request_id, cancel=False)
             text = "the handoff is of another prompt"
             self._lose(consuming, Reason.PROMPT_MISMATCH, text)
@@ -192,31 +240,42 @@ class ConsumingRequests:
             self._report = self._report.aggregate(report)
             for request_id, attempt in report.attempts.items():
                 self._failed_on_a_rank(request_id, attempt)
-        for request_id in output.finished_recving or ():
-            reason = self._report.reasons.pop(request_id, Reason.INTERNAL)
-            valid_tokens = self._report.valid_tokens.pop(request_id, 0)
-            sampled = self._report.sampled.pop(request_id, None)
-            self._report.attempts.pop(request_id, None)
-            self._cancels.pop(request_id, None)
-            consuming = self._open.get(request_id)
-            if consuming is None:
-                continue
-            failed = request_id in output.failed_recving
-            if consuming.stage is _Stage.FINISHED and reason is Reason.INTERNAL:
-                reason = Reason.ABORTED  # it was refused for that, see ``finish``
-            if not failed and consuming.seeds and consuming.stage is _Stage.FETCHING:
-                self._seed(consuming, sampled)
-            retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
-            if failed and consuming.stage is not _Stage.FAILED:
-                self._fail(request_id, reason, "the fetch failed")
-            if not retries:
-                self._forget(request_id, cancel=failed)
-            elif consuming.sources:
-                self._close(request_id, cancel=True)
-                if valid_tokens and not consuming.seeds:
-                    # vLLM has set it to none: what did arrive need not be computed again.
-                    consuming.request.num_computed_tokens = valid_tokens
-                    self._stats.record_kept(valid_tokens)
+        ended = [(i, i in output.failed_recving) for i in output.finished_recving or ()]
+        self._contain.each("results", ended, self._collect, self._end_uncollected)
+
+    def _end_uncollected(self, ended: tuple[RequestId, bool]) -> None:
+        """A result could not be taken in: what vLLM would make of its request is not known."""
+        request_id, _ = ended
+        self._hopeless.append(request_id)
+        if request_id in self._open:
+            self._forget(request_id, cancel=True)
+
+    def _collect(self, ended: tuple[RequestId, bool]) -> None:
+        """A request's fetch has ended on all ranks."""
+        request_id, failed = ended
+        reason = self._report.reasons.pop(request_id, Reason.INTERNAL)
+        valid_tokens = self._report.valid_tokens.pop(request_id, 0)
+        sampled = self._report.sampled.pop(request_id, None)
+        self._report.attempts.pop(request_id, None)
+        self._cancels.pop(request_id, None)
+        consuming = self._open.get(request_id)
+        if consuming is None:
+            return
+        if consuming.stage is _Stage.FINISHED and reason is Reason.INTERNAL:
+            reason = Reason.ABORTED  # it was refused for that, see ``finish``
+        if not failed and consuming.seeds and consuming.stage is _Stage.FETCHING:
+            self._seed(consuming, sampled)
+        retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
+        if failed and consuming.stage is not _Stage.FAILED:
+            self._fail(request_id, reason, "the fetch failed")
+        if not retries:
+            self._forget(request_id, cancel=failed)
+        elif consuming.sources:
+            self._close(request_id, cancel=True)
+            if valid_tokens and not consuming.seeds:
+                # vLLM has set it to none: what did arrive need not be computed again.
+                consuming.request.num_computed_tokens = valid_tokens
+                self._stats.record_kept(valid_tokens)
 
     def finish(self, request_id: RequestId) -> None:
         """The request has ended, whatever the reason."""

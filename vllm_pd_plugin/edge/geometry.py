@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -35,6 +33,9 @@ _SINGLE = (
 )
 
 
+_DEVICES = ("cpu", "cuda")
+
+
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Refuse a configuration that pdplugin cannot serve, before anything is loaded.
 
@@ -54,6 +55,22 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise UnsupportedError(
             f"model={model.model!r} is not supported by pdplugin: it needs a decoder-only model "
             "with attention"
+        )
+    if parallel.use_ubatching:
+        raise UnsupportedError(
+            "--enable-dbo and --ubatch-size are not supported by pdplugin: a layer would count as "
+            "written when half of its batch is; leave them out"
+        )
+    if model is not None and model.enable_sleep_mode:
+        raise UnsupportedError(
+            "--enable-sleep-mode is not supported by pdplugin: what peers read would be other "
+            "memory after a wake-up; leave it out"
+        )
+    device = getattr(vllm_config.device_config, "device_type", "cpu")
+    if device not in _DEVICES:
+        raise UnsupportedError(
+            f"device type {device!r} is not supported by pdplugin: it is not known when its KV is "
+            f"written; supported are {', '.join(_DEVICES)} (ROCm is cuda to PyTorch)"
         )
     if vllm_config.speculative_config is not None:
         method = vllm_config.speculative_config.method
@@ -115,7 +132,6 @@ def describe(
             )
         )
     return EngineLayout(
-        model=_model_digest(vllm_config),
         tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         groups=tuple(groups),
     )
@@ -195,15 +211,3 @@ def _parts_on_cpu(vllm_config: VllmConfig, cache: torch.Tensor, width: int) -> t
         vllm_config.model_config.dtype, tokens, width, vllm_config.cache_config.cache_dtype
     )
     return parts_of_cpu_kernel(kernel, tokens, width)
-
-
-def _model_digest(vllm_config: VllmConfig) -> str:
-    """Digest what decides the meaning of KV, but not where the weights are stored."""
-    model = vllm_config.model_config
-    facts = model.hf_config.to_dict()
-    for key in ("_name_or_path", "transformers_version"):
-        facts.pop(key, None)
-    text = json.dumps(
-        [facts, str(model.dtype), model.quantization, model.revision], sort_keys=True, default=str
-    )
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,35 +1,27 @@
 """The places where vLLM offers no hook: its command line, the check of a finished config, ending a
-request that nobody wants, the arrival of a request, the way of frontends into the engine core, and
-the page that tells them where it is.
+request that nobody wants, the arrival of a request, new weights, the way of frontends into the
+engine core, and the page that tells them where it is.
 
-Each wraps a method of vLLM's once. ``--kv-connector`` and ``--kv-role`` are merged into
-``--kv-transfer-config`` while the arguments are parsed, because API server processes build their
-engine arguments from the parsed namespace before they load any plugin.
+Each wraps a method of vLLM's once.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_pd_plugin import CONNECTOR
-from vllm_pd_plugin.compat import require_supported_vllm
-from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.edge.compositions import own_config, own_connector, refuse_bad_config
+from vllm_pd_plugin.edge.flags import add_flags
 from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
-from vllm_pd_plugin.errors import ConfigError, PdError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
-
 _MARK = "_vllm_pd_plugin"
+_WATCHED = "_vllm_pd_plugin_weights"
 _WAKERS: list[Callable[[], None]] = []
 
 
@@ -51,8 +43,8 @@ def install() -> None:
     @functools.wraps(create_engine_config)
     def with_check(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         config: VllmConfig = create_engine_config(self, *args, **kwargs)
-        if uses_pdplugin(config):
-            refuse_bad_config(config)
+        if (own := own_config(config)) is not None:
+            refuse_bad_config(config, own)
             add_description_route()
         return config
 
@@ -75,8 +67,8 @@ def end_abandoned_requests() -> None:
 
     @functools.wraps(update_from_output)
     def with_abandoned(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-        if take_abandoned := getattr(self.connector, "take_abandoned", None):
-            self.grammar_compile_error_reqs.update(take_abandoned())
+        if (own := own_connector(self.connector)) is not None:
+            self.grammar_compile_error_reqs.update(own.take_abandoned())
         return update_from_output(self, *args, **kwargs)
 
     Scheduler.update_from_output = with_abandoned
@@ -104,6 +96,44 @@ def call_on_arrival(wake: Callable[[], None]) -> None:
     setattr(EngineCore, _MARK, True)
 
 
+_BEGIN_A_CHANGE = {"start_weight_update", "update_weights"}
+_END_A_CHANGE = {"finish_weight_update", "reload_weights", "reset_weights", "checkpoint_restore"}
+"""Calls to the workers that change weights in place."""
+
+
+def watch_weights() -> None:
+    """Tell our connector when the weights are changed in place, or memory comes back from sleep.
+
+    vLLM's engine core passes such calls on to its workers, and tells no connector.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    if getattr(EngineCore, _WATCHED, False):
+        return
+    collective_rpc, wake_up = EngineCore.collective_rpc, EngineCore.wake_up
+
+    @functools.wraps(collective_rpc)
+    def and_say(self: EngineCore, method: Any, *args: Any, **kwargs: Any) -> Any:
+        own = own_connector(self.scheduler.get_kv_connector())
+        if own is None or method not in _BEGIN_A_CHANGE | _END_A_CHANGE:
+            return collective_rpc(self, method, *args, **kwargs)
+        own.weights_change(is_over=False)
+        try:
+            return collective_rpc(self, method, *args, **kwargs)
+        finally:
+            if method in _END_A_CHANGE:
+                own.weights_change(is_over=True)
+
+    @functools.wraps(wake_up)
+    def and_reset(self: EngineCore, *args: Any, **kwargs: Any) -> Any:
+        if (own := own_connector(self.scheduler.get_kv_connector())) is not None:
+            own.reset_cache()
+        return wake_up(self, *args, **kwargs)
+
+    EngineCore.collective_rpc, EngineCore.wake_up = and_say, and_reset
+    setattr(EngineCore, _WATCHED, True)
+
+
 def log_like_vllm() -> None:
     """Send this package's log records where vLLM's own go, at vLLM's level."""
     theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_pd_plugin")
@@ -113,7 +143,7 @@ def log_like_vllm() -> None:
 
 
 def admit_frontends() -> None:
-    """Let a connector that can (``admit_frontends``) be a client of its engine core.
+    """Let our connector be a client of its engine core.
 
     Its output thread starts when the core is complete, and before any request can have come.
     """
@@ -125,8 +155,8 @@ def admit_frontends() -> None:
 
     @functools.wraps(process_output_sockets)
     def and_frontends(self: EngineCoreProc, *args: Any, **kwargs: Any) -> None:
-        if admit := getattr(self.scheduler.get_kv_connector(), "admit_frontends", None):
-            admit(self)
+        if (own := own_connector(self.scheduler.get_kv_connector())) is not None:
+            own.admit_frontends(self)
         process_output_sockets(self, *args, **kwargs)
 
     EngineCoreProc.process_output_sockets = and_frontends
@@ -136,7 +166,7 @@ def admit_frontends() -> None:
 
 def _describe_engine(core: Any) -> dict[str, Any]:
     """A utility method of the engine core, that API servers may call."""
-    description: dict[str, Any] = core.scheduler.get_kv_connector().describe_engine()
+    description: dict[str, Any] = own_connector(core.scheduler.get_kv_connector()).describe_engine()
     return description
 
 
@@ -160,107 +190,3 @@ def add_description_route() -> None:
 
     launcher.register_api_routers = with_description
     setattr(launcher, _MARK, True)
-
-
-def uses_pdplugin(vllm_config: VllmConfig) -> bool:
-    transfer = vllm_config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector == CONNECTOR
-
-
-def refuse_bad_config(vllm_config: VllmConfig) -> None:
-    """Refuse what cannot work with pdplugin, before anything is loaded.
-
-    Raises:
-        PdError: one line that names the option and what is allowed.
-    """
-    transfer = vllm_config.kv_transfer_config
-    assert transfer is not None
-    from vllm_pd_plugin.edge import geometry
-
-    require_supported_vllm()
-    config = PdConfig.parse(transfer.kv_connector_extra_config, os.environ)
-    geometry.refuse_unsupported(vllm_config)
-    geometry.refuse_shared_port(vllm_config, config.port)
-
-
-def add_flags(parser: Any) -> None:
-    """Add ``--kv-connector`` and ``--kv-role`` to a parser, and merge them when it parses."""
-    if "--kv-connector" in parser._option_string_actions:
-        return
-    group = parser.add_argument_group(
-        title="vllm-pd-plugin",
-        description="Disaggregated prefill and decode. Example: "
-        "vllm serve MODEL --kv-connector pdplugin --kv-role prefill",
-    )
-    group.add_argument(
-        "--kv-connector",
-        choices=[CONNECTOR],
-        help="Hand KV from engine to engine with this connector. Its options go into "
-        "--kv-transfer-config.kv_connector_extra_config.NAME VALUE; other connectors are chosen "
-        "with --kv-transfer-config.",
-    )
-    group.add_argument(
-        "--kv-role",
-        choices=list(ROLES),
-        help="What this engine does: prefill (produces KV), decode (consumes KV), or both. "
-        "Default: both.",
-    )
-    parse_known_args = parser.parse_known_args
-
-    @functools.wraps(parse_known_args)
-    def parse_and_merge(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
-        namespace, rest = parse_known_args(*args, **kwargs)
-        try:
-            merge_flags(namespace)
-        except PdError as error:
-            parser.error(str(error))
-        return namespace, rest
-
-    parser.parse_known_args = parse_and_merge
-
-
-def merge_flags(namespace: argparse.Namespace) -> None:
-    """Move the flags into ``namespace.kv_transfer_config``; idempotent.
-
-    Raises:
-        PdError: the flags contradict each other or the JSON, or an option is refused.
-    """
-    connector = getattr(namespace, "kv_connector", None)
-    role = getattr(namespace, "kv_role", None)
-    config = _as_dict(getattr(namespace, "kv_transfer_config", None))
-    if (connector or config.get("kv_connector")) != CONNECTOR:
-        if role is not None:
-            raise ConfigError(f"--kv-role {role} needs --kv-connector {CONNECTOR}")
-        return
-    wanted = {"kv_connector": connector, "kv_role": ROLES[role] if role else None}
-    for key, value in wanted.items():
-        if value is not None and config.get(key, value) != value:
-            raise ConfigError(
-                f"--{key.replace('_', '-')} says {value!r}, --kv-transfer-config says "
-                f"{config[key]!r}; give {key} in one place only"
-            )
-    config |= {key: value for key, value in wanted.items() if value is not None}
-    config.setdefault("kv_role", ROLES["both"])
-    require_supported_vllm()
-    PdConfig.parse(config.get("kv_connector_extra_config") or {}, os.environ)
-    from vllm.config import KVTransferConfig
-
-    try:
-        namespace.kv_transfer_config = KVTransferConfig(**config)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--kv-transfer-config is refused: {error}") from error
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    """Return only what was set, so that vLLM's own defaults and checks still apply."""
-    if config is None:
-        return {}
-    if isinstance(config, str):
-        config = json.loads(config)
-    if isinstance(config, dict):
-        return dict(config)
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if not name.startswith("_") and value is not None
-    }

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.handoff import ProducerState
 from vllm_pd_plugin.transfer.specs import FetchResult
 
 _FETCH_SECONDS_BUCKETS = (
@@ -36,6 +36,7 @@ class PdStats(KVConnectorStats):
     kept_tokens: prompt tokens that a failed fetch brought all the same, and are not recomputed.
     control_bytes: of control messages to and from producers.
     dropped_messages: control messages that were malformed or came from nobody known.
+    faults: unexpected errors that were caught, and ended only what they belong to.
     open: handoffs open now, by side.
     """
 
@@ -43,7 +44,7 @@ class PdStats(KVConnectorStats):
         default_factory=lambda: {
             "fetches": [], "codecs": {}, "failures": {}, "retries": {}, "ended": {},
             "withdrawals": 0, "kept_tokens": 0, "control_bytes": 0, "dropped_messages": 0,
-            "open": {},
+            "faults": 0, "open": {},
         }
     )  # fmt: skip
 
@@ -72,6 +73,9 @@ class PdStats(KVConnectorStats):
     def record_dropped(self, count: int) -> None:
         self.data["dropped_messages"] += count
 
+    def record_faults(self, count: int) -> None:
+        self.data["faults"] += count
+
     def record_open(self, handoffs: dict[str, int]) -> None:
         self.data["open"] = handoffs
 
@@ -92,6 +96,7 @@ class PdStats(KVConnectorStats):
         mine["kept_tokens"] += theirs["kept_tokens"]
         mine["control_bytes"] += theirs["control_bytes"]
         mine["dropped_messages"] += theirs["dropped_messages"]
+        mine["faults"] += theirs["faults"]
         mine["open"] = theirs["open"] or mine["open"]
         return self
 
@@ -177,6 +182,9 @@ class PdPromMetrics(KVConnectorPromMetrics):
         self._dropped = self._counter(
             "pd_dropped_messages", "Control messages dropped as malformed or misdirected."
         )
+        self._faults = self._counter(
+            "pd_faults", "Unexpected errors that were caught; each ended only what it belongs to."
+        )
         self._open = self._gauge_cls(
             name="pd_handoffs_open",
             documentation="Handoffs open now, by side (producer or consumer).",
@@ -213,6 +221,7 @@ class PdPromMetrics(KVConnectorPromMetrics):
                 self._expired.labels(*values).inc(count)
         self._control.labels(*values).inc(transfer_stats_data["control_bytes"])
         self._dropped.labels(*values).inc(transfer_stats_data["dropped_messages"])
+        self._faults.labels(*values).inc(transfer_stats_data["faults"])
         for side in ("producer", "consumer"):
             if (count := transfer_stats_data["open"].get(side)) is not None:
                 self._open.labels(*values, side).set(count)

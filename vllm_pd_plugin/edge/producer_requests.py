@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
+from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import HandoffId, RequestId, new_handoff_id
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
-from vllm_pd_plugin.protocol.control import Abandoned, CallControl, Released
-from vllm_pd_plugin.protocol.handoffs import Advance, ProducerState
+from vllm_pd_plugin.protocol.control import CallControl
+from vllm_pd_plugin.protocol.events import Abandoned, Released
+from vllm_pd_plugin.protocol.handoff import Advance, ProducerState
 from vllm_pd_plugin.protocol.params import parse_handoff_id
 from vllm_pd_plugin.transfer.announcer import Announcement, layers_worth_a_message
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
+
+    from vllm_pd_plugin.edge.identity import AdapterFingerprints
 
 _HANDED_OFF = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
@@ -55,7 +59,15 @@ class ProducingRequests:
     stretch_bytes: see ``PdConfig``.
     """
 
-    def __init__(self, stretch_bytes: int, call: CallControl, stats: PdStats) -> None:
+    def __init__(
+        self,
+        stretch_bytes: int,
+        call: CallControl,
+        stats: PdStats,
+        adapters: AdapterFingerprints | None = None,
+    ) -> None:
+        self._contain = Containment("producing")
+        self._adapters = adapters
         self._stretch_bytes = stretch_bytes
         self._call = call
         self._stats = stats
@@ -79,6 +91,11 @@ class ProducingRequests:
 
     def __len__(self) -> int:
         return len(self._open) + len(self._sealed)
+
+    @property
+    def faults(self) -> int:
+        """How many were caught; see ``Containment``."""
+        return self._contain.faults
 
     @property
     def holds_blocks(self) -> bool:
@@ -105,7 +122,7 @@ class ProducingRequests:
         request_id, num_tokens = request.request_id, request.num_prompt_tokens
         self._open[request_id] = _Producing(request, handoff_id)
         self._handoff_ids.add(handoff_id)
-        prompt = prompt_fingerprint(request, num_tokens)
+        prompt = prompt_fingerprint(request, num_tokens, self._adapters)
         self._call(lambda control: control.enqueue(handoff_id, request_id, num_tokens, prompt))
 
     def scheduled(self, request_id: RequestId) -> None:
@@ -122,17 +139,21 @@ class ProducingRequests:
         workers are to announce."""
         advances: list[Advance] = []
         computed = 0
-        for request_id, producing in self._open.items():
+
+        def advance(producing: _Producing) -> None:
+            nonlocal computed
             request = producing.request
             if request.num_preemptions != producing.epoch:
                 self._withdraw(producing)
-            scheduled = num_scheduled_tokens.get(request_id, 0)
+            scheduled = num_scheduled_tokens.get(request.request_id, 0)
             start, end = request.num_computed_tokens, request.num_prompt_tokens
             if scheduled and (start < end or self._has_windows):
                 num_tokens = min(start + scheduled, end)
-                blocks = self._kv_cache_manager.get_block_ids(request_id)
+                blocks = self._kv_cache_manager.get_block_ids(request.request_id)
                 advances.append(Advance(producing.handoff_id, producing.epoch, num_tokens, blocks))
                 computed += max(0, num_tokens - start)
+
+        self._contain.each("advancing", self._open.values(), advance, self._break_off)
         if not advances:
             return None
         self._step += 1
@@ -156,12 +177,16 @@ class ProducingRequests:
             return None
         num_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         sampled = next(iter(request.output_token_ids), None)
+        self._call(
+            lambda control: control.seal(handoff_id, request_id, num_tokens, blocks, sampled)
+        )
         self._sealed.add(request_id)
-        self._call(lambda control: control.seal(handoff_id, num_tokens, blocks, sampled))
         return SealedHandoff(handoff_id, num_tokens)
 
     def released(self, event: Released) -> None:
         """The blocks of a request that has ended may be freed."""
+        if event.request_id not in self._sealed:  # vLLM has freed them already
+            return
         self._sealed.discard(event.request_id)
         self._released.append(event.request_id)
         self._stats.record_ended(event.state)
@@ -179,6 +204,12 @@ class ProducingRequests:
     def take_abandoned(self) -> list[RequestId]:
         abandoned, self._abandoned = self._abandoned, []
         return abandoned
+
+    def _break_off(self, producing: _Producing) -> None:
+        """It is not known where its KV lies: the handoff is over, and so is its request."""
+        handoff_id = producing.handoff_id
+        self._call(lambda control: control.drop(handoff_id))
+        self._abandoned.append(producing.request.request_id)
 
     def _withdraw(self, producing: _Producing) -> None:
         handoff_id, epoch = producing.handoff_id, producing.request.num_preemptions

@@ -10,17 +10,23 @@ import numpy as np
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from vllm_pd_plugin.edge.identity import AdapterFingerprints
 
-def prompt_fingerprint(request: Request, num_tokens: int) -> bytes:
+
+def prompt_fingerprint(
+    request: Request, num_tokens: int, adapters: AdapterFingerprints | None = None
+) -> bytes:
     """Return 16 bytes that stand for all that the KV of the first ``num_tokens`` depends on.
 
-    They cover the token ids, the LoRA adapter and the multi-modal inputs, so that KV can never be
-    used for another prompt, whoever mixed the two up.
+    They cover the token ids, what the LoRA adapter contains and the multi-modal inputs, so that KV
+    can never be used for another prompt, whoever mixed the two up.
     """
     tokens = np.asarray(request.all_token_ids[:num_tokens], dtype=np.int64)
     digest = hashlib.blake2b(tokens.tobytes(), digest_size=16)
     lora = request.lora_request
-    digest.update(repr((lora.lora_name, lora.lora_path) if lora else None).encode())
+    if lora:
+        assert adapters is not None
+        digest.update(adapters.of(lora).encode())
     for feature in request.mm_features or ():
         position = feature.mm_position
         digest.update(repr((feature.identifier, position.offset, position.length)).encode())

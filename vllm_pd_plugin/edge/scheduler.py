@@ -15,7 +15,9 @@ import msgspec
 from vllm.version import __version__ as vllm_version
 
 from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.edge.consumer_requests import ConsumingRequests
+from vllm_pd_plugin.edge.identity import AdapterFingerprints, LocalIdentity
 from vllm_pd_plugin.edge.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.producer_requests import ProducingRequests
@@ -24,17 +26,11 @@ from vllm_pd_plugin.engine_port.messages import EngineDescription
 from vllm_pd_plugin.engine_port.server import TokenServer, divert_outputs
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
-from vllm_pd_plugin.ids import EngineId, RequestId, Source, new_incarnation
+from vllm_pd_plugin.ids import EngineId, Incarnation, RequestId, Source, new_incarnation
+from vllm_pd_plugin.memory.identity import KvIdentity
 from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Listener, Loop
-from vllm_pd_plugin.protocol.control import (
-    Abandoned,
-    ControlPlane,
-    Event,
-    LocalEngine,
-    Lost,
-    Offered,
-    Released,
-)
+from vllm_pd_plugin.protocol.control import ControlPlane, LocalEngine
+from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Released
 from vllm_pd_plugin.protocol.params import (
     allowed_codecs,
     describe_handoff,
@@ -76,10 +72,20 @@ class EngineRole:
 class SchedulerSide:
     """Owns the control thread; every other method runs on the engine's own thread."""
 
-    def __init__(self, config: PdConfig, engine_id: EngineId, role: EngineRole) -> None:
+    def __init__(
+        self,
+        config: PdConfig,
+        engine_id: EngineId,
+        role: EngineRole,
+        identify: Callable[[Incarnation], LocalIdentity],
+    ) -> None:
+        """identify: says what the KV of the engine with this boot id is."""
+        self._contain = Containment("scheduler")
         self._config = config
         self._role = role
         self._identity = Identity(engine_id, new_incarnation())
+        self._local = identify(self._identity.incarnation)
+        adapters = AdapterFingerprints(self._identity.incarnation)
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
         self._loop = Loop("pd-control", self._turn)
         self._listener = Listener(
@@ -94,10 +100,10 @@ class SchedulerSide:
         self._has_news = threading.Event()
         self._rest_s = _MIN_REST_S
         self._stats = PdStats()
-        self._consuming = ConsumingRequests(role.recomputes, self._call, self._stats)
-        self._producing = ProducingRequests(config.stretch_bytes, self._call, self._stats)
+        self._consuming = ConsumingRequests(role.recomputes, self._call, self._stats, adapters)
+        self._producing = ProducingRequests(config.stretch_bytes, self._call, self._stats, adapters)
         self._reported_open = {"producer": 0, "consumer": 0}
-        self._reported_drops = self._reported_control = 0
+        self._reported_drops = self._reported_control = self._reported_faults = 0
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
         """Take what tells the block tables of running requests."""
@@ -108,16 +114,20 @@ class SchedulerSide:
         ranks = [handshakes[rank] for rank in sorted(handshakes)]
         layout, memories = ranks[0].layout, [rank.memory for rank in ranks]
         self._tp_size = len(ranks)
-        self._model_digest = layout.model
         self._producing.describe(layout, memories[0])
         self._control = ControlPlane(
-            LocalEngine(self._identity, layout, memories, [rank.incarnation for rank in ranks]),
+            LocalEngine(
+                self._identity,
+                layout,
+                self._local.kv,
+                memories,
+                [rank.incarnation for rank in ranks],
+            ),
             self._config.lease_s,
             self._config.queue_timeout_s,
             partial(
                 PeerTable,
                 self._identity,
-                layout,
                 self._config.peer_timeout_s,
                 lambda address, on_message: Dealer(self._loop, address, self._keys, on_message),
                 time.monotonic,
@@ -127,16 +137,21 @@ class SchedulerSide:
             time.monotonic,
         )
         self._loop.start()
+        self._local.hash_fully(lambda full: self._loop.call(lambda: self._hashed(full)))
         logger.info(
-            "pdplugin: control channel on %s:%d (%s), incarnation %s",
+            "pdplugin: control channel on %s:%d (%s), incarnation %s, weights %s",
             self._config.advertise_host,
             self._listener.port,
             "encrypted" if self._keys else "no cluster key: loopback only",
             self._identity.incarnation,
+            self._local.kv.weights,
         )
 
     def admit_frontends(self, core: EngineCoreProc) -> None:
         """Let frontends add requests to this engine, now that it is complete."""
+        self._contain.run("admitting frontends", lambda: self._admit(core), None)
+
+    def _admit(self, core: EngineCoreProc) -> None:
         server = TokenServer(
             core,
             self._describe(core.vllm_config),
@@ -170,12 +185,13 @@ class SchedulerSide:
             data_parallel_size=config.parallel_config.data_parallel_size,
             codecs=allowed_codecs(self._config),
             vocab_size=config.model_config.get_vocab_size(),
-            model_digest=self._model_digest,
+            kv=self._local.kv,
             kv_tokens=config.cache_config.kv_cache_size_tokens or 0,
             block_tokens=config.cache_config.block_size,
         )
 
     def close(self) -> None:
+        self._local.close()
         if self._tokens is not None:
             self._tokens.close()
         self._loop.call(lambda: self._control.shut_down())
@@ -185,10 +201,44 @@ class SchedulerSide:
         """End a rest of the engine thread; safe from any thread."""
         self._has_news.set()
 
+    # --- what this engine's KV is ------------------------------------------------------------
+
+    def reset(self) -> None:
+        """The cache was reset, and perhaps for the sake of other weights: no KV from before is
+        handed off or taken any more."""
+        self._loop.call(lambda: self._void(self._local.kv))
+
+    def weights_change(self, is_over: bool) -> None:
+        """The weights are about to be changed in place, or were."""
+        identify = self._local.changed if is_over else self._local.changing
+        self._loop.call(lambda: self._void(identify()))
+
+    def _void(self, kv: KvIdentity) -> None:
+        self._control.void(kv)
+        self._tell_frontends(kv)
+
+    def _hashed(self, full: str) -> None:
+        if kv := self._local.hashed(full):
+            logger.info("pdplugin: all weights are read: %s", full)
+            self._control.identify(kv)
+            self._tell_frontends(kv)
+
+    def _tell_frontends(self, kv: KvIdentity) -> None:
+        if self._tokens is not None:
+            self._tokens.identify(kv)
+
     # --- requests ----------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """A request has arrived: ask for its KV at once, long before it can be scheduled."""
+        self._contain.each("a request", [request], self._add, self._refuse)
+
+    def _refuse(self, request: Request) -> None:
+        request.kv_transfer_params = None
+        error = HandoffError(Reason.INTERNAL, "it could not be taken in")
+        self._consuming.add_failed(request, error, wants_seed(request.kv_transfer_params))
+
+    def _add(self, request: Request) -> None:
         seeds = False
         try:
             seeds = wants_seed(request.kv_transfer_params)
@@ -209,25 +259,35 @@ class SchedulerSide:
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``; None means: ask again, the offer has not come."""
         self._take_events()
-        return self._consuming.match(request, num_computed_tokens)
+        match = partial(self._consuming.match, request, num_computed_tokens)
+        answer = self._contain.run("matching", match, None)
+        return self._consuming.break_off(request) if answer is None else answer
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Answer ``update_state_after_alloc``."""
-        self._producing.scheduled(request.request_id)
-        self._consuming.allocated(request, blocks, num_external_tokens)
+        scheduled = partial(self._producing.scheduled, request.request_id)
+        self._contain.run("scheduling", scheduled, None)
+        self._contain.each(
+            "allocating",
+            [request],
+            lambda request: self._consuming.allocated(request, blocks, num_external_tokens),
+            lambda request: self._consuming.refuse(request, num_external_tokens),
+        )
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Hand over what has gathered since the last step, and say what this one computes."""
-        self._rest(output.total_num_scheduled_tokens == 0)
+        is_empty = output.total_num_scheduled_tokens == 0
+        self._contain.run("resting", lambda: self._rest(is_empty), None)
         self._take_events()
         orders = self._consuming.take_orders()
+        advance = partial(self._producing.advance, output.num_scheduled_tokens)
         return StepMetadata(
             orders.fetches,
             orders.refused,
             orders.cancels,
             self._producing.take_released(),
             lending=len(self._producing) > 0,
-            announcement=self._producing.advance(output.num_scheduled_tokens),
+            announcement=self._contain.run("advancing", advance, None),
             control=(
                 (self._config.advertise_host, self._listener.port),
                 self._identity.incarnation,
@@ -248,8 +308,10 @@ class SchedulerSide:
         self, request: Request, blocks: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Answer ``request_finished``: whether to hold the blocks, and the handoff's parameters."""
-        self._consuming.finish(request.request_id)
-        sealed = self._producing.finish(request, blocks)
+        request_id = request.request_id
+        self._contain.run("ending", partial(self._consuming.finish, request_id), None)
+        seal = partial(self._producing.finish, request, blocks)
+        sealed = self._contain.run("ending", seal, None)
         if sealed is None:
             return False, None
         address = (self._config.advertise_host, self._listener.port)
@@ -264,6 +326,14 @@ class SchedulerSide:
 
     def take_stats(self) -> PdStats | None:
         """Return the counts since the last call; None when nothing has happened."""
+        return self._contain.run("counting", self._count, None)
+
+    def _count(self) -> PdStats | None:
+        faults = self._contain.faults + self._loop.contain.faults + self._control.faults
+        faults += self._consuming.faults + self._producing.faults
+        faults += self._tokens.faults if self._tokens else 0
+        self._stats.record_faults(faults - self._reported_faults)
+        self._reported_faults = faults
         # By this thread's tables: the control thread's change after the last step of an engine
         # that falls idle, and would never be reported.
         handoffs = {"producer": len(self._producing), "consumer": len(self._consuming)}
@@ -291,8 +361,11 @@ class SchedulerSide:
             self._control.receive(identity, frames)
 
     def _turn(self) -> float | None:
-        wait_s = self._control.turn()
-        expiry = self._tokens.turn() if self._tokens else None
+        wait_s = self._loop.contain.run("the control plane", self._control.turn, LOOK_AGAIN_S)
+        if self._tokens is None:
+            return wait_s
+        again = time.monotonic() + LOOK_AGAIN_S
+        expiry = self._loop.contain.run("the frontends", self._tokens.turn, again)
         if expiry is None:
             return wait_s
         until = max(0.0, expiry - time.monotonic())
@@ -333,13 +406,22 @@ class SchedulerSide:
 
     def _take_events(self) -> None:
         """Apply what the control thread has found out."""
-        while self._events:
-            match self._events.popleft():
-                case Released() as released:
-                    self._producing.released(released)
-                case Abandoned() as abandoned:
-                    self._producing.abandoned(abandoned)
-                case Offered() as offer:
-                    self._consuming.offered(offer)
-                case Lost() as lost:
-                    self._consuming.lost(lost)
+        events = [self._events.popleft() for _ in range(len(self._events))]
+        self._contain.each("an event", events, self._take, self._break_off)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Released():
+                self._producing.released(event)
+            case Abandoned():
+                self._producing.abandoned(event)
+            case Offered():
+                self._consuming.offered(event)
+            case Lost():
+                self._consuming.lost(event)
+
+    def _break_off(self, event: Event) -> None:
+        """An event could not be taken in: its request cannot go on with it."""
+        if isinstance(event, Offered | Lost):
+            text = "what became of it could not be taken in"
+            self._consuming.lost(Lost(event.request_id, Reason.INTERNAL, text))

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.edge.metadata import FetchReport, RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
@@ -39,6 +40,7 @@ class WorkerSide:
     """Owns the transfer thread; every other method runs on the worker's own thread."""
 
     def __init__(self, config: PdConfig, engine_id: EngineId, rank: int) -> None:
+        self._contain = Containment("worker")
         self._config = config
         self._identity = Identity(engine_id, new_incarnation())
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
@@ -58,7 +60,7 @@ class WorkerSide:
         self._announcement: Announcement | None = None
         self._layers_written = 0
         self._stats = PdStats()
-        self._reported_drops = self._reported_control = 0
+        self._reported_drops = self._reported_control = self._reported_faults = 0
 
     @property
     def narrowest(self) -> Codec:
@@ -105,7 +107,6 @@ class WorkerSide:
             partial(
                 PeerTable,
                 self._identity,
-                layout,
                 config.peer_timeout_s,
                 self._connect,
                 time.monotonic,
@@ -123,15 +124,22 @@ class WorkerSide:
         self._announcer.nudge()
 
     def _turn(self) -> float | None:
-        waits = [self._announcer.turn(), self._plane.turn()]
+        run = self._loop.contain.run
+        waits = (
+            run("announcing", self._announcer.turn, LOOK_AGAIN_S),
+            run("fetching", self._plane.turn, LOOK_AGAIN_S),
+        )
         return min((wait for wait in waits if wait is not None), default=None)
 
     # --- in the forward pass -----------------------------------------------------------------
 
     def layer_written(self, layer: str) -> None:
         """A layer's KV of this step is written. Called in the forward pass: it only takes note."""
-        if self._announcement is None:
-            return
+        if self._announcement is not None:
+            self._contain.run("the forward pass", partial(self._note_layer, layer), None)
+
+    def _note_layer(self, layer: str) -> None:
+        assert self._announcement is not None
         place = self._places.get(layer)
         if place == self._layers_written:  # out of order it says nothing of those before it
             self._layers_written += 1
@@ -141,10 +149,14 @@ class WorkerSide:
     def forward_ended(self) -> None:
         """All layers' KV of this step is written, whether or not each of them said so."""
         if self._announcement is not None:
-            num_layers = self._announcement.after_layers[-1]
-            if self._layers_written < num_layers:
-                self._mark(num_layers)
+            self._contain.run("the forward pass", self._note_end, None)
             self._announcement = None
+
+    def _note_end(self) -> None:
+        assert self._announcement is not None
+        num_layers = self._announcement.after_layers[-1]
+        if self._layers_written < num_layers:
+            self._mark(num_layers)
 
     def _mark(self, num_layers: int) -> None:
         assert self._announcement is not None
@@ -153,21 +165,22 @@ class WorkerSide:
 
     def step(self, metadata: StepMetadata) -> None:
         """Start and cancel what the scheduler says, at once: no step is waited for."""
+        call = self._loop.call
+        self._released += metadata.released
+        self._announcement, self._layers_written = metadata.announcement, 0
         if not self._knows_control:
             self._knows_control = True
-            self._loop.call(lambda: self._announcer.connect(*metadata.control))
-        self._announcement, self._layers_written = metadata.announcement, 0
+            call(partial(self._announcer.connect, *metadata.control))
         for request_id in metadata.refused:
-            self._loop.call(partial(self._plane.refuse, request_id))
-        self._released += metadata.released
+            call(partial(self._plane.refuse, request_id))
         if metadata.lending != self._lending:
-            self._lending = lending = metadata.lending
-            self._loop.call(lambda: self._plane.set_lending(lending))
-            self._loop.call(lambda: self._announcer.set_lending(lending))
+            self._lending = metadata.lending
+            call(partial(self._plane.set_lending, metadata.lending))
+            call(partial(self._announcer.set_lending, metadata.lending))
         for spec in metadata.fetches:
-            self._loop.call(lambda s=spec: self._plane.fetch(s))  # type: ignore[misc]
+            call(partial(self._plane.fetch, spec))
         for request_id, reason in metadata.cancels.items():
-            self._loop.call(lambda i=request_id, r=reason: self._plane.cancel(i, r))  # type: ignore[misc]
+            call(partial(self._plane.cancel, request_id, reason))
 
     def take_results(self) -> KVConnectorTransferResults:
         """Report each fetch that ended, and each request that may be freed, exactly once."""
@@ -205,6 +218,12 @@ class WorkerSide:
 
     def take_stats(self) -> PdStats | None:
         """Return the counts since the last call; None when nothing has happened."""
+        return self._contain.run("counting", self._count, None)
+
+    def _count(self) -> PdStats | None:
+        faults = self._contain.faults + self._loop.contain.faults + self._plane.faults
+        self._stats.record_faults(faults + self._announcer.faults - self._reported_faults)
+        self._reported_faults = faults + self._announcer.faults
         self._stats.record_dropped(self._plane.dropped_messages - self._reported_drops)
         self._reported_drops = self._plane.dropped_messages
         self._stats.record_control(self._plane.control_bytes - self._reported_control)

@@ -17,12 +17,12 @@ import msgspec
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from vllm_pd_plugin.config import is_loopback
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.engine_port.peer_decoder import PeerDecoder
 from vllm_pd_plugin.ids import Incarnation, RequestId
 from vllm_pd_plugin.net.async_channel import AsyncDealer, Context
 from vllm_pd_plugin.net.channel import CurveKeys
+from vllm_pd_plugin.net.hosts import is_loopback
 from vllm_pd_plugin.protocol.wire import WireError
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import msgspec
 
 from vllm_pd_plugin.errors import PdError
 from vllm_pd_plugin.ids import EngineId, Incarnation, RequestId
+from vllm_pd_plugin.memory.identity import KvIdentity
 from vllm_pd_plugin.protocol.wire import (
     MAX_BODY_BYTES,
     MAX_HEADER_BYTES,
@@ -58,7 +59,7 @@ class EngineDescription(msgspec.Struct, frozen=True):
     role: ``prefill``, ``decode`` or ``both``.
     control_host, control_port: where other engines reach its control channel.
     codecs: that a request may ask for here.
-    model_digest: of what decides the meaning of KV; engines of one pool have the same.
+    kv: what its KV is; engines of one pool have the same.
     kv_tokens: size of its KV cache. block_tokens: of one block.
     """
 
@@ -74,13 +75,14 @@ class EngineDescription(msgspec.Struct, frozen=True):
     data_parallel_size: int
     codecs: tuple[str, ...]
     vocab_size: int
-    model_digest: str
+    kv: KvIdentity
     kv_tokens: int
     block_tokens: int
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
-    """A frontend introduces itself; answered by Attached."""
+    """A frontend introduces itself; answered by Attached, which comes again when the description
+    has changed."""
 
     frontend: str
 

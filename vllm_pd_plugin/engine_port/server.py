@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.v1.engine import (
     EngineCoreOutput,
@@ -29,10 +30,12 @@ from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.engine_port.peer_decoder import PeerDecoder
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.ids import Incarnation, RequestId
+from vllm_pd_plugin.memory.identity import KvIdentity
 from vllm_pd_plugin.protocol.wire import VersionError, WireError
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ class TokenServer:
         send: Callable[[bytes, list[bytes]], None],
         clock: Callable[[], float],
     ) -> None:
+        self._contain = Containment("frontends")
         self._core = core
         self._description = description
         self._incarnation = incarnation
@@ -95,6 +99,17 @@ class TokenServer:
     @property
     def description(self) -> messages.EngineDescription:
         return self._description
+
+    @property
+    def faults(self) -> int:
+        """How many were caught; see ``Containment``."""
+        return self._contain.faults
+
+    def identify(self, kv: KvIdentity) -> None:
+        """What this engine's KV is has changed, or more is known of it."""
+        self._description = msgspec.structs.replace(self._description, kv=kv)
+        if self._by_index:
+            self._tell_all(messages.Attached(self._description, self._load()))
 
     @property
     def dropped_messages(self) -> int:
@@ -147,7 +162,7 @@ class TokenServer:
         publish = publisher.publish
 
         def publish_here_too(batch: KVEventBatch) -> None:
-            self._take_events(batch)
+            self._contain.run("the prefix cache", lambda: self._take_events(batch), None)
             publish(batch)
 
         publisher.publish = publish_here_too
@@ -177,18 +192,23 @@ class TokenServer:
                 return None
 
     def _tell_all(self, message: messages.ToFrontend) -> None:
-        for frontend in self._by_index.values():
-            self._reply(frontend.identity, frontend.incarnation, message)
+        self._contain.each(
+            "frontends",
+            self._by_index.values(),
+            lambda frontend: self._reply(frontend.identity, frontend.incarnation, message),
+        )
 
     def turn(self) -> float | None:
         """Forget frontends that are silent; return when to look again."""
         now = self._clock()
-        for frontend in list(self._by_index.values()):
-            if now >= frontend.expires_at:
-                text = "frontend %s is silent for %.0f s: its %d requests are ended"
-                logger.warning(text, frontend.name, messages.LEASE_S, len(frontend.open))
-                self._forget(frontend)
+        silent = [f for f in self._by_index.values() if now >= f.expires_at]
+        self._contain.each("leases", silent, self._expire)
         return min((f.expires_at for f in self._by_index.values()), default=None)
+
+    def _expire(self, frontend: _Frontend) -> None:
+        text = "frontend %s is silent for %.0f s: its %d requests are ended"
+        logger.warning(text, frontend.name, messages.LEASE_S, len(frontend.open))
+        self._forget(frontend)
 
     def _attach(self, identity: bytes, incarnation: Incarnation, name: str) -> None:
         if before := self._by_incarnation.get(incarnation):
@@ -299,7 +319,8 @@ class TokenServer:
         payload: list[bytes] | None = None,
     ) -> None:
         frames = messages.encode(message, self._incarnation, incarnation, payload)
-        self._send_frames(identity, frames)
+        # What cannot be sent is a message lost: a frontend notices a gap, or asks again.
+        self._contain.run("answering", lambda: self._send_frames(identity, frames), None)
 
 
 def _tokens_to_compute(request: Any) -> int:

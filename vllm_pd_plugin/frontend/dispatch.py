@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import logging
 import random
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -23,6 +22,8 @@ from vllm.v1.engine import (
 from vllm_pd_plugin.codecs.codec import AUTO, Codec
 from vllm_pd_plugin.engine_port.link import Connection, Link
 from vllm_pd_plugin.engine_port.messages import Blocks, EngineLoad
+from vllm_pd_plugin.frontend.keeper import Keeper
+from vllm_pd_plugin.frontend.pool.fitness import Requirement
 from vllm_pd_plugin.frontend.pool.members import Member, Pool
 from vllm_pd_plugin.frontend.pool.membership import Engines
 from vllm_pd_plugin.frontend.requests.context import current
@@ -36,7 +37,6 @@ from vllm_pd_plugin.frontend.routing.choice import (
     Policy,
     Prompt,
     Reason,
-    Role,
     Route,
     Unroutable,
     choose,
@@ -66,20 +66,6 @@ class Limits:
     first_token_s: float = 300.0
     stall_s: float = 120.0
     queue_s: float = 30.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Requirement:
-    """What an engine must be to be used: as long a context, the same model, the same vLLM.
-
-    vocab_size: None while that is not known. model_digest: None where engines of several are used
-    side by side, each kind for itself.
-    """
-
-    max_model_len: int
-    vocab_size: int | None
-    model_digest: str | None
-    vllm_version: str
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -120,19 +106,17 @@ class Dispatch:
         self.metrics = metrics
         self._loop = asyncio.get_running_loop()
         self.pool = Pool(self._loop.time)
+        self._keeper = Keeper(self.pool, self._leave)
         self.prefill_may_be_empty = False
         """Whether engines that prefill come when a request waits for one."""
         self._limits = limits
         self._on_outputs = on_outputs
         self._on_failed = on_failed
         self._on_over = on_over
-        self._requirement: Requirement | None = None
         self._courses: dict[RequestId, Underway] = {}
         self._legs: dict[RequestId, tuple[Underway, Leg]] = {}
         self._last_output: dict[RequestId, float] = {}
         self._waiting: dict[RequestId, _Waiting] = {}
-        self._draining: dict[EngineKey, float] = {}
-        self._closing: set[asyncio.Task[None]] = set()
         self._batch: list[EngineCoreOutput] | None = None
         self._turn = 0
         self._handoff_s = 0.0
@@ -203,81 +187,19 @@ class Dispatch:
 
     def require(self, requirement: Requirement) -> None:
         """From now on use engines only that meet it."""
-        self._requirement = requirement
-        for member in self.pool:
-            if member.link.is_attached:
-                member.mismatch = self._mismatch(member)
+        self._keeper.require(requirement)
 
     def use(self, engines: Engines, connection: Connection) -> None:
         """Make the pool what is wanted; what is under way on an engine that leaves goes on
         elsewhere."""
-        for member in self.pool:
-            if member.key not in engines:
-                self._remove(member)
-        for url, wanted in engines.items():
-            if self.pool.get(url) is None:
-                self.pool.add(Member(url, wanted.role, Link(url, connection, self)))
-            self.pool[url].generation = wanted.generation
-            self._set_role(self.pool[url], wanted.role)
-            self._set_draining(self.pool[url], wanted.drain_until)
+        self._keeper.use(engines, lambda url: Link(url, connection, self))
         self._start_waiting()
-
-    def _set_role(self, member: Member, role: Role) -> None:
-        """Sort an engine in elsewhere; what is under way on it stays there, if it can do both."""
-        if role is member.role:
-            return
-        logger.info("engine %s is of role %s from now on", member.key, role)
-        member.role = role
-        if member.link.is_attached:
-            member.mismatch = self._mismatch(member)
-            if member.mismatch:
-                logger.error("engine %s is not used: %s", member.key, member.mismatch)
-                self._leave(member)
-
-    def _set_draining(self, member: Member, until: float | None) -> None:
-        if until == member.drain_until:
-            return
-        member.drain_until = until
-        if until is None:
-            self._draining.pop(member.key, None)
-        else:
-            self._draining[member.key] = self.now() + until - time.time()
-
-    def _remove(self, member: Member) -> None:
-        self._leave(member)
-        self.pool.remove(member.key)
-        self._draining.pop(member.key, None)
-        self._prefixes.forget(member.key)
-        self._closing = {task for task in self._closing if not task.done()}
-        self._closing.add(self._loop.create_task(member.link.close()))
 
     async def close(self) -> None:
         """End what is under way, and the connections."""
         self._sweeper.cancel()
         self.give_up(Ending.SHUTDOWN)
-        for member in self.pool:
-            await member.link.close()
-        await asyncio.gather(*self._closing, return_exceptions=True)
-
-    def _mismatch(self, member: Member) -> str:
-        """Say why an engine that is there cannot be used; empty if it can."""
-        wanted, is_there = self._requirement, member.link.description
-        if is_there.role not in (Role.BOTH.value, member.role.value):
-            return f"it is named as {member.role}, and was started with --kv-role {is_there.role}"
-        if wanted is None:
-            return ""
-        if is_there.max_model_len < wanted.max_model_len:
-            return (
-                f"its --max-model-len is {is_there.max_model_len}, and this frontend serves "
-                f"{wanted.max_model_len}"
-            )
-        if wanted.vocab_size not in (None, is_there.vocab_size):
-            return f"it runs {is_there.model}, which has another vocabulary than this frontend's"
-        if wanted.model_digest not in (None, is_there.model_digest):
-            return f"it runs another model than the other engines ({is_there.model})"
-        if is_there.vllm_version != wanted.vllm_version:
-            return f"it runs vLLM {is_there.vllm_version}, and this frontend {wanted.vllm_version}"
-        return ""
+        await self._keeper.close()
 
     # --- what links say ----------------------------------------------------------------------
 
@@ -285,14 +207,13 @@ class Dispatch:
         member = self._member(link)
         if member is None:
             return
-        member.mismatch = self._mismatch(member)
+        is_new, member.kv = member.kv != link.description.kv, link.description.kv
         member.set_load(load)
         member.worked()
-        if member.mismatch:
-            logger.error("engine %s is not used: %s", link.url, member.mismatch)
-            return
-        text = "engine %s is there: %s, role %s"
-        logger.info(text, link.url, link.description.model, member.role)
+        self._keeper.judge()
+        if not member.mismatch and is_new:
+            text = "engine %s is there: %s, role %s"
+            logger.info(text, link.url, link.description.model, member.role)
         self._start_waiting()
 
     def loaded(self, link: Link, load: EngineLoad) -> None:
@@ -339,6 +260,7 @@ class Dispatch:
 
     def _leave(self, member: Member) -> None:
         """Let everything that an engine works on go on elsewhere."""
+        self._prefixes.forget(member.key)
         affected = [underway for underway in self._courses.values() if _is_on(underway, member)]
         for underway in affected:
             underway.course.engine_lost(member.key)
@@ -503,7 +425,7 @@ class Dispatch:
             await asyncio.sleep(_SWEEP_S)
             try:
                 self._end_overdue(self.now())
-                self._hand_over_drained(self.now())
+                self._keeper.hand_over_drained(self.now())
                 self._count()
             except Exception:
                 logger.exception("unexpected error in the sweep")
@@ -523,18 +445,6 @@ class Dispatch:
             limit = limits.stall_s if leg.has_output else limits.first_token_s
             if now - self._last_output.get(leg_id, now) > limit:
                 underway.course.fail([leg.engine], Failure.TIMEOUT)
-
-    def _hand_over_drained(self, now: float) -> None:
-        for url, deadline in list(self._draining.items()):
-            member = self.pool.get(url)
-            if member is None or not member.legs:
-                del self._draining[url]
-                logger.info("engine %s is drained", url)
-            elif now >= deadline:
-                del self._draining[url]
-                text = "engine %s is drained: %d requests go on elsewhere"
-                logger.info(text, url, len(member.legs))
-                self._leave(member)
 
     def _count(self) -> None:
         ready = [m.role for m in self.pool if m.is_up and not m.is_draining]

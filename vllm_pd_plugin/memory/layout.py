@@ -93,12 +93,9 @@ class Group(msgspec.Struct, frozen=True):
 
 
 class EngineLayout(msgspec.Struct, frozen=True):
-    """What must agree between two engines before one may read the other's KV.
+    """How KV lies, as far as it must agree between two engines before one may read the other's;
+    what it is, is in ``KvIdentity``."""
 
-    model: digest of the model's configuration.
-    """
-
-    model: str
     tensor_parallel_size: int
     groups: tuple[Group, ...]
 
@@ -152,7 +149,6 @@ def check_compatible(local: EngineLayout, remote: EngineLayout) -> None:
 
 def _facets(local: EngineLayout, remote: EngineLayout) -> list[tuple[str, object, object]]:
     rows: list[tuple[str, object, object]] = [
-        ("model digest", local.model, remote.model),
         ("tensor parallel size", local.tensor_parallel_size, remote.tensor_parallel_size),
         ("number of KV cache groups", len(local.groups), len(remote.groups)),
     ]

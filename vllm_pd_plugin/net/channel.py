@@ -17,19 +17,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import zmq
 import zmq.auth
 from zmq.utils import z85
 
-from vllm_pd_plugin.errors import ConfigError
+from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
+from vllm_pd_plugin.errors import ConfigError, PeerError, Reason
 from vllm_pd_plugin.ids import Address
 
 logger = logging.getLogger(__name__)
 
 _QUEUE_LENGTH = 10_000
 _MAX_MESSAGES_PER_TURN = 256
+_MAX_SOCKETS = 8192
+"""ZeroMQ's own limit is 1023; descriptors run out first (``ulimit -n``)."""
+_AFTER_A_FAULT_S = 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +69,8 @@ class Loop:
 
     def __init__(self, name: str, on_turn: Callable[[], float | None]) -> None:
         self.context = zmq.Context(io_threads=1)
+        self.context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+        self.contain = Containment(name)
         self._name = name
         self._on_turn = on_turn
         self._poller = zmq.Poller()
@@ -111,13 +119,16 @@ class Loop:
     def _run(self) -> None:
         timeout_s: float | None = 0.0
         while not self._stopping:
-            ready = self._wait(timeout_s)
-            self._clear_wake()
+            wait = partial(self._wait, timeout_s)
+            ready = self.contain.run("waiting", wait, None)
+            if ready is None:  # not at once again: a thread never spins
+                self.contain.run("waiting", partial(time.sleep, _AFTER_A_FAULT_S), None)
+            self.contain.run("waking up", self._clear_wake, None)
             self._run_calls()
-            for socket, _ in ready:
+            for socket, _ in ready or ():
                 if reader := self._readers.get(socket):
-                    self._guard(reader)
-            timeout_s = self._guard(self._on_turn)
+                    self.contain.run("reading", reader, None)
+            timeout_s = self.contain.run("a turn", self._on_turn, LOOK_AGAIN_S)
         self._run_calls()  # what was called before the end still runs
 
     def _wait(self, timeout_s: float | None) -> list[tuple[Any, int]]:
@@ -134,15 +145,7 @@ class Loop:
 
     def _run_calls(self) -> None:
         while self._calls:
-            self._guard(self._calls.popleft())
-
-    def _guard(self, function: Callable[[], Any]) -> Any:
-        # The thread's one broad catch: a defect in one callback must not end every handoff.
-        try:
-            return function()
-        except Exception:
-            logger.exception("unexpected error in %s", self._name)
-            return 1.0
+            self.contain.run("a call", self._calls.popleft(), None)
 
     def _drain(self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
         for _ in range(_MAX_MESSAGES_PER_TURN):
@@ -154,7 +157,7 @@ class Loop:
                 return
             # What another thread told this one before it let the message out must be known by now.
             self._run_calls()
-            on_message(frames)
+            self.contain.run("a message", partial(on_message, frames), None)
 
 
 class Listener:
@@ -222,14 +225,23 @@ class Dealer:
         keys: CurveKeys | None,
         on_message: Callable[[list[bytes]], None],
     ) -> None:
+        """Connect. Raises PeerError when there can be no connection: a name that is none, or no
+        sockets left."""
         self._loop = loop
-        self._socket = _socket(loop, zmq.DEALER)
-        if keys is not None:
-            self._socket.curve_serverkey = keys.server_public
-            self._socket.curve_publickey = keys.client_public
-            self._socket.curve_secretkey = keys.client_secret
-        self._socket.connect(endpoint(address))
-        loop.add(self._socket, on_message)
+        with ExitStack() as on_error:
+            try:
+                self._socket = _socket(loop, zmq.DEALER)
+                on_error.callback(self._socket.close, linger=0)
+                if keys is not None:
+                    self._socket.curve_serverkey = keys.server_public
+                    self._socket.curve_publickey = keys.client_public
+                    self._socket.curve_secretkey = keys.client_secret
+                self._socket.connect(endpoint(address))
+            except zmq.ZMQError as error:
+                text = f"there is no connecting to {address[0]}:{address[1]}: {error}"
+                raise PeerError(Reason.PEER_UNREACHABLE, text) from error
+            loop.add(self._socket, on_message)
+            on_error.pop_all()
 
     def send(self, frames: list[bytes]) -> None:
         """Send to the peer; dropped when its queue is full (a deadline then ends the wait)."""
@@ -254,6 +266,11 @@ def configure(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     socket.ipv6 = True
     socket.maxmsgsize = 64 * 2**20
     socket.reconnect_ivl_max = 1000
+    # A host that has gone without a word does not stay connected for ever.
+    socket.tcp_keepalive = 1
+    socket.tcp_keepalive_idle = 60
+    socket.tcp_keepalive_intvl = 10
+    socket.tcp_keepalive_cnt = 6
     return socket
 
 

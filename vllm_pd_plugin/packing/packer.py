@@ -11,6 +11,7 @@ from collections import deque
 from typing import Protocol
 
 from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId
 from vllm_pd_plugin.memory.layout import BlockTables
@@ -41,12 +42,18 @@ class Packer:
     """The pieces of one rank that consumers have asked for."""
 
     def __init__(self, pieces: Pieces, staging: Staging, coder: Coder) -> None:
+        self._contain = Containment("packer")
         self._pieces = pieces
         self._staging = staging
         self._coder = coder
         self._waiting: deque[wire.Stage] = deque()
         self._staged: dict[tuple[HandoffId, int], wire.Packed] = {}
         self._again: deque[wire.Stage] = deque()
+
+    @property
+    def faults(self) -> int:
+        """How many were caught; see ``Containment``."""
+        return self._contain.faults
 
     @property
     def taken_bytes(self) -> int:
@@ -88,21 +95,20 @@ class Packer:
             return None
         stage = self._waiting[0]
         pack = stage.pack
-        offset = None
         try:
             piece = self._measure(stage)
-            offset = self._staging.take(piece.num_bytes)
-            if offset is None:
-                return None
-            packed = self._write(stage, piece, offset)
-        except (HandoffError, RuntimeError) as error:  # the latter is PyTorch's
+        except HandoffError as error:
             logger.warning("handoff %s: a piece cannot be packed: %s", pack.handoff_id, error)
-            if offset is not None:
-                self._staging.give_back(offset)
             self._waiting.popleft()
-            reason = error.reason if isinstance(error, HandoffError) else Reason.INTERNAL
-            return wire.Staged(pack.handoff_id, pack.rank, None, reason)
+            return wire.Staged(pack.handoff_id, pack.rank, None, error.reason)
+        offset = self._staging.take(piece.num_bytes)
+        if offset is None:
+            return None
         self._waiting.popleft()
+        packed = self._contain.run("packing", lambda: self._write(stage, piece, offset), None)
+        if packed is None:
+            self._staging.give_back(offset)
+            return wire.Staged(pack.handoff_id, pack.rank, None, Reason.INTERNAL)
         self._staged[_key(stage)] = packed
         return wire.Staged(pack.handoff_id, pack.rank, packed, None)
 

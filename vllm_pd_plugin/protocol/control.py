@@ -11,78 +11,39 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+import msgspec
+
+from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.errors import PeerError, Reason
-from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId, Source
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, RankMemory
-from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoffs import (
-    Advance,
-    Answer,
-    ProducerState,
-    ProducerTable,
-    ReturnAddress,
+from vllm_pd_plugin.ids import HandoffId, Incarnation, RequestId, Source
+from vllm_pd_plugin.memory.identity import KvIdentity, difference
+from vllm_pd_plugin.memory.layout import (
+    BlockTables,
+    EngineLayout,
+    RankMemory,
+    check_compatible,
 )
-from vllm_pd_plugin.protocol.peers import Identity, MakePeers, Peer
-from vllm_pd_plugin.protocol.wants import ConsumerTable
+from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.events import Abandoned, Event, Nudged, Released
+from vllm_pd_plugin.protocol.handoff import Advance, Answer, ReturnAddress
+from vllm_pd_plugin.protocol.handoffs import ProducerTable
+from vllm_pd_plugin.protocol.peers import Identity, MakePeers
+from vllm_pd_plugin.protocol.wanting import Wanting
 
 logger = logging.getLogger(__name__)
-
-_HEARTBEATS_PER_LEASE = 4
-_MAX_HEARTBEAT_INTERVAL_S = 1.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Offered:
-    """A producer offers what this engine wants; ``source`` names its incarnation."""
-
-    request_id: RequestId
-    source: Source
-    num_tokens: int
-    prompt: bytes
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Lost:
-    """What this engine wants cannot be had."""
-
-    request_id: RequestId
-    reason: Reason
-    message: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Released:
-    """A sealed handoff of this engine has ended; its blocks may be freed."""
-
-    request_id: RequestId
-    state: ProducerState
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Abandoned:
-    """Nobody wants what a request of this engine is computing."""
-
-    request_id: RequestId
-    state: ProducerState
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Nudged:
-    """A worker of this engine has a result."""
-
-
-Event = Offered | Lost | Released | Abandoned | Nudged
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LocalEngine:
     """What this engine is to its peers.
 
+    kv: what its KV is, for now.
     workers: incarnations of its own worker ranks, who announce what they have written.
     """
 
     identity: Identity
     layout: EngineLayout
+    kv: KvIdentity
     ranks: Sequence[RankMemory]
     workers: Collection[Incarnation]
 
@@ -104,12 +65,12 @@ class ControlPlane:
         emit: Callable[[Event], None],
         clock: Callable[[], float],
     ) -> None:
+        self._contain = Containment("control")
         self._incarnation = local.identity.incarnation
         self._welcome = wire.Welcome(
-            local.identity.engine_id, local.layout, tuple(local.ranks), lease_s
+            local.identity.engine_id, local.layout, local.kv, 0, tuple(local.ranks), lease_s
         )
         self._workers = frozenset(local.workers)
-        self._queue_timeout_s = queue_timeout_s
         self._answer = answer
         self._emit = emit
         self._clock = clock
@@ -121,21 +82,44 @@ class ControlPlane:
             self._unstage,
             clock,
         )
-        self._consuming = ConsumerTable()
-        self._peers = make_peers(self)
-        self._next_heartbeat: dict[Address, float] = {}
-        self._cancels: list[Source] = []
+        self._wanting = Wanting(make_peers, self._check_fit, queue_timeout_s, emit, clock)
         self._worker_links: dict[int, ReturnAddress] = {}
         self._dropped_requests = 0
 
     @property
     def control_bytes(self) -> int:
         """Of all messages to and from producers."""
-        return self._peers.num_bytes
+        return self._wanting.num_bytes
 
     @property
     def dropped_messages(self) -> int:
-        return self._dropped_requests + self._peers.dropped_messages
+        return self._dropped_requests + self._wanting.dropped_messages
+
+    @property
+    def faults(self) -> int:
+        """How many were caught; see ``Containment``."""
+        return self._contain.faults + self._producing.faults + self._wanting.faults
+
+    # --- what this engine's KV is ------------------------------------------------------------
+
+    def identify(self, kv: KvIdentity) -> None:
+        """More is known of what this engine's KV is; peers that do not fit are lost."""
+        revision = self._producing.revision = self._welcome.revision + 1
+        self._welcome = msgspec.structs.replace(self._welcome, kv=kv, revision=revision)
+        self._wanting.look_again()
+
+    def void(self, kv: KvIdentity) -> None:
+        """This engine's KV is another from now on: no handoff that has begun is good any more."""
+        self._producing.void()
+        text = "this engine's KV is another since: its weights were changed, or its cache was reset"
+        self._wanting.give_up_all(Reason.KV_CHANGED, text)
+        self.identify(kv)
+
+    def _check_fit(self, welcome: wire.Welcome) -> None:
+        """Refuse a peer whose KV is not what ours is. Raises PeerError."""
+        check_compatible(self._welcome.layout, welcome.layout)
+        if found := difference(self._welcome.kv, welcome.kv):
+            raise PeerError(Reason.PEER_INCOMPATIBLE, f"the peer's KV is another: {found}")
 
     # --- as a producer ---------------------------------------------------------------------
 
@@ -160,12 +144,13 @@ class ControlPlane:
     def seal(
         self,
         handoff_id: HandoffId,
+        request_id: RequestId,
         num_tokens: int,
         blocks: BlockTables,
         sampled: int | None = None,
     ) -> None:
         """Its KV is final; the blocks are held until a ``Released`` event."""
-        self._tell(self._producing.seal(handoff_id, num_tokens, blocks, sampled))
+        self._tell(self._producing.seal(handoff_id, request_id, num_tokens, blocks, sampled))
 
     def drop(self, handoff_id: HandoffId) -> None:
         """It ended without KV to hand off."""
@@ -179,13 +164,13 @@ class ControlPlane:
             # Answered in our own version: the header tells the peer what is wrong.
             logger.warning("refused a peer: %s", error)
             self._dropped_requests += 1
-            self._reply((identity, Incarnation("")), wire.Alive({}))
+            self._reply(ReturnAddress(identity, Incarnation("")), wire.Alive({}))
             return
         except wire.WireError as error:
             logger.warning("dropped a message: %s", error)
             self._dropped_requests += 1
             return
-        who = (identity, header.sender)
+        who = ReturnAddress(identity, header.sender, header.version)
         reply = self._respond(who, header, message)
         if reply is not None:
             self._reply(who, reply)
@@ -194,7 +179,9 @@ class ControlPlane:
         self, who: ReturnAddress, header: wire.Header, message: wire.Message
     ) -> wire.Reply | None:
         if isinstance(message, wire.Hello):
-            return self._welcome
+            version = min(max(message.newest, header.version), wire.PROTOCOL_VERSION)
+            self._reply(who._replace(version=version), self._welcome)
+            return None
         if header.target != self._incarnation:
             return wire.Alive({})  # its header says who is here now
         match message:
@@ -260,142 +247,40 @@ class ControlPlane:
         for who, message in answers:
             self._reply(who, message)
 
-    # --- as a consumer ---------------------------------------------------------------------
+    # --- as a consumer -------------------------------------------------------------------------
 
     def want(self, request_id: RequestId, source: Source) -> None:
         """Ask for a handoff; an ``Offered`` or ``Lost`` event follows."""
-        deadline = self._clock() + self._queue_timeout_s
-        wanted = self._consuming.want(request_id, source, deadline)
-        if wanted is None:
-            text = "another request already fetches this handoff"
-            self._emit(Lost(request_id, Reason.BAD_PARAMS, text))
-            return
-        peer = self._peers.get(source.address)
-        if peer is None:
-            return
-        if source.incarnation in (None, peer.incarnation):
-            self._ask(peer)
-        else:
-            self._peers.refresh(source.address)
+        self._wanting.want(request_id, source)
 
     def allocated(self, request_id: RequestId) -> None:
         """The request has its blocks; its workers fetch."""
-        self._consuming.allocated(request_id)
+        self._wanting.allocated(request_id)
 
     def close(self, request_id: RequestId, cancel: bool) -> None:
         """The handoff is over for a request; ``cancel`` tells the producer to let go."""
-        wanted = self._consuming.close(request_id)
-        if wanted is None or not cancel:
-            return
-        peer = self._peers.get(wanted.source.address)
-        if peer is not None and wanted.source.incarnation in (None, peer.incarnation):
-            self._cancel(peer, wanted.source)
-            return
-        self._cancels.append(wanted.source)
-        if peer is not None:
-            self._peers.refresh(wanted.source.address)
+        self._wanting.close(request_id, cancel)
+
+    # --- the thread's -------------------------------------------------------------------------
 
     def turn(self) -> float | None:
         """Do what is due; return for how many seconds nothing needs to be done."""
-        due = [self._producing.tick(), self._peers.tick(), self._beat(), self._give_up()]
+        again = self._clock() + LOOK_AGAIN_S
+        due = (
+            self._contain.run("leases", self._producing.tick, again),
+            self._contain.run("what is wanted", self._wanting.turn, again),
+        )
         now = self._clock()
         waits = [max(0.0, at - now) for at in due if at is not None]
         return min(waits) if waits else None
 
     def shut_down(self) -> None:
-        self._peers.close()
-
-    def _ask(self, peer: Peer) -> None:
-        for wanted in self._consuming.at(peer.address):
-            if wanted.asked:
-                continue
-            if wanted.source.incarnation is None:
-                wanted.source = dataclasses.replace(wanted.source, incarnation=peer.incarnation)
-            if wanted.source.incarnation != peer.incarnation:
-                self._lose(wanted.request_id, Reason.PEER_RESTARTED, "the producer was restarted")
-                continue
-            wanted.asked = True
-            # No answer is due before the producer has its request; heartbeats tell that it lives.
-            want = wire.Want(wanted.source.handoff_id)
-            self._peers.send(peer, want, expects_answer=False)
-
-    def _give_up(self) -> float | None:
-        """End what has waited too long for its KV or for blocks; return when to look again."""
-        for wanted in self._consuming.overdue(self._clock()):
-            missing = "free blocks here" if wanted.offered else "offer from the producer"
-            text = f"no {missing} within {self._queue_timeout_s:g} s"
-            self.close(wanted.request_id, cancel=True)
-            self._emit(Lost(wanted.request_id, Reason.QUEUE_TIMEOUT, text))
-        return self._consuming.next_deadline()
-
-    def _beat(self) -> float | None:
-        """Send the heartbeats that are due; return when the next one is."""
-        now = self._clock()
-        addresses = self._consuming.addresses()
-        self._next_heartbeat = {a: t for a, t in self._next_heartbeat.items() if a in addresses}
-        for address in addresses:
-            peer = self._peers.get(address)
-            if peer is None:
-                continue
-            interval = min(peer.welcome.lease_s / _HEARTBEATS_PER_LEASE, _MAX_HEARTBEAT_INTERVAL_S)
-            due = self._next_heartbeat.setdefault(address, now + interval)
-            if now >= due:
-                held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.asked)
-                if held:
-                    self._peers.send(peer, wire.Heartbeat(held))
-                self._next_heartbeat[address] = now + interval
-        return min(self._next_heartbeat.values(), default=None)
-
-    def _cancel(self, peer: Peer, source: Source) -> None:
-        if source.incarnation in (None, peer.incarnation):
-            self._peers.send(peer, wire.Cancel(source.handoff_id), expects_answer=False)
-
-    def peer_ready(self, address: Address, peer: Peer) -> None:
-        for source in self._cancels:
-            if source.address == address:
-                self._cancel(peer, source)
-        self._forget_cancels(address)
-        self._ask(peer)
-
-    def _forget_cancels(self, address: Address) -> None:
-        self._cancels = [source for source in self._cancels if source.address != address]
-
-    def peer_lost(self, address: Address, error: PeerError) -> None:
-        restarted = error.reason is Reason.PEER_RESTARTED
-        if not restarted:
-            self._forget_cancels(address)
-        waits = any(source.address == address for source in self._cancels)
-        for wanted in self._consuming.at(address):
-            if restarted and (not wanted.asked or wanted.ask_again()):
-                waits = True
-            else:
-                self._lose(wanted.request_id, error.reason, str(error))
-        if restarted and waits:
-            self._peers.get(address)  # something is meant for the new incarnation
-
-    def peer_replied(self, peer: Peer, message: wire.Message) -> None:
-        match message:
-            case wire.Offer(handoff_id, num_tokens, prompt):
-                if wanted := self._consuming.offered(handoff_id, peer.incarnation):
-                    self._emit(Offered(wanted.request_id, wanted.source, num_tokens, prompt))
-            case wire.Refuse(handoff_id, reason):
-                if wanted := self._consuming.get(handoff_id):
-                    self._lose(wanted.request_id, reason, f"the producer refused: {reason}")
-            case wire.Alive(lost):
-                for handoff_id, reason in lost.items():
-                    if wanted := self._consuming.get(handoff_id):
-                        # It may have begun to compute for us all the same.
-                        self._cancel(peer, wanted.source)
-                        text = "the producer no longer holds the handoff"
-                        self._lose(wanted.request_id, reason, text)
-
-    def _lose(self, request_id: RequestId, reason: Reason, message: str) -> None:
-        self._consuming.close(request_id)
-        self._emit(Lost(request_id, reason, message))
+        self._wanting.shut_down()
 
     def _reply(self, who: ReturnAddress, message: wire.Reply) -> None:
-        identity, incarnation = who
-        self._answer(identity, wire.encode(message, self._incarnation, incarnation))
+        frames = wire.encode(message, self._incarnation, who.incarnation, who.version)
+        # What cannot be sent is a message lost, and whoever waits for it asks again.
+        self._contain.run("answering", lambda: self._answer(who.identity, frames), None)
 
 
 CallControl = Callable[[Callable[[ControlPlane], None]], None]

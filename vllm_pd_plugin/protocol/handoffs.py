@@ -1,118 +1,39 @@
-"""Per request: a handoff as its producer sees it; pure, with an injected clock.
+"""All handoffs that this engine produces; pure, with an injected clock.
 
-    QUEUED -> PRODUCING -> SEALED -> COMMITTED | CANCELLED | EXPIRED
-
-A sealed handoff's blocks are freed in the three final states only; before the seal they belong to
-the running request, and its preemption starts a new *epoch*. Nothing here sends, waits or touches
-memory: the methods return what is to be sent, and the owner of the table does it.
+Nothing here sends, waits or touches memory: the methods return what is to be sent, and the owner of
+the table does it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import HandoffId, Incarnation, RequestId
+from vllm_pd_plugin.ids import HandoffId, RequestId
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
 from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.handoff import (
+    Advance,
+    Answer,
+    Produced,
+    ProducerState,
+    ReturnAddress,
+    Steps,
+    Subscriber,
+    Written,
+)
 from vllm_pd_plugin.protocol.lease import Lease
 
 _REMEMBERED_ENDINGS = 4096
-_REMEMBERED_STEPS = 64
 _MAX_EARLY = 10_000
-
-
-ReturnAddress = tuple[bytes, Incarnation]
-"""Where an answer goes: the channel's opaque identity of a consumer, and its incarnation."""
-
-
-class ProducerState(enum.Enum):
-    QUEUED = "queued"
-    PRODUCING = "producing"
-    SEALED = "sealed"
-    COMMITTED = "committed"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"
-
 
 _REFUSALS = {
     ProducerState.COMMITTED: Reason.UNKNOWN_HANDOFF,
     ProducerState.CANCELLED: Reason.CANCELLED,
     ProducerState.EXPIRED: Reason.LEASE_EXPIRED,
 }
-
-Answer = tuple[ReturnAddress, wire.Reply]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Advance:
-    """What one engine step adds to a handoff: KV up to ``num_tokens``, in these block tables."""
-
-    handoff_id: HandoffId
-    epoch: int
-    num_tokens: int
-    blocks: BlockTables
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Written:
-    """How far one rank's KV is written; see ``wire.Progress``."""
-
-    base_tokens: int = 0
-    num_tokens: int = 0
-    num_layers: int = 0
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Subscriber:
-    """A consumer rank, and how much of each block table it has been told."""
-
-    who: ReturnAddress
-    told: list[int]
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Produced:
-    """A handoff as its producer sees it."""
-
-    handoff_id: HandoffId
-    request_id: RequestId
-    num_tokens: int
-    prompt: bytes
-    lease: Lease
-    blocks: BlockTables
-    state: ProducerState = ProducerState.QUEUED
-    wanted_by: ReturnAddress | None = None
-    """The consumer's scheduler, once it has asked: from then on the lease runs."""
-    ending: ProducerState | None = None
-    """Set when the consumer is done with it while its request still runs."""
-    epoch: int = 0
-    written: dict[int, _Written] = dataclasses.field(default_factory=dict)
-    subscribers: dict[int, _Subscriber] = dataclasses.field(default_factory=dict)
-    committed_ranks: set[int] = dataclasses.field(default_factory=set)
-    packing_ranks: set[int] = dataclasses.field(default_factory=set)
-    """Which were asked to pack some of it: they are told when it is over."""
-    sampled: int | None = None
-    """The token that follows the prompt, once it is sealed."""
-
-    @property
-    def is_sealed(self) -> bool:
-        return self.state is ProducerState.SEALED
-
-    def is_final(self, rank: int) -> bool:
-        """Whether one rank's KV is complete, sealed or not."""
-        return self.is_sealed or self.written.get(rank, _Written()).base_tokens >= self.num_tokens
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Step:
-    """What one step of the engine computes, and which ranks have finished it."""
-
-    advances: Sequence[Advance]
-    finished_ranks: set[int] = dataclasses.field(default_factory=set)
 
 
 class ProducerTable:
@@ -132,6 +53,9 @@ class ProducerTable:
         on_unpacked: Callable[[HandoffId, int], None],
         clock: Callable[[], float],
     ) -> None:
+        self._contain = Containment("handoffs")
+        self.revision = 0
+        """Of what this engine's KV is; see ``wire.Welcome``."""
         self._num_layers = len(layout.layers)
         self._num_ranks = layout.tensor_parallel_size
         self._groups = layout.groups
@@ -143,11 +67,21 @@ class ProducerTable:
         self._clock = clock
         self._open: dict[HandoffId, Produced] = {}
         self._early: dict[HandoffId, tuple[ReturnAddress, Lease]] = {}
-        self._steps: OrderedDict[int, _Step] = OrderedDict()
+        self._steps = Steps(self._num_ranks)
         self._endings: OrderedDict[HandoffId, ProducerState] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._open)
+
+    @property
+    def faults(self) -> int:
+        return self._contain.faults
+
+    def void(self) -> None:
+        """What this engine's KV is has changed: whatever was begun before is over, CANCELLED."""
+        for handoff in list(self._open.values()):
+            if not handoff.ending:
+                self._conclude(handoff, ProducerState.CANCELLED)
 
     def enqueue(
         self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, prompt: bytes
@@ -174,35 +108,31 @@ class ProducerTable:
         if handoff.wanted_by is None:
             return []
         handoff.lease = handoff.lease.renewed(self._clock())
-        return [(handoff.wanted_by, _offer(handoff))]
+        return [(handoff.wanted_by, self._offer(handoff))]
 
     def advance(self, step: int, advances: Sequence[Advance]) -> None:
         """An engine step begins that computes KV of these handoffs."""
         for advance in advances:
             if (handoff := self._open.get(advance.handoff_id)) and handoff.epoch == advance.epoch:
                 self._set_blocks(handoff, advance.blocks)
-        self._steps[step] = _Step(advances)
-        while len(self._steps) > _REMEMBERED_STEPS:
-            self._steps.popitem(last=False)
+        self._steps.begin(step, advances)
 
     def announce(self, step: int, rank: int, num_layers: int) -> list[Answer]:
         """One rank has written its first ``num_layers`` layers in a step. Returns the progress
         messages that follow."""
-        if step not in self._steps:
-            return []
         answers: list[Answer] = []
         is_finished = num_layers >= self._num_layers
-        for advance in self._steps[step].advances:
+        for advance in self._steps.advances(step):
             handoff = self._open.get(advance.handoff_id)
             if handoff is None or handoff.epoch != advance.epoch or handoff.is_sealed:
                 continue
             tokens = advance.num_tokens
-            base = tokens if is_finished else handoff.written.get(rank, _Written()).base_tokens
-            handoff.written[rank] = _Written(base, tokens, num_layers)
+            base = tokens if is_finished else handoff.written.get(rank, Written()).base_tokens
+            handoff.written[rank] = Written(base, tokens, num_layers)
             if (subscriber := handoff.subscribers.get(rank)) and not handoff.ending:
-                answers.append((subscriber.who, self._state(handoff, rank, subscriber)))
+                answers.append((subscriber.who, handoff.tell(rank, subscriber)))
         if is_finished:
-            self._finish_step(step, rank)
+            self._steps.finish(step, rank)
         return answers
 
     def withdraw(self, handoff_id: HandoffId, epoch: int) -> list[Answer]:
@@ -215,18 +145,23 @@ class ProducerTable:
         answers: list[Answer] = []
         for rank, subscriber in handoff.subscribers.items():
             subscriber.told = []
-            answers.append((subscriber.who, self._state(handoff, rank, subscriber)))
+            answers.append((subscriber.who, handoff.tell(rank, subscriber)))
         return answers
 
     def seal(
         self,
         handoff_id: HandoffId,
+        request_id: RequestId,
         num_tokens: int,
         blocks: BlockTables,
         sampled: int | None = None,
     ) -> list[Answer]:
         """All KV is final: SEALED. Returns what is to be told to whom."""
-        handoff = self._open[handoff_id]
+        handoff = self._open.get(handoff_id)
+        if handoff is None or handoff.request_id != request_id:
+            # It is over already, or another request has its id: nobody reads these blocks.
+            self._on_released(request_id, self._endings.get(handoff_id, ProducerState.CANCELLED))
+            return []
         handoff.sampled = sampled
         handoff.state = ProducerState.SEALED
         handoff.num_tokens = num_tokens
@@ -236,7 +171,7 @@ class ProducerTable:
             self._end(handoff, handoff.ending)
             return []
         return [
-            (subscriber.who, self._state(handoff, rank, subscriber))
+            (subscriber.who, handoff.tell(rank, subscriber))
             for rank, subscriber in handoff.subscribers.items()
         ]
 
@@ -266,7 +201,7 @@ class ProducerTable:
             return None
         handoff.wanted_by = who
         handoff.lease = handoff.lease.renewed(self._clock())
-        return None if handoff.state is ProducerState.QUEUED else _offer(handoff)
+        return None if handoff.state is ProducerState.QUEUED else self._offer(handoff)
 
     def subscribe(
         self, handoff_id: HandoffId, rank: int, who: ReturnAddress
@@ -278,8 +213,8 @@ class ProducerTable:
         if rank >= self._num_ranks:
             return wire.Refuse(handoff_id, Reason.MISSING_BLOCKS)
         handoff.lease = handoff.lease.renewed(self._clock())
-        subscriber = handoff.subscribers[rank] = _Subscriber(who, [])
-        return self._state(handoff, rank, subscriber)
+        subscriber = handoff.subscribers[rank] = Subscriber(who, [])
+        return handoff.tell(rank, subscriber)
 
     def heartbeat(self, handoff_ids: Iterable[HandoffId], who: ReturnAddress) -> list[Answer]:
         """Renew leases; name those that cannot be renewed any more (a committed one needs none).
@@ -298,7 +233,7 @@ class ProducerTable:
                 elif handoff.wanted_by != who:
                     handoff.wanted_by = who
                     if handoff.state is not ProducerState.QUEUED:
-                        answers.append((who, _offer(handoff)))
+                        answers.append((who, self._offer(handoff)))
                 handoff.lease = handoff.lease.renewed(self._clock())
             elif early := self._early.get(handoff_id):
                 self._early[handoff_id] = (who, early[1])
@@ -385,13 +320,15 @@ class ProducerTable:
     def tick(self) -> float | None:
         """Expire what nobody asks for any more; return when to call again (absolute), or None."""
         now = self._clock()
-        for handoff in list(self._open.values()):
-            if _is_leased(handoff) and handoff.lease.has_expired(now):
-                self._conclude(handoff, ProducerState.EXPIRED)
+        overdue = [h for h in self._open.values() if h.is_leased and h.lease.has_expired(now)]
+        self._contain.each("leases", overdue, self._expire)
         self._early = {i: e for i, e in self._early.items() if not e[1].has_expired(now)}
-        deadlines = [h.lease.deadline for h in self._open.values() if _is_leased(h)]
+        deadlines = [h.lease.deadline for h in self._open.values() if h.is_leased]
         deadlines += [lease.deadline for _, lease in self._early.values()]
         return min(deadlines, default=None)
+
+    def _expire(self, handoff: Produced) -> None:
+        self._conclude(handoff, ProducerState.EXPIRED)
 
     def _live(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         self.tick()  # an answer must never be based on a lease that has already run out
@@ -408,7 +345,7 @@ class ProducerTable:
         if subscriber is None:
             return wire.Refuse(question.handoff_id, Reason.MISSING_BLOCKS)
         subscriber.told = []
-        return self._state(handoff, question.rank, subscriber)
+        return handoff.tell(question.rank, subscriber)
 
     def _has_all(self, handoff: Produced, rank: int) -> bool:
         return rank < self._num_ranks and handoff.is_final(rank)
@@ -425,30 +362,6 @@ class ProducerTable:
         handoff = self._open.get(handoff_id)
         return handoff.ending if handoff else self._endings.get(handoff_id)
 
-    def _state(
-        self, handoff: Produced, rank: int, subscriber: _Subscriber
-    ) -> wire.Progress | wire.Seal:
-        """Say how things stand, with what the subscriber does not know of the block tables."""
-        told = subscriber.told or [0] * len(handoff.blocks)
-        tables = tuple(
-            wire.TableSlice(start, tuple(table[start:]))
-            for start, table in zip(told, handoff.blocks, strict=True)
-        )
-        subscriber.told = [len(table) for table in handoff.blocks]
-        if handoff.is_sealed:
-            return wire.Seal(
-                handoff.handoff_id, handoff.epoch, handoff.num_tokens, tables, handoff.sampled
-            )
-        written = handoff.written.get(rank, _Written())
-        return wire.Progress(
-            handoff.handoff_id,
-            handoff.epoch,
-            written.base_tokens,
-            written.num_tokens,
-            written.num_layers,
-            tables,
-        )
-
     def _set_blocks(self, handoff: Produced, blocks: BlockTables) -> None:
         """Take the block tables as they are now.
 
@@ -461,12 +374,6 @@ class ProducerTable:
                 handoff.ending = ProducerState.CANCELLED
                 self._let_go(handoff)
         handoff.blocks = blocks
-
-    def _finish_step(self, step: int, rank: int) -> None:
-        finished = self._steps[step].finished_ranks
-        finished.add(rank)
-        if len(finished) >= self._num_ranks:
-            del self._steps[step]
 
     def _conclude(self, handoff: Produced, state: ProducerState) -> None:
         """The consumer is done with it, for better or worse."""
@@ -500,13 +407,5 @@ class ProducerTable:
         while len(self._endings) > _REMEMBERED_ENDINGS:
             self._endings.popitem(last=False)
 
-
-def _offer(handoff: Produced) -> wire.Offer:
-    return wire.Offer(handoff.handoff_id, handoff.num_tokens, handoff.prompt)
-
-
-def _is_leased(handoff: Produced) -> bool:
-    """Whether silence ends it. Until it is sealed that takes a consumer that once spoke."""
-    if handoff.ending:
-        return False
-    return handoff.is_sealed or handoff.wanted_by is not None
+    def _offer(self, handoff: Produced) -> wire.Offer:
+        return wire.Offer(handoff.handoff_id, handoff.num_tokens, handoff.prompt, self.revision)

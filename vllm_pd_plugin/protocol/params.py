@@ -25,14 +25,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_pd_plugin.codecs.codec import AUTO, Codec, CodecChoice
-from vllm_pd_plugin.config import PdConfig, is_loopback
+from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import Address, EngineId, HandoffId, Incarnation, RequestId, Source
+from vllm_pd_plugin.net.hosts import is_host, is_loopback
 
 MAX_ALTERNATIVES = 8
 _HANDOFF_ID = re.compile(r"[0-9a-f]{32}")
 _INCARNATION = re.compile(r"[0-9a-f]{16}")
-_HOST = re.compile(r"[0-9A-Za-z.:_-]{1,253}")
 
 
 def wants_to_produce(params: Mapping[str, Any] | None) -> bool:
@@ -102,7 +102,9 @@ def allowed_codecs(config: PdConfig) -> tuple[str, ...]:
 
 
 def _source(place: Mapping[str, Any], handoff_id: HandoffId, trusted_network: bool) -> Source:
-    host = _matching(place, "remote_host", _HOST)
+    host = place.get("remote_host")
+    if not isinstance(host, str) or not is_host(host):
+        raise ParamsError(f"remote_host={_short(host)} is absent or no host")
     if not trusted_network and not is_loopback(host):
         raise ParamsError(f"remote_host={host!r} is not loopback, and no cluster key is set")
     port = place.get("remote_port")

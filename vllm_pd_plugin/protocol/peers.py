@@ -1,7 +1,8 @@
 """Per peer: who answers at an address, and whether its KV fits ours.
 
 A ``PeerTable`` is owned by one thread. It introduces this engine to each address that it is
-asked for, keeps the answer, and starts afresh when another incarnation answers there.
+asked for, keeps the answer, and starts afresh when another incarnation answers there. A peer that
+nobody needs any more is let go of.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, EngineId, Incarnation
-from vllm_pd_plugin.memory.layout import EngineLayout, check_compatible
 from vllm_pd_plugin.protocol import wire
 
 logger = logging.getLogger(__name__)
+
+IDLE_S = 300.0
+"""How long a connection that nobody needs is kept: to connect anew costs a registration."""
+MAX_CONNECTIONS = 1000
+"""Each is a socket, and on a worker's rank a NIXL agent."""
 
 
 class Channel(Protocol):
@@ -30,7 +36,8 @@ class Channel(Protocol):
 MakePeers = Callable[["PeerListener"], "PeerTable"]
 
 Connect = Callable[[Address, Callable[[list[bytes]], None]], Channel]
-"""Opens a link to an address; the second argument receives every message from it."""
+"""Opens a channel to an address; the second argument receives every message from it. Raises
+PeerError."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,16 +50,23 @@ class Identity:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Peer:
-    """A live peer of known incarnation, whose layout fits ours."""
+    """A live peer of known incarnation, whose KV fits ours.
+
+    welcome: what it has said last of itself. version: of the protocol that both speak.
+    """
 
     address: Address
     incarnation: Incarnation
     welcome: wire.Welcome
+    version: int
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Connection:
+    """used_at: when somebody last asked for the peer."""
+
     channel: Channel
+    used_at: float
     peer: Peer | None = None
     deadline: float | None = None
     """When the answer that is awaited is given up; None while none is."""
@@ -60,6 +74,9 @@ class _Connection:
 
 class PeerListener(Protocol):
     """Who is told what becomes of the peers of a table."""
+
+    def check_fit(self, welcome: wire.Welcome) -> None:
+        """Raise PeerError where what a peer says of itself does not fit this engine."""
 
     def peer_ready(self, address: Address, peer: Peer) -> None:
         """The peer has introduced itself, or has been replaced."""
@@ -71,6 +88,12 @@ class PeerListener(Protocol):
     def peer_replied(self, peer: Peer, message: wire.Message) -> None:
         """Any other answer of a known incarnation has come."""
 
+    def needs_peer(self, address: Address) -> bool:
+        """Say whether anything is under way with who is there."""
+
+    def peer_let_go(self, address: Address) -> None:
+        """Nobody needed it for long; the connection is closed."""
+
 
 class PeerTable:
     """Connections by address."""
@@ -78,14 +101,13 @@ class PeerTable:
     def __init__(
         self,
         identity: Identity,
-        layout: EngineLayout,
         timeout_s: float,
         connect: Connect,
         clock: Callable[[], float],
         listener: PeerListener,
     ) -> None:
         self._identity = identity
-        self._layout = layout
+        self._contain = Containment("peers")
         self._timeout_s = timeout_s
         self._connect = connect
         self._clock = clock
@@ -95,42 +117,95 @@ class PeerTable:
         self.num_bytes = 0
         """Of all messages sent and received."""
 
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    @property
+    def faults(self) -> int:
+        return self._contain.faults
+
     def get(self, address: Address) -> Peer | None:
-        """Return the peer if it is ready; else make sure that an introduction is under way."""
-        connection = self._connections.get(address)
+        """Return the peer if it is ready; else make sure that an introduction is under way.
+
+        ``peer_lost`` is called, before this returns, when there can be none."""
+        connection = self._connections.get(address) or self._open(address)
         if connection is None:
-            channel = self._connect(address, lambda frames: self._receive(address, frames))
-            connection = self._connections[address] = _Connection(channel)
-            self._introduce(connection)
+            return None
+        connection.used_at = self._clock()
         return connection.peer
+
+    def _open(self, address: Address) -> _Connection | None:
+        """Connect to an address and introduce this engine."""
+        if len(self._connections) >= MAX_CONNECTIONS:
+            self._make_room()
+        try:
+            if len(self._connections) >= MAX_CONNECTIONS:
+                text = f"{MAX_CONNECTIONS} peers are in use already"
+                raise PeerError(Reason.PEER_UNREACHABLE, text)
+            channel = self._connect(address, lambda frames: self._receive(address, frames))
+        except PeerError as error:
+            logger.warning("peer %s: %s", _spell(address), error)
+            self._listener.peer_lost(address, error)
+            return None
+        connection = self._connections[address] = _Connection(channel, self._clock())
+        self._introduce(connection)
+        return connection
 
     def refresh(self, address: Address) -> None:
         """Ask again who is there; ``peer_ready`` follows, after ``peer_lost`` for another."""
-        self._introduce(self._connections[address])
+        if connection := self._connections.get(address):
+            self._introduce(connection)
+
+    def check_all(self) -> None:
+        """Look again whether those that are there fit: what this engine is has changed."""
+        for address, connection in list(self._connections.items()):
+            if connection.peer is not None:
+                try:
+                    self._listener.check_fit(connection.peer.welcome)
+                except PeerError as error:
+                    self._lose(address, error)
 
     def send(self, peer: Peer, message: wire.Request, expects_answer: bool = True) -> None:
         """Send to a peer; if it expects an answer, silence beyond the timeout loses the peer."""
         connection = self._connections.get(peer.address)
         if connection is None or connection.peer is not peer:
             return
+        connection.used_at = self._clock()
         if expects_answer:
             self._expect(connection)
-        self._send(connection, message, peer.incarnation)
+        self._send(connection, message, peer.incarnation, peer.version)
 
     def tick(self) -> float | None:
-        """Give up on silent peers; return when to call again (absolute), or None."""
-        now = self._clock()
-        for address, connection in list(self._connections.items()):
-            if connection.deadline is not None and now >= connection.deadline:
-                self._lose(
-                    address,
-                    PeerError(
-                        Reason.PEER_UNREACHABLE,
-                        f"no answer from {_spell(address)} within {self._timeout_s:g} s",
-                    ),
-                )
-        deadlines = (c.deadline for c in self._connections.values())
-        return min((d for d in deadlines if d is not None), default=None)
+        """Give up on silent peers, and let go of those that nobody needs; return when to call again
+        (absolute), or None."""
+        self._contain.each("peers", list(self._connections), self._look_after)
+        return min(map(_next_look, self._connections.values()), default=None)
+
+    def _look_after(self, address: Address) -> None:
+        connection, now = self._connections.get(address), self._clock()
+        if connection is None:
+            return
+        if connection.deadline is not None:
+            if now >= connection.deadline:
+                text = f"no answer from {_spell(address)} within {self._timeout_s:g} s"
+                self._lose(address, PeerError(Reason.PEER_UNREACHABLE, text))
+        elif now >= connection.used_at + IDLE_S:
+            if self._listener.needs_peer(address):
+                connection.used_at = now
+            else:
+                self._let_go(address)
+
+    def _make_room(self) -> None:
+        """Let go of the peer that nobody needs and that was used the longest time ago."""
+        by_use = sorted(self._connections, key=lambda a: self._connections[a].used_at)
+        for address in by_use:
+            if not self._listener.needs_peer(address):
+                self._let_go(address)
+                return
+
+    def _let_go(self, address: Address) -> None:
+        self._close(self._connections.pop(address))
+        self._listener.peer_let_go(address)
 
     def drop(self, address: Address, error: PeerError) -> None:
         """Close the connection to a peer that turned out to be unusable."""
@@ -138,25 +213,31 @@ class PeerTable:
             self._lose(address, error)
 
     def close(self) -> None:
-        for connection in self._connections.values():
-            connection.channel.close()
+        self._contain.each("closing", self._connections.values(), self._close)
         self._connections.clear()
+
+    def _close(self, connection: _Connection) -> None:
+        self._contain.run("closing", connection.channel.close, None)
 
     def _introduce(self, connection: _Connection) -> None:
         self._expect(connection)
-        self._send(connection, wire.Hello(self._identity.engine_id), Incarnation(""))
+        hello = wire.Hello(self._identity.engine_id, wire.PROTOCOL_VERSION)
+        self._send(connection, hello, Incarnation(""), wire.OLDEST_VERSION)
 
-    def _send(self, connection: _Connection, message: wire.Request, target: Incarnation) -> None:
-        frames = wire.encode(message, self._identity.incarnation, target)
+    def _send(
+        self, connection: _Connection, message: wire.Request, target: Incarnation, version: int
+    ) -> None:
+        frames = wire.encode(message, self._identity.incarnation, target, version)
         self.num_bytes += sum(map(len, frames))
-        connection.channel.send(frames)
+        # What cannot be sent is a message lost: whoever waits for an answer has a deadline.
+        self._contain.run("sending", lambda: connection.channel.send(frames), None)
 
     def _expect(self, connection: _Connection) -> None:
         if connection.deadline is None:
             connection.deadline = self._clock() + self._timeout_s
 
     def _lose(self, address: Address, error: PeerError) -> None:
-        self._connections.pop(address).channel.close()
+        self._close(self._connections.pop(address))
         logger.warning("peer %s lost: %s", _spell(address), error)
         self._listener.peer_lost(address, error)
 
@@ -192,14 +273,16 @@ class PeerTable:
         self, address: Address, connection: _Connection, header: wire.Header, welcome: wire.Welcome
     ) -> None:
         try:
-            check_compatible(self._layout, welcome.layout)
+            self._listener.check_fit(welcome)
             _check_complete(welcome)
         except PeerError as error:
             self._lose(address, error)
             return
         known = connection.peer
-        if known is None or known.incarnation != header.sender:
-            connection.peer = Peer(address, header.sender, welcome)
+        if known is not None and known.incarnation == header.sender:
+            known.welcome = welcome
+        else:
+            connection.peer = Peer(address, header.sender, welcome, header.version)
             if known is not None:
                 self._listener.peer_lost(address, _restarted(address))
         assert connection.peer is not None
@@ -212,6 +295,10 @@ def _check_complete(welcome: wire.Welcome) -> None:
         len(rank.regions) != layers for rank in welcome.ranks
     ):
         raise PeerError(Reason.PEER_INCOMPATIBLE, "the peer describes its memory inconsistently")
+
+
+def _next_look(connection: _Connection) -> float:
+    return connection.deadline if connection.deadline is not None else connection.used_at + IDLE_S
 
 
 def _restarted(address: Address) -> PeerError:

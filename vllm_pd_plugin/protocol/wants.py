@@ -21,6 +21,8 @@ class Wanted:
     accepts_any: bool
     """The source was named without an incarnation."""
     asked: bool = False
+    asked_anew: bool = False
+    """Once more, because the producer's KV may have become another."""
     offered: bool = False
 
     def ask_again(self) -> bool:
@@ -79,6 +81,9 @@ class ConsumerTable:
 
     def get(self, handoff_id: HandoffId) -> Wanted | None:
         return self._wanted.get(handoff_id)
+
+    def all(self) -> list[Wanted]:
+        return list(self._wanted.values())
 
     def at(self, address: Address) -> list[Wanted]:
         """Return what is wanted from one peer."""

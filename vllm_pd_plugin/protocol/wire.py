@@ -14,9 +14,17 @@ import msgspec
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import PdError, Reason
 from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
+from vllm_pd_plugin.memory.identity import KvIdentity
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
+OLDEST_VERSION = 5
+"""The oldest version that is still understood; two engines speak the newest that both know. Within
+a version, fields are only added, at the end and with a default."""
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+MIN_LEASE_S = 0.05
 MAX_BODY_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 512
 
@@ -29,9 +37,12 @@ class VersionError(WireError):
     """The peer speaks another version of the protocol."""
 
     def __init__(self, theirs: int) -> None:
+        ours = f"{OLDEST_VERSION} to {PROTOCOL_VERSION}"
+        if OLDEST_VERSION == PROTOCOL_VERSION:
+            ours = str(PROTOCOL_VERSION)
         super().__init__(
             f"the peer speaks version {theirs} of the control protocol, this engine version "
-            f"{PROTOCOL_VERSION}; run the same release of vllm-pd-plugin on both"
+            f"{ours}; run the same release of vllm-pd-plugin on both"
         )
         self.theirs = theirs
 
@@ -50,18 +61,25 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
-    """A consumer introduces itself; answered by Welcome."""
+    """A consumer introduces itself, in the oldest version that it understands; answered by Welcome,
+    in the newest that both do. newest: that the consumer understands."""
 
     engine_id: str
+    newest: Count = 0
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    """A producer's memory and rules: one ``RankMemory`` for each tensor parallel rank."""
+    """A producer's memory and rules: one ``RankMemory`` for each tensor parallel rank.
+
+    kv: what its KV is. revision: grows whenever that changes.
+    """
 
     engine_id: str
     layout: EngineLayout
+    kv: KvIdentity
+    revision: Count
     ranks: tuple[RankMemory, ...]
-    lease_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)]
+    lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=86_400)]
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
@@ -75,11 +93,13 @@ class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
-    """The handoff has started: its size, and its prompt (see ``prompt_fingerprint``)."""
+    """The handoff has started: its size, its prompt (see ``prompt_fingerprint``), and which
+    ``Welcome.revision`` its KV is of."""
 
     handoff_id: HandoffId
     num_tokens: Count
     prompt: bytes
+    revision: Count = 0
 
 
 class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
@@ -91,9 +111,6 @@ class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
 
     handoff_id: HandoffId
     rank: Count
-
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TableSlice(msgspec.Struct, frozen=True, array_like=True):
@@ -338,10 +355,12 @@ _header_decoder = msgspec.msgpack.Decoder(Header)
 _body_decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in _KINDS.items()}
 
 
-def encode(message: Message, sender: Incarnation, target: Incarnation) -> list[bytes]:
-    """Return the two frames of a message."""
+def encode(
+    message: Message, sender: Incarnation, target: Incarnation, version: int = PROTOCOL_VERSION
+) -> list[bytes]:
+    """Return the two frames of a message, in a version that the receiver understands."""
     kind = str(message.__struct_config__.tag)
-    header = Header(PROTOCOL_VERSION, kind, sender, target)
+    header = Header(version, kind, sender, target)
     return [msgspec.msgpack.encode(header), msgspec.msgpack.encode(message)]
 
 
@@ -358,7 +377,7 @@ def decode(frames: list[bytes]) -> tuple[Header, Message]:
         header = _header_decoder.decode(frames[0])
     except _MALFORMED as error:
         raise WireError(f"malformed header: {error}") from error
-    if header.version != PROTOCOL_VERSION:
+    if not OLDEST_VERSION <= header.version <= PROTOCOL_VERSION:
         raise VersionError(header.version)
     decoder = _body_decoders.get(header.kind)
     if decoder is None:

@@ -23,7 +23,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, is_loopback
+from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE
 from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
 from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.frontend.deployment import parse_deployment
@@ -38,6 +38,7 @@ from vllm_pd_plugin.frontend.processes.local import (
     tail,
 )
 from vllm_pd_plugin.frontend.routing.choice import Role
+from vllm_pd_plugin.net.hosts import is_loopback
 from vllm_pd_plugin.ray_serve.registry import RegistryClient
 from vllm_pd_plugin.ray_serve.roster import BEAT_S, Beat
 

@@ -28,8 +28,9 @@ from vllm_pd_plugin.frontend.api.admin import make_pool_router
 from vllm_pd_plugin.frontend.api.app import NoEnginesError, make_app, wait_for_engines
 from vllm_pd_plugin.frontend.api.client import PoolCore
 from vllm_pd_plugin.frontend.deployment import Deployment
-from vllm_pd_plugin.frontend.dispatch import Dispatch, Requirement
+from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.options import FrontendOptions
+from vllm_pd_plugin.frontend.pool.fitness import Requirement
 from vllm_pd_plugin.frontend.pool.membership import Engines
 from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.frontend.telemetry.metrics import DEFAULT_CLASS, Totals
@@ -178,11 +179,11 @@ class RayFrontend:
         dispatch.prefill_may_be_empty = deployment.prefill.may_be_empty
         if args.max_model_len:
             # While an update replaces engines, those with less are not ours.
-            dispatch.require(Requirement(args.max_model_len, None, None, vllm_version))
+            dispatch.require(Requirement(args.max_model_len, None, True, vllm_version))
         with suppress(NoEnginesError):
             await wait_for_engines(dispatch, _ALL_ROLES_S, expected)
         await wait_for_engines(dispatch, deployment.frontend.wait_for_engines_s)
-        app = await make_app(args, self._core, any_digest=True)
+        app = await make_app(args, self._core, several_kinds=True)
         self._client = app.state.engine_client  # the state goes when the application shuts down
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM's, told to end by its handlers
         app.include_router(make_pool_router(dispatch, None, options.admin_key))

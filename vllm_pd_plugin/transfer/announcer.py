@@ -11,6 +11,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable
 
+from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.ids import Address, Incarnation
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.protocol import wire
@@ -53,12 +54,14 @@ class Announcer:
         packer: Packer | None,
         connect: Connect,
     ) -> None:
+        self._contain = Containment("announcer")
         self._incarnation = incarnation
         self._rank = rank
         self._digest = digest
         self._packer = packer
         self._connect = connect
         self._channel: Channel | None = None
+        self._address: Address | None = None
         self._control = Incarnation("")
         self._marks: deque[Mark] = deque()
 
@@ -66,9 +69,19 @@ class Announcer:
         """Take the engine's own control channel and its incarnation; before anything else.
 
         The control channel learns where this rank is: a step 0 is none of an engine's."""
-        self._channel = self._connect(control, self._receive)
-        self._control = incarnation
-        self._send(wire.Announce(0, self._rank, 0))
+        self._address, self._control = control, incarnation
+        self._contain.run("connecting", self._open, None)
+
+    def _open(self) -> None:
+        if self._address is not None:
+            self._channel = self._connect(self._address, self._receive)
+            self._send(wire.Announce(0, self._rank, 0))
+
+    @property
+    def faults(self) -> int:
+        """How many were caught; see ``Containment``."""
+        packed = self._packer.faults if self._packer is not None else 0
+        return self._contain.faults + packed
 
     def nudge(self) -> None:
         """Wake an engine that only waits."""
@@ -80,10 +93,16 @@ class Announcer:
     def turn(self) -> float | None:
         """Announce what has been reached, and pack a piece; return for how many seconds nothing
         needs to be done."""
-        while self._marks and self._marks[0].is_reached():
+        if self._channel is None:
+            self._contain.run("connecting", self._open, None)
+        while self._marks:
+            reached = self._contain.run("a mark", self._marks[0].is_reached, None)
+            if reached is False:
+                break
             mark = self._marks.popleft()
-            step = mark.announcement.step
-            self._send(wire.Announce(step, self._rank, mark.num_layers))
+            if reached:  # one that cannot be asked is passed over: later ones say more
+                step = mark.announcement.step
+                self._send(wire.Announce(step, self._rank, mark.num_layers))
         if self._packer is not None and (staged := self._packer.turn()):
             self._send(staged)
             return 0.0  # there may be more to pack
@@ -106,8 +125,10 @@ class Announcer:
                 self._packer.unstage(handoff_id, number)
 
     def _send(self, message: wire.FromWorker) -> None:
-        assert self._channel is not None
-        self._channel.send(wire.encode(message, self._incarnation, self._control))
+        if channel := self._channel:
+            # What cannot be sent is a message lost.
+            frames = wire.encode(message, self._incarnation, self._control)
+            self._contain.run("sending", lambda: channel.send(frames), None)
 
     def close(self) -> None:
         if self._channel is not None:

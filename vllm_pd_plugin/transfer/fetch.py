@@ -31,6 +31,9 @@ a connection, which ZeroMQ renews by itself."""
 _VOUCH_INTERVAL_S = 0.5
 """How often a fetch asks whether what has arrived is valid, so that a later failure keeps it."""
 
+_MAX_CONNECTS = 3
+"""How often a fetch may connect, where another fetch's read has failed on its connection."""
+
 _TYPICAL_STRETCH_BYTES = 2 * 2**20
 
 AboutFetch = wire.Progress | wire.Seal | wire.Packed | wire.Checked | wire.Committed | wire.Refuse
@@ -88,6 +91,8 @@ class Fetch:
         self.spec = spec
         self.state = FetchState.CONNECTING
         self.peer: Peer | None = None
+        self.is_given_up = False
+        self._connects = 0
         self._rank = rank
         self._clock = rank.clock
         self._timeouts = rank.timeouts
@@ -109,6 +114,8 @@ class Fetch:
         """The producer is there: from now on it says what is final."""
         rank = self._rank
         self.peer, self.state = peer, FetchState.FETCHING
+        self._connects += 1
+        self._vouched_tokens = self._asked_tokens = 0  # what is there is written anew
         self._deadline = self._started_at + self._timeouts.queue_s
         self._reading = Reading(
             self.spec,
@@ -177,6 +184,15 @@ class Fetch:
         if self._reading is not None:
             self._reading.disconnected()
 
+    def connects_again(self) -> bool:
+        """The connection was closed for another fetch's sake: begin anew, if this one may."""
+        is_well = self.state in (FetchState.FETCHING, FetchState.CHECKING, FetchState.COMMITTING)
+        if not is_well or self._connects >= _MAX_CONNECTS:
+            return False
+        self.state, self.peer, self._reading = FetchState.CONNECTING, None, None
+        self._deadline = self._clock() + self._timeouts.read_s
+        return True
+
     def disconnected(self, reason: Reason) -> None:
         """End without the peer, for the reason for which it was about to end anyway, if any."""
         self._end(self._reason or reason)
@@ -192,6 +208,7 @@ class Fetch:
         try:
             if not reading.poll():
                 # The rest of it may still write: only closing the connection ends that.
+                self.state, self._reason = FetchState.DRAINING, self._reason or Reason.READ_FAILED
                 self._disconnect("a read from the peer failed")
                 return
         except HandoffError as error:

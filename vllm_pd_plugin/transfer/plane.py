@@ -11,8 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, HandoffId, RequestId
+from vllm_pd_plugin.memory.layout import check_compatible
 from vllm_pd_plugin.net.transport import PeerName
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.peers import MakePeers, Peer
@@ -35,6 +37,7 @@ class TransferPlane:
     def __init__(
         self, rank: Rank, make_peers: MakePeers, on_result: Callable[[FetchResult], None]
     ) -> None:
+        self._contain = Containment("transfer")
         self._rank = rank
         self._transport = rank.transport
         self._peers = make_peers(self)
@@ -56,8 +59,18 @@ class TransferPlane:
     def dropped_messages(self) -> int:
         return self._peers.dropped_messages
 
+    @property
+    def faults(self) -> int:
+        """How many were caught; see ``Containment``."""
+        return self._contain.faults + self._peers.faults
+
     def fetch(self, spec: FetchSpec) -> None:
         """Start a fetch; one that is under way for the same request, from elsewhere, ends first."""
+        self._contain.each(
+            "fetches", [spec], self._start, lambda spec: self.refuse(spec.request_id)
+        )
+
+    def _start(self, spec: FetchSpec) -> None:
         if spec.request_id in self._succeeded:
             return
         if before := self._fetches.get(spec.request_id):
@@ -97,18 +110,32 @@ class TransferPlane:
 
     def turn(self) -> float | None:
         """Drive everything; return for how many seconds nothing needs to be done."""
+        run, again = self._contain.run, self._rank.clock() + LOOK_AGAIN_S
         if self._lending:
-            self._transport.progress()
-        for fetch in list(self._fetches.values()):
-            if fetch.state is not FetchState.ENDED:  # losing a peer ends others too
-                fetch.drive()
-        peers_at = self._peers.tick()
-        waits = [fetch.wait_s() for fetch in self._fetches.values()]
+            run("progress", self._transport.progress, None)
+        self._contain.each("fetches", self._fetches.values(), self._drive, self._give_up)
+        peers_at = run("peers", self._peers.tick, again)
+        waits = [run("fetches", fetch.wait_s, LOOK_AGAIN_S) for fetch in self._fetches.values()]
         if self._lending:
             waits.append(LENDING_INTERVAL_S)
         if peers_at is not None:
             waits.append(peers_at - self._rank.clock())
         return max(0.0, min(waits)) if waits else None
+
+    def _drive(self, fetch: Fetch) -> None:
+        if fetch.state is not FetchState.ENDED:  # losing a peer ends others too
+            fetch.drive()
+
+    def _give_up(self, fetch: Fetch) -> None:
+        """End a fetch that cannot be driven; where it cannot even be told so, close the connection
+        that its reads are on: then nothing is written any more."""
+        if fetch.state is FetchState.ENDED:
+            return
+        if fetch.is_given_up and fetch.peer is not None:
+            self.drop(fetch.peer, PeerError(Reason.INTERNAL, "a fetch could not be driven"))
+        else:
+            fetch.is_given_up = True
+            fetch.fail(Reason.INTERNAL)
 
     def close(self) -> None:
         """Fail what is open and disconnect."""
@@ -123,6 +150,16 @@ class TransferPlane:
 
     # --- what peers say ----------------------------------------------------------------------
 
+    def check_fit(self, welcome: wire.Welcome) -> None:
+        """What its KV is, the control plane has compared before anything is fetched."""
+        check_compatible(self._rank.local.layout, welcome.layout)
+
+    def needs_peer(self, address: Address) -> bool:
+        return bool(self._at(address))
+
+    def peer_let_go(self, address: Address) -> None:
+        self._forget(address)
+
     def peer_ready(self, address: Address, peer: Peer) -> None:
         for fetch in self._at(address):
             if fetch.state is not FetchState.CONNECTING:
@@ -134,17 +171,27 @@ class TransferPlane:
 
     def peer_lost(self, address: Address, error: PeerError) -> None:
         fetches = self._at(address)
+        self._forget(address)
+        self._contain.each("fetches", fetches, Fetch.forget_reads)
+        self._contain.each(
+            "fetches", fetches, lambda fetch: self._without_peer(fetch, error), self._give_up
+        )
+
+    def _without_peer(self, fetch: Fetch, error: PeerError) -> None:
+        waits = fetch.state is FetchState.CONNECTING
+        if error.reason is Reason.PEER_RESTARTED and waits:  # for the new incarnation
+            self._peers.get(fetch.spec.source.address)
+        elif error.reason is Reason.READ_FAILED and fetch.connects_again():
+            # Another fetch's read has failed, and only closing the connection ends that.
+            self._peers.get(fetch.spec.source.address)
+        else:
+            fetch.disconnected(error.reason)
+
+    def _forget(self, address: Address) -> None:
+        """The connection is closed: what belongs to it goes, too."""
         self._rates.pop(address, None)
-        known = self._names.pop(address, None)
-        if known is not None:
+        if known := self._names.pop(address, None):
             self._transport.remove_peer(known[1])
-        for fetch in fetches:
-            fetch.forget_reads()
-        for fetch in fetches:
-            if error.reason is Reason.PEER_RESTARTED and fetch.state is FetchState.CONNECTING:
-                self._peers.get(address)  # it waits for the new incarnation
-            else:
-                fetch.disconnected(error.reason)
 
     def peer_replied(self, peer: Peer, message: wire.Message) -> None:
         if isinstance(message, AboutFetch) and (fetch := self._find(peer, message.handoff_id)):

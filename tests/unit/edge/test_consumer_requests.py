@@ -10,7 +10,7 @@ import pytest
 from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.errors import ParamsError, Reason
 from vllm_pd_plugin.ids import Source
-from vllm_pd_plugin.protocol.control import Lost, Offered
+from vllm_pd_plugin.protocol.events import Lost, Offered
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours

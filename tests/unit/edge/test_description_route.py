@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from vllm_pd_plugin import CONNECTOR
-from vllm_pd_plugin.edge.hooks import _describe_engine, add_description_route, uses_pdplugin
+from vllm_pd_plugin.edge.hooks import _describe_engine, add_description_route
 from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
-    from vllm.config import KVTransferConfig
+    from vllm_pd_plugin.edge.connector import PdConnector
 
 LAUNCHER = "vllm.entrypoints.launchers.app"
 
@@ -95,20 +94,7 @@ def test_without_an_api_server_there_is_nothing_to_wrap(monkeypatch: pytest.Monk
 
 
 def test_an_engine_core_asks_its_connector() -> None:
-    connector = SimpleNamespace(describe_engine=lambda: {"engine_id": "engine"})
+    connector = PdConnector.__new__(PdConnector)
+    connector._scheduler = SimpleNamespace(describe_engine=lambda: {"engine_id": "engine"})
     core = SimpleNamespace(scheduler=SimpleNamespace(get_kv_connector=lambda: connector))
     assert _describe_engine(core) == {"engine_id": "engine"}
-
-
-@pytest.mark.parametrize(
-    ("transfer", "expected"),
-    [
-        (None, False),
-        (KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both"), False),
-        (KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both"), True),
-    ],
-    ids=["none", "another", "ours"],
-)
-def test_only_our_own_connector_is_ours(transfer: KVTransferConfig | None, expected: bool) -> None:
-    config: Any = SimpleNamespace(kv_transfer_config=transfer)
-    assert uses_pdplugin(config) is expected

@@ -11,7 +11,7 @@ import pytest
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.handoff import ProducerState
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult
 
 with warnings.catch_warnings():
@@ -36,6 +36,7 @@ def one_of_each() -> PdStats:
     stats.record_kept(64)
     stats.record_control(700)
     stats.record_dropped(2)
+    stats.record_faults(1)
     stats.record_open({"producer": 1, "consumer": 5})
     return stats
 
@@ -65,6 +66,7 @@ def test_counts_of_ranks_and_steps_add_up() -> None:
         "kept_tokens": 128,
         "control_bytes": 1400,
         "dropped_messages": 4,
+        "faults": 2,
         "open": {"producer": 1, "consumer": 5},
     }
 
@@ -122,6 +124,7 @@ class Prometheus:
         "pd_control_bytes_total",
         "pd_leases_expired_total",
         "pd_dropped_messages_total",
+        "pd_faults_total",
     ],
 )
 def test_a_series_without_a_reason_is_there_from_the_start(name: str) -> None:
@@ -144,6 +147,7 @@ def test_every_count_reaches_its_series() -> None:
         "pd_control_bytes_total": 1400,
         "pd_leases_expired_total": 2,
         "pd_dropped_messages_total": 4,
+        "pd_faults_total": 2,
     }
     assert {name: prometheus.value(name) for name in expected} == expected
     assert prometheus.value("pd_fetch_seconds_sum") == 1.0

@@ -14,8 +14,9 @@ import pytest
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import HandoffId, new_handoff_id
 from vllm_pd_plugin.memory.layout import EngineLayout, Group, RankMemory, Region
-from vllm_pd_plugin.protocol.control import Abandoned, ControlPlane, Released
-from vllm_pd_plugin.protocol.handoffs import Advance, ProducerState
+from vllm_pd_plugin.protocol.control import ControlPlane
+from vllm_pd_plugin.protocol.events import Abandoned, Released
+from vllm_pd_plugin.protocol.handoff import Advance, ProducerState
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -30,7 +31,7 @@ TABLE = ([5, 6, 7],)
 GROUP = Group(
     "full", BLOCK_TOKENS, None, tuple(f"layers.{i}" for i in range(LAYERS)), (1,), "uint8"
 )
-LAYOUT = EngineLayout("model", 1, (GROUP,))
+LAYOUT = EngineLayout(1, (GROUP,))
 MEMORY = RankMemory((Region(0, 10, BLOCK_TOKENS * TOKEN_BYTES, 128),) * LAYERS, b"")
 
 
@@ -138,7 +139,7 @@ def test_a_step_without_handoffs_announces_nothing(producer: Producer) -> None:
 
 def test_a_window_that_moves_on_while_the_request_decodes_is_watched() -> None:
     group = msgspec.structs.replace(GROUP, kind="sliding_window", window=20)
-    producer = Producer(layout=EngineLayout("model", 1, (group,)))
+    producer = Producer(layout=EngineLayout(1, (group,)))
     request = FakeRequest(num_computed_tokens=TOKENS)
     handoff = producer.add(request)
     assert producer.requests.advance({"r": 1}) is not None
@@ -188,7 +189,7 @@ def test_a_request_that_ends_well_is_sealed_and_its_blocks_are_held(
     handoff = producer.add(request)
     sealed = producer.finish(request)
     assert (sealed.handoff_id, sealed.num_tokens) == (handoff, TOKENS)
-    assert producer.control.calls == [("seal", handoff, TOKENS, TABLE, 7)]
+    assert producer.control.calls == [("seal", handoff, "r", TOKENS, TABLE, 7)]
     assert producer.requests.holds_blocks
     producer.requests.released(Released("r", ProducerState.COMMITTED))
     assert producer.requests.take_released() == ("r",)

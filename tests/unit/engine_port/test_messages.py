@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.fakes.engines import make_kv
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_handoff_id, new_incarnation
 from vllm_pd_plugin.protocol import wire
@@ -29,7 +30,7 @@ DESCRIPTION = messages.EngineDescription(
     data_parallel_size=1,
     codecs=("auto", "raw"),
     vocab_size=1000,
-    model_digest="digest",
+    kv=make_kv(),
     kv_tokens=100_000,
     block_tokens=16,
 )

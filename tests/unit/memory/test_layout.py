@@ -80,7 +80,7 @@ def test_other_types_cannot_be_encoded(dtype: str) -> None:
 
 
 def layout_of(*groups: tuple[str, ...]) -> EngineLayout:
-    return EngineLayout("m", 1, tuple(Group("full", 16, None, g, (1,), "int8") for g in groups))
+    return EngineLayout(1, tuple(Group("full", 16, None, g, (1,), "int8") for g in groups))
 
 
 def test_layers_come_in_the_order_of_their_regions() -> None:
@@ -108,7 +108,6 @@ def test_equal_layouts_fit() -> None:
 @pytest.mark.parametrize(
     ("change", "named", "values"),
     [
-        ({"model": "other"}, "model digest", ("other", "model")),
         ({"tensor_parallel_size": 2}, "tensor parallel size", ("2", "1")),
         ({"groups": ()}, "number of KV cache groups", ("0", "1")),
     ],
@@ -150,8 +149,8 @@ def test_every_field_of_a_group_is_compared() -> None:
 
 
 def test_a_later_group_is_compared_too() -> None:
-    ours = EngineLayout("m", 1, (FULL, SLIDING))
-    theirs = EngineLayout("m", 1, (FULL, msgspec.structs.replace(SLIDING, window=32)))
+    ours = EngineLayout(1, (FULL, SLIDING))
+    theirs = EngineLayout(1, (FULL, msgspec.structs.replace(SLIDING, window=32)))
     with pytest.raises(PeerError, match="KV cache group 1 window is 32, ours is 64"):
         check_compatible(ours, theirs)
 

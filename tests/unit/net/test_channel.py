@@ -301,7 +301,7 @@ def test_an_exception_in_a_call_does_not_stop_the_loop(
     with caplog.at_level(logging.ERROR):
         engine.loop.call(lambda: 1 // 0)  # type: ignore[arg-type]
         assert engine.on_thread(lambda: "alive") == "alive"
-    assert "unexpected error in test" in caplog.text
+    assert "a fault in a call" in caplog.text
     assert "ZeroDivisionError" in caplog.text
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from tests.fakes.engines import FakeCluster, FakeEngine
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.protocol.control import Abandoned, Released
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.events import Abandoned, Released
+from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.peers import IDLE_S
 
 LEASE_S = 8.0
 
@@ -70,7 +71,7 @@ def test_a_lease_is_renewed_at_least_four_times(cluster: FakeCluster) -> None:
 def test_no_heartbeat_is_sent_when_nothing_is_wanted(cluster: FakeCluster) -> None:
     cluster.offer()
     cluster.cancel()
-    assert cluster.consumer.control.turn() is None
+    assert cluster.consumer.control.turn() == IDLE_S
     before = len(cluster.network.delivered)
     cluster.pass_time(10 * LEASE_S)
     assert len(cluster.network.delivered) == before
@@ -78,7 +79,7 @@ def test_no_heartbeat_is_sent_when_nothing_is_wanted(cluster: FakeCluster) -> No
 
 def test_an_idle_engine_has_nothing_to_wait_for(cluster: FakeCluster) -> None:
     assert cluster.producer.control.turn() is None
-    assert cluster.consumer.control.turn() is None
+    assert cluster.consumer.control.turn() == IDLE_S
 
 
 def test_between_two_heartbeats_the_control_thread_may_sleep(cluster: FakeCluster) -> None:

@@ -9,8 +9,8 @@ from tests.fakes.engines import FakeCluster, FakeEngine
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.control import Released
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.events import Released
+from vllm_pd_plugin.protocol.handoff import ProducerState
 
 LEASE_S = 8.0
 
@@ -58,7 +58,7 @@ def test_the_seal_tells_who_has_been_waiting(cluster: FakeCluster) -> None:
     source = cluster.producer.begin("p", 8)
     target = cluster.producer.identity.incarnation
     ask(cluster, wire.Subscribe(source.handoff_id, 0), target)
-    cluster.producer.control.seal(source.handoff_id, 8, ([3, 4],))
+    cluster.producer.control.seal(source.handoff_id, "p", 8, ([3, 4],))
     (packet,) = cluster.network.in_flight
     expected = wire.Seal(source.handoff_id, 0, 8, (wire.TableSlice(0, (3, 4)),))
     assert packet.message == expected

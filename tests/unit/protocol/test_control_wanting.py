@@ -9,8 +9,8 @@ import pytest
 from tests.fakes.engines import PEER_TIMEOUT_S, FakeCluster
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id
-from vllm_pd_plugin.protocol.control import Abandoned, Lost, Offered, Released
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.events import Abandoned, Lost, Offered, Released
+from vllm_pd_plugin.protocol.handoff import ProducerState
 
 LEASE_S = 8.0
 QUEUE_S = 40.0

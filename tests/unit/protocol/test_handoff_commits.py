@@ -19,7 +19,7 @@ from tests.fakes.producer import (
 )
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.handoff import ProducerState
 
 
 def test_a_commit_releases_the_blocks(producer: Producer) -> None:
@@ -76,7 +76,7 @@ def test_a_commit_before_the_seal_frees_the_blocks_at_the_seal(producer: Produce
     assert producer.commit(handoff) == granted(handoff)
     assert producer.released == []
     assert producer.abandoned == []  # its request may still have something to say
-    assert producer.table.seal(handoff, TOKENS, BLOCKS) == []
+    assert producer.table.seal(handoff, "r", TOKENS, BLOCKS) == []
     assert producer.released == [("r", ProducerState.COMMITTED)]
     assert len(producer.table) == 0
 
@@ -115,7 +115,7 @@ def test_a_commit_of_an_earlier_epoch_is_told_how_things_stand_and_never_granted
     producer.compute(handoff, TOKENS, epoch=1)
     state = wire.Progress(handoff, 1, TOKENS, TOKENS, LAYERS, SEAL_TABLES)
     assert producer.commit(handoff, is_last=is_last) == state
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     assert producer.commit(handoff, is_last=is_last) == wire.Seal(handoff, 1, TOKENS, SEAL_TABLES)
     assert producer.released == []
     assert producer.commit(handoff, epoch=1) == granted(handoff, epoch=1)
@@ -135,7 +135,7 @@ def test_what_arrived_so_far_is_vouched_for_while_the_rest_is_computed(
     producer.compute(handoff, 40)
     assert producer.commit(handoff, is_last=False) == granted(handoff, is_last=False)
     assert producer.commit(handoff, is_last=False) == granted(handoff, is_last=False)
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     assert producer.commit(handoff, is_last=False) == granted(handoff, is_last=False)
     assert producer.released == []  # the consumer still reads
     assert producer.commit(handoff) == granted(handoff)
@@ -151,7 +151,7 @@ def test_nothing_is_vouched_for_once_the_blocks_may_be_gone(producer: Producer, 
         producer.table.cancel(handoff)
     else:
         if how == "expire sealed":
-            producer.table.seal(handoff, TOKENS, BLOCKS)
+            producer.table.seal(handoff, "r", TOKENS, BLOCKS)
         producer.expire()
     expired = how.startswith("expire")
     refusal = wire.Refuse(handoff, Reason.LEASE_EXPIRED if expired else Reason.CANCELLED)
@@ -166,7 +166,7 @@ def test_a_block_that_the_request_has_let_go_of_since_is_never_vouched_for(
     handoff = producer.open()
     producer.table.subscribe(handoff, 0, RANK_0)
     producer.compute(handoff, TOKENS, ([1, 2, 3], [4]))
-    assert producer.table.seal(handoff, TOKENS, ([0, 0, 3, 5], [4])) == []
+    assert producer.table.seal(handoff, "r", TOKENS, ([0, 0, 3, 5], [4])) == []
     assert producer.commit(handoff) == wire.Refuse(handoff, Reason.CANCELLED)
 
 
@@ -186,7 +186,7 @@ def test_a_window_that_moves_on_while_answers_are_computed_ends_the_handoff() ->
     assert producer.commit(handoff) == wire.Refuse(handoff, Reason.CANCELLED)
     assert producer.commit(handoff, is_last=False) == wire.Refuse(handoff, Reason.CANCELLED)
     assert producer.abandoned == []  # its answer is wanted all the same
-    producer.table.seal(handoff, TOKENS, ([*prompt, 26], moved))
+    producer.table.seal(handoff, "r", TOKENS, ([*prompt, 26], moved))
     assert producer.released == [("r", ProducerState.CANCELLED)]
 
 
@@ -205,5 +205,5 @@ def test_a_window_that_moves_on_after_the_commit_does_no_harm() -> None:
     prompt, window = list(range(1, 26)), [*[0] * 23, 31, 32]
     producer.compute(handoff, TOKENS, (prompt, window))
     assert producer.commit(handoff) == granted(handoff)
-    producer.table.seal(handoff, TOKENS, (prompt, [*[0] * 24, 32]))
+    producer.table.seal(handoff, "r", TOKENS, (prompt, [*[0] * 24, 32]))
     assert producer.released == [("r", ProducerState.COMMITTED)]

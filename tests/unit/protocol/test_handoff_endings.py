@@ -8,7 +8,7 @@ from tests.fakes.producer import BLOCKS, RANK_0, RANK_1, SCHEDULER, TOKENS, Prod
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import HandoffId, new_handoff_id
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.handoff import ProducerState
 
 
 def end(producer: Producer, handoff: HandoffId, state: ProducerState) -> None:
@@ -70,7 +70,7 @@ def test_blocks_are_released_exactly_once_when_all_happens_before_the_seal(
     end(producer, handoff, first)
     end(producer, handoff, second)
     assert producer.released == []
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     end(producer, handoff, second)
     assert producer.released == [("r", first)]
     assert len(producer.abandoned) == (first is not ProducerState.COMMITTED)
@@ -110,7 +110,7 @@ def test_a_handoff_that_was_cancelled_before_its_seal_releases_its_blocks(
 ) -> None:
     handoff = producer.open()
     producer.table.cancel(handoff)
-    producer.table.seal(handoff, 90, BLOCKS)
+    producer.table.seal(handoff, "r", 90, BLOCKS)
     assert producer.released == [("r", ProducerState.CANCELLED)]
 
 
@@ -152,7 +152,7 @@ def test_a_handoff_that_was_cancelled_before_its_seal_is_refused_to_everybody(
     assert producer.table.subscribe(handoff, 1, RANK_1) == refusal
     assert producer.commit(handoff) == refusal
     assert producer.compute(handoff, 40) == []
-    producer.table.seal(handoff, 90, BLOCKS)
+    producer.table.seal(handoff, "r", 90, BLOCKS)
     assert producer.commit(handoff) == refusal
     assert producer.table.subscribe(handoff, 0, RANK_0) == refusal
     assert len(producer.table) == 0

@@ -7,7 +7,7 @@ import pytest
 from tests.fakes.producer import BLOCKS, LEASE_S, RANK_0, SCHEDULER, TOKENS, Producer, granted
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoffs import ProducerState
+from vllm_pd_plugin.protocol.handoff import ProducerState
 
 
 def test_a_silent_consumer_s_lease_expires(producer: Producer) -> None:
@@ -58,7 +58,7 @@ def test_every_question_renews_a_lease(producer: Producer, stage: str, ask: str)
     if stage != "queued":
         producer.table.open(handoff)
     if stage == "sealed":
-        producer.table.seal(handoff, TOKENS, BLOCKS)
+        producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     producer.clock.advance(LEASE_S - 1)
     if ask == "want":
         producer.table.want(handoff, SCHEDULER)
@@ -137,7 +137,7 @@ def test_a_consumer_that_has_asked_and_falls_silent_ends_what_is_being_produced(
 def test_the_lease_starts_afresh_at_the_seal(producer: Producer) -> None:
     handoff = producer.open()
     producer.clock.advance(100 * LEASE_S)
-    producer.table.seal(handoff, 90, BLOCKS)
+    producer.table.seal(handoff, "r", 90, BLOCKS)
     assert producer.table.tick() == producer.clock() + LEASE_S
     assert producer.released == []
 

@@ -6,6 +6,7 @@ from tests.fakes.producer import BLOCKS, LEASE_S, RANK_0, SCHEDULER, TOKENS, Pro
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import new_handoff_id
 from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.handoff import ProducerState
 from vllm_pd_plugin.protocol.lease import Lease
 
 
@@ -17,7 +18,7 @@ def test_a_handoff_is_offered_while_it_is_being_produced(producer: Producer) -> 
 
 def test_a_sealed_handoff_is_offered_with_its_final_size(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.seal(handoff, 90, BLOCKS)
+    producer.table.seal(handoff, "r", 90, BLOCKS)
     assert producer.table.want(handoff, SCHEDULER) == wire.Offer(handoff, 90, b"digest")
 
 
@@ -117,9 +118,25 @@ def test_an_id_that_is_used_again_releases_the_blocks_of_both_requests(
     handoff = producer.sealed("first")
     producer.queued("second", handoff)
     producer.table.open(handoff)
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "second", TOKENS, BLOCKS)
     producer.expire()
     assert sorted(request_id for request_id, _ in producer.released) == ["first", "second"]
+
+
+def test_an_id_that_is_used_again_while_its_request_runs_releases_both(producer: Producer) -> None:
+    handoff = producer.open("first")
+    producer.queued("second", handoff)
+    assert producer.table.seal(handoff, "first", TOKENS, BLOCKS) == []
+    assert producer.table.seal(handoff, "second", TOKENS, BLOCKS) == []
+    assert sorted(request_id for request_id, _ in producer.released) == ["first", "second"]
+    assert len(producer.table) == 0
+
+
+def test_what_is_sealed_after_it_was_dropped_is_released(producer: Producer) -> None:
+    handoff = producer.open()
+    producer.table.drop(handoff)
+    assert producer.table.seal(handoff, "r", TOKENS, BLOCKS) == []
+    assert producer.released == [("r", ProducerState.CANCELLED)]
 
 
 def test_a_consumer_that_has_reconnected_is_offered_anew_what_it_may_have_missed(

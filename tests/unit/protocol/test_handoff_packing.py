@@ -96,7 +96,7 @@ def test_a_piece_of_an_earlier_epoch_is_answered_with_how_things_stand(
     answer = producer.table.pack(pack_of(handoff))
     assert isinstance(answer, wire.Progress)
     assert (answer.epoch, answer.num_tokens) == (1, 0)
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     answer = producer.table.pack(pack_of(handoff))
     assert answer == wire.Seal(handoff, 1, TOKENS, SEAL_TABLES)
 
@@ -199,7 +199,7 @@ def test_the_rank_that_packed_is_told_once_when_the_handoff_is_over(
 @pytest.mark.parametrize("how", ["committed", "cancelled", "expired"])
 def test_so_it_is_after_the_seal(producer: Producer, handoff: HandoffId, how: str) -> None:
     producer.table.pack(pack_of(handoff))
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     assert producer.unpacked == []
     over(producer, handoff, how)
     assert producer.unpacked == [(handoff, 0)]

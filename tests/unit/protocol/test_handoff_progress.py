@@ -17,7 +17,7 @@ from tests.fakes.producer import (
 )
 from vllm_pd_plugin.memory.layout import BlockTables
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoffs import Advance
+from vllm_pd_plugin.protocol.handoff import Advance
 
 
 def tables(*slices: tuple[int, Sequence[int]]) -> tuple[wire.TableSlice, ...]:
@@ -52,7 +52,7 @@ def test_who_subscribes_early_is_told_at_the_seal() -> None:
     producer.table.subscribe(handoff, 0, RANK_0)
     producer.table.subscribe(handoff, 1, RANK_1)
     seal = wire.Seal(handoff, 0, 90, SEAL_TABLES)
-    assert producer.table.seal(handoff, 90, BLOCKS) == [(RANK_0, seal), (RANK_1, seal)]
+    assert producer.table.seal(handoff, "r", 90, BLOCKS) == [(RANK_0, seal), (RANK_1, seal)]
 
 
 def test_each_announcement_says_what_is_final(producer: Producer) -> None:
@@ -87,7 +87,7 @@ def test_a_subscriber_is_told_only_what_is_new_in_the_block_tables(producer: Pro
         tables((2, []), (1, [])),
         tables((2, [3]), (1, [8])),
     ]
-    ((_, seal),) = producer.table.seal(handoff, TOKENS, ([1, 2, 3, 4], [7, 8]))
+    ((_, seal),) = producer.table.seal(handoff, "r", TOKENS, ([1, 2, 3, 4], [7, 8]))
     assert seal == wire.Seal(handoff, 0, TOKENS, tables((3, [4]), (2, [])))
 
 
@@ -163,7 +163,7 @@ def test_announcements_after_the_seal_say_nothing_new(producer: Producer) -> Non
     handoff = producer.open()
     producer.table.subscribe(handoff, 0, RANK_0)
     step = producer.advance(handoff, TOKENS)
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     assert producer.table.announce(step, 0, LAYERS) == []
 
 
@@ -229,6 +229,6 @@ def test_a_sealed_handoff_cannot_be_withdrawn(producer: Producer) -> None:
 def test_the_seal_names_the_epoch_that_it_belongs_to(producer: Producer) -> None:
     handoff = producer.open()
     producer.table.withdraw(handoff, 3)
-    producer.table.seal(handoff, TOKENS, BLOCKS)
+    producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     seal = wire.Seal(handoff, 3, TOKENS, SEAL_TABLES)
     assert producer.table.subscribe(handoff, 0, RANK_0) == seal

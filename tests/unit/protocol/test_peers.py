@@ -6,13 +6,13 @@ import msgspec
 import pytest
 
 from tests.fakes.clock import FakeClock
-from tests.fakes.engines import make_layout
+from tests.fakes.engines import full_group, make_kv, make_layout
 from tests.fakes.network import FakeNetwork
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, Incarnation, new_handoff_id, new_incarnation
-from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory, Region
+from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory, Region, check_compatible
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.peers import Identity, Peer, PeerTable
+from vllm_pd_plugin.protocol.peers import IDLE_S, Identity, Peer, PeerTable
 
 ADDRESS: Address = ("127.0.0.1", 7000)
 TIMEOUT_S = 5.0
@@ -26,6 +26,8 @@ class Remote:
     def __init__(self, network: FakeNetwork, layout: EngineLayout | None = None) -> None:
         self.incarnation = new_incarnation()
         self.layout = layout or make_layout()
+        self.kv = make_kv()
+        self.revision = 0
         self.ranks: tuple[RankMemory, ...] = (RankMemory((REGION, REGION), b"meta"),)
         self.got: list[wire.Message] = []
         self.targets: list[Incarnation] = []
@@ -41,7 +43,7 @@ class Remote:
         self._network.answer(identity, frames)
 
     def welcome(self) -> wire.Welcome:
-        return wire.Welcome("remote", self.layout, self.ranks, 30.0)
+        return wire.Welcome("remote", self.layout, self.kv, self.revision, self.ranks, 30.0)
 
     def _receive(self, identity: bytes, frames: list[bytes]) -> None:
         header, message = wire.decode(frames)
@@ -61,14 +63,30 @@ class Local:
         self.lost: list[PeerError] = []
         self.replies: list[wire.Message] = []
         self.order: list[str] = []
+        self.needed: set[Address] = set()
+        self.let_go: list[Address] = []
+        self.clock = clock
         self.table = PeerTable(
             self.identity,
-            make_layout(),
             TIMEOUT_S,
             network.connect,
             clock,
             self,
         )
+
+    def check_fit(self, welcome: wire.Welcome) -> None:
+        check_compatible(make_layout(), welcome.layout)
+
+    def needs_peer(self, address: Address) -> bool:
+        return address in self.needed
+
+    def peer_let_go(self, address: Address) -> None:
+        self.let_go.append(address)
+
+    @property
+    def idle_at(self) -> float:
+        """When a peer that is used now is let go of."""
+        return self.clock() + IDLE_S
 
     def reasons(self) -> list[Reason]:
         return [error.reason for error in self.lost]
@@ -127,7 +145,7 @@ def test_an_unknown_address_is_introduced_once(
     assert local.table.get(ADDRESS) is None
     assert local.table.get(ADDRESS) is None
     network.deliver()
-    assert remote.got == [wire.Hello("local")]
+    assert remote.got == [wire.Hello("local", wire.PROTOCOL_VERSION)]
     assert remote.targets == [""]
     assert network.open_links(ADDRESS) == 1
 
@@ -198,7 +216,7 @@ def test_an_answer_in_time_keeps_the_peer(
     remote.say(wire.Offer(H, 10, b""))
     network.deliver()
     clock.advance(100 * TIMEOUT_S)
-    assert acquainted.table.tick() is None
+    assert acquainted.table.tick() in (None, acquainted.idle_at)
     assert acquainted.lost == []
 
 
@@ -207,7 +225,7 @@ def test_a_message_that_expects_no_answer_may_be_met_with_silence(
 ) -> None:
     acquainted.table.send(acquainted.peer(), wire.Cancel(H), expects_answer=False)
     clock.advance(100 * TIMEOUT_S)
-    assert acquainted.table.tick() is None
+    assert acquainted.table.tick() in (None, acquainted.idle_at)
     assert acquainted.lost == []
 
 
@@ -233,7 +251,7 @@ def test_a_lost_peer_is_sent_nothing(
     acquainted.table.send(gone, wire.Want(H))
     network.deliver()
     assert wire.Want(H) not in remote.got
-    assert acquainted.table.tick() is None
+    assert acquainted.table.tick() in (None, acquainted.idle_at)
 
 
 def test_an_address_that_nobody_asked_for_is_dropped_without_a_word(local: Local) -> None:
@@ -250,12 +268,12 @@ def test_a_late_answer_to_a_lost_connection_is_ignored(
     assert acquainted.replies == []
 
 
-def test_a_peer_of_another_model_is_refused(network: FakeNetwork, local: Local) -> None:
-    Remote(network, make_layout("other"))
+def test_a_peer_of_another_layout_is_refused(network: FakeNetwork, local: Local) -> None:
+    Remote(network, make_layout([full_group("layer.0")]))
     local.table.get(ADDRESS)
     network.deliver()
     assert local.reasons() == [Reason.PEER_INCOMPATIBLE]
-    assert "model digest is other, ours is model" in str(local.lost[0])
+    assert "KV cache group 0 layers is" in str(local.lost[0])
     assert local.ready == []
     assert network.open_links(ADDRESS) == 0
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.fakes.engines import full_group, make_layout
+from tests.fakes.engines import full_group, make_kv, make_layout
 from vllm_pd_plugin.codecs.codec import Codec, Part
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, new_handoff_id, new_incarnation
@@ -33,10 +33,10 @@ RUNS = (wire.LayerRun(2, 0, 3), wire.LayerRun(1, 0, 0))
 PACK = wire.Pack(H, 1, 0, 7, Codec.INT4, 100, RUNS, True)
 PACKED = wire.Packed(H, 1, 7, 256, 4096, b"\x00\xff")
 EVERY_KIND: list[wire.Message] = [
-    wire.Hello("engine"),
-    wire.Welcome("engine", LAYOUT, (RANK, STAGING_RANK), 30.0),
+    wire.Hello("engine", 5),
+    wire.Welcome("engine", LAYOUT, make_kv(), 3, (RANK, STAGING_RANK), 30.0),
     wire.Want(H),
-    wire.Offer(H, 1000, b"\x00\xff"),
+    wire.Offer(H, 1000, b"\x00\xff", 3),
     wire.Subscribe(H, 1),
     wire.Progress(H, 1, 400, 700, 2, TABLES),
     wire.Seal(H, 1, 1000, TABLES),
@@ -275,7 +275,7 @@ def test_a_deeply_nested_body_is_refused() -> None:
 # Heartbeats follow from it: one that is no time makes the consumer's control thread spin.
 @pytest.mark.parametrize("lease_s", [float("nan"), 0.0, -1.0, 1e-9, 86_401.0])
 def test_a_lease_that_is_no_time_is_refused(lease_s: float) -> None:
-    refusal(wire.encode(wire.Welcome("engine", LAYOUT, (RANK,), lease_s), A, B))
+    refusal(wire.encode(wire.Welcome("engine", LAYOUT, make_kv(), 0, (RANK,), lease_s), A, B))
 
 
 def decode_anything(frames: list[bytes]) -> None:

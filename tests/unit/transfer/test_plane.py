@@ -208,7 +208,7 @@ def test_a_fetch_whose_news_were_lost_asks_for_them(cluster: FetchingCluster) ->
     source = cluster.producer.begin("p", TOKENS)
     cluster.start(source=source)
     cluster.settle()
-    cluster.producer.control.seal(source.handoff_id, TOKENS, (THERE,))
+    cluster.producer.control.seal(source.handoff_id, "p", TOKENS, (THERE,))
     assert cluster.network.lose("seal") == 1
     cluster.pass_time(2.0)
     assert cluster.consumer.outcome("c") is None

@@ -225,7 +225,7 @@ def test_every_rank_is_told_what_was_sampled(sampled: int | None) -> None:
     handoff = producer.wanted()
     producer.table.subscribe(handoff, 0, RANK_0)
     producer.table.subscribe(handoff, 1, RANK_1)
-    answers = producer.table.seal(handoff, SEALED_TOKENS, ([1, 2, 3], [4]), sampled)
+    answers = producer.table.seal(handoff, "r", SEALED_TOKENS, ([1, 2, 3], [4]), sampled)
     told = {who: message for who, message in answers if isinstance(message, wire.Seal)}
     assert {who: seal.sampled for who, seal in told.items()} == {RANK_0: sampled, RANK_1: sampled}
 
@@ -233,7 +233,7 @@ def test_every_rank_is_told_what_was_sampled(sampled: int | None) -> None:
 def test_a_rank_that_comes_later_is_told_what_was_sampled() -> None:
     producer = Producer()
     handoff = producer.open()
-    producer.table.seal(handoff, SEALED_TOKENS, ([1, 2, 3], [4]), SAMPLED)
+    producer.table.seal(handoff, "r", SEALED_TOKENS, ([1, 2, 3], [4]), SAMPLED)
     seal = wire.Seal(handoff, 0, SEALED_TOKENS, SEAL_TABLES, SAMPLED)
     assert producer.table.subscribe(handoff, 0, RANK_0) == seal
 

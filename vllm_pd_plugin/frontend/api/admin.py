@@ -20,11 +20,12 @@ from typing import Any, Literal
 from fastapi import APIRouter, Depends, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE, is_loopback
+from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE
 from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.options import engine_url
 from vllm_pd_plugin.frontend.pool.membership import Membership
 from vllm_pd_plugin.frontend.routing.choice import Role
+from vllm_pd_plugin.net.hosts import is_loopback
 
 
 class EngineToAdd(BaseModel):

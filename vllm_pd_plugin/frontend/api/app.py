@@ -27,8 +27,9 @@ from vllm_pd_plugin.engine_port.link import Connection
 from vllm_pd_plugin.errors import PdError
 from vllm_pd_plugin.frontend.api.admin import make_router
 from vllm_pd_plugin.frontend.api.client import PoolCore, PoolLLM
-from vllm_pd_plugin.frontend.dispatch import Dispatch, Requirement
+from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.options import FrontendOptions
+from vllm_pd_plugin.frontend.pool.fitness import Requirement
 from vllm_pd_plugin.frontend.pool.membership import Membership
 from vllm_pd_plugin.frontend.processes.local import LocalEngine, Supervisor
 from vllm_pd_plugin.frontend.processes.workers import ENGINES_FILE_VARIABLE, run_workers
@@ -108,11 +109,13 @@ async def _until(failure: asyncio.Future[None], work: Coroutine[Any, Any, None])
         task.cancel()
 
 
-async def make_app(args: argparse.Namespace, core: PoolCore, any_digest: bool = False) -> FastAPI:
+async def make_app(
+    args: argparse.Namespace, core: PoolCore, several_kinds: bool = False
+) -> FastAPI:
     """Return vLLM's OpenAI application over engines that are there.
 
-    any_digest: engines of the same model whose KV differs are used, too; those that hand KV to each
-    other must be alike. Else all must be like the first.
+    several_kinds: engines of the same model whose KV differs are used, too; those that hand KV to
+        each other must be alike. Else all must be like the decode engines.
 
     Raises:
         NoEnginesError: they do not serve this model.
@@ -123,7 +126,7 @@ async def make_app(args: argparse.Namespace, core: PoolCore, any_digest: bool = 
         Requirement(
             config.model_config.max_model_len,
             config.model_config.get_vocab_size(),
-            None if any_digest else there[0].model_digest,
+            several_kinds,
             vllm_version,
         )
     )
@@ -216,10 +219,11 @@ async def wait_for_engines(
 
 
 def _is_complete(dispatch: Dispatch, expected: Collection[Role]) -> bool:
-    """Whether a request can be served, and handed off if any engine was named for that."""
-    prefills = [member.is_up for member in dispatch.pool if member.role.prefills]
+    """Whether a request can be served, and handed off if any engine was named for that and can be
+    used."""
+    usable = [m for m in dispatch.pool if m.role.prefills and not m.mismatch]
     there = {member.role for member in dispatch.pool if member.is_up}
-    handed_off = not prefills or any(prefills)
+    handed_off = not usable or any(member.is_up for member in usable)
     return dispatch.serves() is None and handed_off and there.issuperset(expected)
 
 

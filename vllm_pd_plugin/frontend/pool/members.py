@@ -11,6 +11,7 @@ from vllm_pd_plugin.engine_port.messages import EngineLoad
 from vllm_pd_plugin.frontend.requests.course import Leg
 from vllm_pd_plugin.frontend.requests.legs import LegKind
 from vllm_pd_plugin.frontend.routing.choice import Engine, EngineKey, Role
+from vllm_pd_plugin.memory.identity import KvIdentity, kind_of
 
 _FAILURES_TO_OPEN = 3
 _COOL_DOWN_S = 5.0
@@ -54,6 +55,8 @@ class Member:
     """Set when it gets nothing new: when what is left on it goes on elsewhere; see ``Wanted``."""
     mismatch: str = ""
     """Why it cannot be used though it is there."""
+    kv: KvIdentity | None = None
+    """What its KV is, as it has said last; None while it was never there."""
     tokens_given: int = 0
     load: EngineLoad = EngineLoad()
     legs: set[Leg] = dataclasses.field(default_factory=set)
@@ -138,7 +141,7 @@ class Member:
             others_running + self.own_running,
             max(1, self.link.description.max_num_seqs),
             min(1.0, max(0.0, 1.0 - kv_usage)),
-            f"{self.generation} {self.link.description.model_digest}",
+            f"{self.generation} {kind_of(self.link.description.kv)}",
         )
 
 

@@ -57,7 +57,6 @@ def prefill_leg(work: Work, leg_id: RequestId, handoff: Handoff) -> EngineCoreRe
         params = type(_params(work))(temperature=0.0, detokenize=False)
         params.extra_args = {"kv_transfer_params": produce}
     params.max_tokens = 1
-    params.seed = None  # seeded requests do not seed; vLLM's CPU backend dies of a chunked one
     return _leg(work, leg_id, params)
 
 

@@ -78,10 +78,10 @@ def test_a_token_that_is_not_used_is_sampled_as_simply_as_possible() -> None:
     assert set(params.extra_args or {}) == {"kv_transfer_params"}
 
 
-@pytest.mark.parametrize("handoff", [SEEDING, NOT_SEEDING])
-def test_a_prefill_engine_gets_no_seed(handoff: Handoff) -> None:
+def test_a_prefill_engine_gets_the_seed_of_a_token_that_counts() -> None:
     request = make_request(seed=3)
-    assert sampling_of(prefill_leg(work_of(request), "leg", handoff)).seed is None
+    assert sampling_of(prefill_leg(work_of(request), "leg", SEEDING)).seed == 3
+    assert sampling_of(prefill_leg(work_of(request), "leg", NOT_SEEDING)).seed is None
     assert sampling_of(request).seed == 3
 
 

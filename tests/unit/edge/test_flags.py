@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_pd_plugin import CONNECTOR
-from vllm_pd_plugin.edge.hooks import add_flags, merge_flags
+from vllm_pd_plugin.edge.flags import add_flags, merge_flags
 from vllm_pd_plugin.errors import ConfigError
 
 with warnings.catch_warnings():

@@ -1,0 +1,119 @@
+"""What KV *is*: two engines' blocks mean the same only if all of this agrees. Pure.
+
+Where KV lies is in ``layout``. Names and paths say nothing here: a model under another path, in
+other files, or split over other ranks, is the same model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+
+import msgspec
+
+UNKNOWN = "unknown:"
+"""Begins a fingerprint that is equal to no other engine's; see ``Weights``."""
+
+
+class Weights(msgspec.Struct, frozen=True):
+    """Which weights, at three depths; see ``memory.weights``.
+
+    sampled: over the names, shapes and types of all tensors as they are stored, and some of their
+        bytes. Or what the operator has named them; or ``UNKNOWN`` and the engine's boot id, where
+        they are not in files, or not any more what the files say.
+    files: over the hashes that the Hub's cache names its files by; empty without.
+    full: over all bytes; empty until that has been computed.
+    """
+
+    sampled: str
+    files: str = ""
+    full: str = ""
+
+    def is_like(self, other: Weights) -> bool:
+        """Say whether they are the same, as far as both know."""
+        if self.full and other.full:
+            return self.full == other.full
+        if self.files and self.files == other.files:
+            return True
+        return self.sampled == other.sampled
+
+    def __str__(self) -> str:
+        return self.full or self.sampled
+
+
+class KvIdentity(msgspec.Struct, frozen=True):
+    """architecture: the model's class. config: all that its configuration says besides.
+    dtype: of activations, and of KV unless ``kv_cache_dtype`` says otherwise.
+    kv_cache_dtype, quantization: as vLLM names them; two of one width may differ in meaning.
+    rope, windows: how positions count, and how far layers look back.
+    """
+
+    architecture: str
+    config: str
+    weights: Weights
+    dtype: str
+    kv_cache_dtype: str
+    quantization: str
+    rope: str
+    windows: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Difference:
+    """The first thing in which two engines' KV differs."""
+
+    field: str
+    ours: str
+    theirs: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"its {self.field} {self.verb} {self.theirs}, expected {self.ours}; {self.remedy}"
+
+    @property
+    def verb(self) -> str:
+        return "are" if self.field == "weights" else "is"
+
+
+_WEIGHTS_REMEDY = (
+    "serve the same checkpoint on both; weights that are not in files, or were changed in place, "
+    "need the option weights_id"
+)
+_REMEDIES = {
+    "architecture": "serve the same model on both",
+    "rope": "give both the same --hf-overrides and model files",
+    "windows": "give both the same model files and --disable-sliding-window",
+    "config": "serve the same model files, with the same --hf-overrides",
+    "weights": _WEIGHTS_REMEDY,
+    "dtype": "give both the same --dtype",
+    "kv_cache_dtype": "give both the same --kv-cache-dtype",
+    "quantization": "give both the same --quantization and checkpoint",
+}
+
+
+@functools.lru_cache(maxsize=256)
+def kind_of(kv: KvIdentity) -> str:
+    """Return a short name that engines of equal KV have in common, as far as was known of their
+    weights when they started."""
+    known = msgspec.structs.replace(kv, weights=Weights(kv.weights.sampled))
+    return hashlib.blake2b(msgspec.json.encode(known), digest_size=8).hexdigest()
+
+
+def difference(ours: KvIdentity, theirs: KvIdentity) -> Difference | None:
+    """Return the first thing that differs, the most telling first; None where nothing does."""
+    for field, remedy in _REMEDIES.items():
+        here, there = getattr(ours, field), getattr(theirs, field)
+        is_like = here.is_like(there) if isinstance(here, Weights) else here == there
+        if not is_like:
+            return Difference(field.replace("_", " "), *_told_apart(here, there), remedy)
+    return None
+
+
+def _told_apart(ours: Weights | str, theirs: Weights | str) -> tuple[str, str]:
+    """Return both in words, at the depth at which they differ."""
+    if isinstance(ours, Weights) and isinstance(theirs, Weights):
+        if ours.full and theirs.full:
+            return ours.full, theirs.full
+        return ours.sampled, theirs.sampled
+    return str(ours), str(theirs)

@@ -1,0 +1,52 @@
+"""What an engine's scheduler is told by its control plane."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.ids import RequestId, Source
+from vllm_pd_plugin.protocol.handoff import ProducerState
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offered:
+    """A producer offers what this engine wants; ``source`` names its incarnation."""
+
+    request_id: RequestId
+    source: Source
+    num_tokens: int
+    prompt: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lost:
+    """What this engine wants cannot be had."""
+
+    request_id: RequestId
+    reason: Reason
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Released:
+    """A sealed handoff of this engine has ended; its blocks may be freed."""
+
+    request_id: RequestId
+    state: ProducerState
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Nobody wants what a request of this engine is computing."""
+
+    request_id: RequestId
+    state: ProducerState
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Nudged:
+    """A worker of this engine has a result."""
+
+
+Event = Offered | Lost | Released | Abandoned | Nudged
