@@ -111,9 +111,9 @@ class Consumer:
         ended = {name}
         report = None
         if reason is not None:
-            report = FetchReport({name: reason}, {name: valid_tokens}, {name: 0}, {})
+            report = FetchReport({name: reason}, {name: valid_tokens}, {name: 0}, {}, {})
         elif sampled is not None:
-            report = FetchReport({}, {}, {}, {name: sampled})
+            report = FetchReport({}, {}, {}, {name: sampled}, {})
         output = SimpleNamespace(
             kv_connector_worker_meta=report,
             finished_recving=ended,
@@ -124,7 +124,7 @@ class Consumer:
     def fail_on_a_rank(self, request: FakeRequest | Request, reason: Reason, attempt: int) -> None:
         """A rank reports that an attempt has failed."""
         name = request.request_id
-        self.report(FetchReport({name: reason}, {name: 0}, {name: attempt}, {}))
+        self.report(FetchReport({name: reason}, {name: 0}, {name: attempt}, {}, {}))
 
     def report(self, report: FetchReport) -> None:
         """A rank has something to say before the last one has finished."""

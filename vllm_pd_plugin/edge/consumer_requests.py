@@ -11,11 +11,12 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_pd_plugin.codecs.codec import CodecChoice
+from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.edge.metadata import FetchReport
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.prompts import prompt_fingerprint
+from vllm_pd_plugin.edge.provenance import Provenance
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId, RequestId, Source
 from vllm_pd_plugin.protocol.control import CallControl
@@ -23,7 +24,7 @@ from vllm_pd_plugin.protocol.events import Lost, Offered
 from vllm_pd_plugin.transfer.specs import FetchSpec
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -61,6 +62,8 @@ class _Consuming:
     codec: CodecChoice = CodecChoice()
     seeds: bool = False
     """It is to go on after the token that the producer has sampled."""
+    is_lossy: bool = False
+    """It is known in the prefix cache by hashes of lossy KV, from its first block on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class ConsumingRequests:
         adapters: AdapterFingerprints | None = None,
     ) -> None:
         self._contain = Containment("consuming")
+        self._provenance: Provenance | None = None
         self._adapters = adapters
         self._recomputes = recomputes
         self._call = call
@@ -93,10 +97,14 @@ class ConsumingRequests:
         self._refused: list[RequestId] = []
         self._cancels: dict[RequestId, Reason] = {}
         self._hopeless: list[RequestId] = []
-        self._report = FetchReport({}, {}, {}, {})
+        self._report = FetchReport({}, {}, {}, {}, {})
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def bind(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take where fetched KV is cached."""
+        self._provenance = Provenance(kv_cache_manager)
 
     @property
     def faults(self) -> int:
@@ -112,6 +120,7 @@ class ConsumingRequests:
         """
         consuming = _Consuming(request, list(sources), codec=codec, seeds=seeds)
         self._open[request.request_id] = consuming
+        self._look_for_lossy(consuming)
         if self._is_led(consuming):
             consuming.stage = _Stage.FOLLOWING
         else:
@@ -134,6 +143,7 @@ class ConsumingRequests:
             if self._is_led(consuming):
                 return None, False
             if not consuming.seeds:
+                self._look_for_lossy(consuming)  # its leader may have brought it
                 return 0, False
             # Its leader is gone, and with it the token that it was to go on after.
             self._fail(request.request_id, Reason.PRODUCER_ENDED, "the first token is not known")
@@ -256,6 +266,7 @@ class ConsumingRequests:
         reason = self._report.reasons.pop(request_id, Reason.INTERNAL)
         valid_tokens = self._report.valid_tokens.pop(request_id, 0)
         sampled = self._report.sampled.pop(request_id, None)
+        codec = self._report.codecs.pop(request_id, Codec.RAW)
         self._report.attempts.pop(request_id, None)
         self._cancels.pop(request_id, None)
         consuming = self._open.get(request_id)
@@ -263,6 +274,8 @@ class ConsumingRequests:
             return
         if consuming.stage is _Stage.FINISHED and reason is Reason.INTERNAL:
             reason = Reason.ABORTED  # it was refused for that, see ``finish``
+        if not failed or valid_tokens:
+            self._note_codec(consuming, codec)
         if not failed and consuming.seeds and consuming.stage is _Stage.FETCHING:
             self._seed(consuming, sampled)
         retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
@@ -314,6 +327,23 @@ class ConsumingRequests:
         request._all_token_ids.append(sampled)
         request.num_prompt_tokens += 1
         request.update_block_hashes()
+
+    def _look_for_lossy(self, consuming: _Consuming) -> None:
+        """Let a request that allows a lossy codec find what came through one before."""
+        allows = (
+            consuming.codec.codec is not Codec.RAW and consuming.codec.narrowest is not Codec.RAW
+        )
+        if self._provenance is not None and allows and not consuming.is_lossy:
+            consuming.is_lossy = self._provenance.look_for(consuming.request, consuming.codec)
+
+    def _note_codec(self, consuming: _Consuming, codec: Codec) -> None:
+        """KV has arrived that vLLM is about to cache."""
+        if codec is Codec.RAW or consuming.is_lossy:
+            return
+        assert self._provenance is not None
+        assert consuming.spec is not None
+        self._provenance.arrived(consuming.request, consuming.spec.first_token, codec)
+        consuming.is_lossy = True
 
     def _is_led(self, consuming: _Consuming) -> bool:
         return self._leaders.get(consuming.sources[0].handoff_id) in self._open

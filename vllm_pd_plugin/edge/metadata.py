@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Address, Incarnation, RequestId
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
@@ -41,13 +42,14 @@ class StepMetadata(KVConnectorMetadata):
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchReport(KVConnectorWorkerMetadata):
     """Workers to scheduler: why fetches failed, how many of the prompt's first tokens have usable
-    KV all the same, and which attempt it was; and of those that went well, the token that the
-    producer sampled."""
+    KV all the same, and which attempt it was; and of all, the token that the producer sampled, and
+    the narrowest codec that their KV came through."""
 
     reasons: dict[RequestId, Reason]
     valid_tokens: dict[RequestId, int]
     attempts: dict[RequestId, int]
     sampled: dict[RequestId, int]
+    codecs: dict[RequestId, Codec]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchReport:
         assert isinstance(other, FetchReport)
@@ -56,8 +58,11 @@ class FetchReport(KVConnectorWorkerMetadata):
             valid[request_id] = min(tokens, valid.get(request_id, tokens))
         for request_id, attempt in self.attempts.items():
             attempts[request_id] = max(attempt, attempts.get(request_id, attempt))
+        codecs = dict(other.codecs)
+        for request_id, codec in self.codecs.items():
+            codecs[request_id] = max(codec, codecs.get(request_id, codec), key=lambda c: c.rank)
         reasons, sampled = {**other.reasons, **self.reasons}, {**other.sampled, **self.sampled}
-        return FetchReport(reasons, valid, attempts, sampled)
+        return FetchReport(reasons, valid, attempts, sampled, codecs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -106,8 +106,9 @@ class SchedulerSide:
         self._reported_drops = self._reported_control = self._reported_faults = 0
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
-        """Take what tells the block tables of running requests."""
+        """Take what tells the block tables of running requests, and has the prefix cache."""
         self._producing.bind(kv_cache_manager)
+        self._consuming.bind(kv_cache_manager)
 
     def start(self, handshakes: dict[int, RankHandshake]) -> None:
         """Begin to serve; ``handshakes`` holds every tensor parallel rank's memory."""

@@ -53,6 +53,7 @@ class WorkerSide:
         self._finished: list[RequestId] = []
         self._failed: dict[RequestId, FetchResult] = {}
         self._sampled: dict[RequestId, int] = {}
+        self._codecs: dict[RequestId, Codec] = {}
         self._released: list[RequestId] = []
         self._lending = False
         self._places: dict[str, int] = {}
@@ -188,6 +189,8 @@ class WorkerSide:
             result = self._results.popleft()
             if result.is_final:
                 self._finished.append(result.request_id)
+            if result.codec is not Codec.RAW:
+                self._codecs[result.request_id] = result.codec
             if result.reason is None:
                 self._stats.record_fetch(result)
                 if result.sampled is not None:
@@ -206,7 +209,8 @@ class WorkerSide:
         """Return what there is to say about the fetches of the last ``take_results``."""
         failed, self._failed = self._failed, {}
         sampled, self._sampled = self._sampled, {}
-        if not failed and not sampled:
+        codecs, self._codecs = self._codecs, {}
+        if not failed and not sampled and not codecs:
             return None
         reasons = {i: result.reason for i, result in failed.items() if result.reason}
         return FetchReport(
@@ -214,6 +218,7 @@ class WorkerSide:
             {i: r.valid_tokens for i, r in failed.items()},
             {i: r.attempt for i, r in failed.items()},
             sampled,
+            codecs,
         )
 
     def take_stats(self) -> PdStats | None:

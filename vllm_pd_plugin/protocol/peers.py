@@ -136,20 +136,26 @@ class PeerTable:
 
     def _open(self, address: Address) -> _Connection | None:
         """Connect to an address and introduce this engine."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            self._make_room()
-        try:
-            if len(self._connections) >= MAX_CONNECTIONS:
-                text = f"{MAX_CONNECTIONS} peers are in use already"
-                raise PeerError(Reason.PEER_UNREACHABLE, text)
-            channel = self._connect(address, lambda frames: self._receive(address, frames))
-        except PeerError as error:
-            logger.warning("peer %s: %s", _spell(address), error)
-            self._listener.peer_lost(address, error)
+        error = PeerError(Reason.PEER_UNREACHABLE, f"there is no connecting to {_spell(address)}")
+        found = self._contain.run("connecting", lambda: self._dial(address), error)
+        if isinstance(found, PeerError):
+            logger.warning("peer %s: %s", _spell(address), found)
+            self._listener.peer_lost(address, found)
             return None
-        connection = self._connections[address] = _Connection(channel, self._clock())
+        connection = self._connections[address] = _Connection(found, self._clock())
         self._introduce(connection)
         return connection
+
+    def _dial(self, address: Address) -> Channel | PeerError:
+        if len(self._connections) >= MAX_CONNECTIONS:
+            self._make_room()
+        if len(self._connections) >= MAX_CONNECTIONS:
+            text = f"{MAX_CONNECTIONS} peers are in use already"
+            return PeerError(Reason.PEER_UNREACHABLE, text)
+        try:
+            return self._connect(address, lambda frames: self._receive(address, frames))
+        except PeerError as error:
+            return error
 
     def refresh(self, address: Address) -> None:
         """Ask again who is there; ``peer_ready`` follows, after ``peer_lost`` for another."""

@@ -159,7 +159,7 @@ def test_a_request_that_has_ended_is_not_extended(consumer: Consumer) -> None:
 
 def test_a_token_that_a_rank_reports_earlier_is_kept_until_all_have(consumer: Consumer) -> None:
     request = fetching(consumer)
-    consumer.report(FetchReport({}, {}, {}, {"r": SAMPLED}))
+    consumer.report(FetchReport({}, {}, {}, {"r": SAMPLED}, {}))
     assert_untouched(request)
     consumer.collect(request)
     assert request.prompt_token_ids == [*PROMPT, SAMPLED]
@@ -255,8 +255,8 @@ def test_a_failure_is_no_end_while_there_is_another_producer() -> None:
 
 
 def test_reports_of_several_ranks_name_each_token_once() -> None:
-    first = FetchReport({"a": Reason.READ_FAILED}, {"a": 3}, {"a": 0}, {"b": 5})
-    second = FetchReport({}, {}, {}, {"b": 5, "c": 6})
+    first = FetchReport({"a": Reason.READ_FAILED}, {"a": 3}, {"a": 0}, {"b": 5}, {})
+    second = FetchReport({}, {}, {}, {"b": 5, "c": 6}, {})
     together = first.aggregate(second)
     assert together.sampled == {"b": 5, "c": 6}
     assert together.reasons == {"a": Reason.READ_FAILED}

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.courses import PROMPT, make_request
+from tests.fakes.engines import make_kv
 from vllm_pd_plugin.engine_port.messages import EngineLoad
+from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -559,5 +561,75 @@ def test_what_is_to_be_computed_counts_once_for_each_request() -> None:
         await asyncio.sleep(BACKOFF_S)
         assert all(link.sent for link in decodes)
         assert world.metrics.to_compute == (len(PROMPT),)
+
+    run(story)
+
+
+# --- unlike engines --------------------------------------------------------------------------
+
+OTHER_KV = make_kv(weights=Weights("sampled:2"))
+
+
+def come_up_with(world: World, url: str, role: Role, kv: KvIdentity) -> FakeLink:
+    member = make_member(url, role, kv=kv)
+    world.dispatch.pool.add(member)
+    world.dispatch.attached(member.link, EngineLoad())
+    return link_of(member)
+
+
+def test_a_prefill_engine_of_other_weights_is_refused_whoever_came_first() -> None:
+    async def story(world: World) -> None:
+        p = come_up_with(world, "p", Role.PREFILL, OTHER_KV)
+        d = world.engine("d", Role.DECODE)
+        problem = world.dispatch.pool["p"].problem
+        assert "weights are sampled:2, expected sampled:1" in problem
+        assert world.dispatch.pool["d"].problem == ""
+        world.add("r")
+        assert (p.sent, d.sent) == ([], ["r-1w"])
+
+    run(story)
+
+
+def test_of_unlike_decode_engines_the_one_named_first_counts() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        first = make_member("d1", Role.DECODE)
+        world.dispatch.pool.add(first)
+        come_up_with(world, "d2", Role.DECODE, OTHER_KV)
+        world.dispatch.attached(first.link, EngineLoad())
+        assert world.dispatch.pool["d1"].problem == ""
+        assert "weights" in world.dispatch.pool["d2"].problem
+
+    run(story)
+
+
+def test_a_decode_engine_that_comes_back_with_other_weights_makes_the_pool_s_others_unfit() -> None:
+    async def story(world: World) -> None:
+        p, d = world.pair()
+        world.lose(d)
+        d.description = describe(role="decode", kv=OTHER_KV)
+        world.come_back(d)
+        assert "weights" in world.dispatch.pool["p"].problem
+        world.add("r")
+        assert (p.sent, d.sent) == ([], ["r-1w"])
+        p.description = describe(role="prefill", kv=OTHER_KV)
+        world.come_back(p)
+        assert world.dispatch.pool["p"].problem == ""
+
+    run(story)
+
+
+def test_what_is_under_way_on_an_engine_that_becomes_unfit_stays_there() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        world.engine("d", Role.DECODE)
+        e = world.engine("e", Role.DECODE)
+        world.add("r")
+        world.add("s")
+        assert e.sent
+        e.description = describe(role="decode", kv=OTHER_KV)
+        world.dispatch.attached(world.dispatch.pool["e"].link, EngineLoad())
+        assert "weights" in world.dispatch.pool["e"].problem
+        assert e.aborted == []
 
     run(story)

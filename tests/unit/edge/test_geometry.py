@@ -1,0 +1,55 @@
+"""What cannot be served is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_pd_plugin.errors import UnsupportedError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's, not ours
+    from vllm_pd_plugin.edge.geometry import refuse_unsupported
+
+
+def config(device: str = "cpu", **changes: Any) -> Any:
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=1, use_ubatching=changes.get("ubatching", False)
+    )
+    model = SimpleNamespace(
+        is_encoder_decoder=False,
+        is_attention_free=False,
+        enable_sleep_mode=changes.get("sleep", False),
+        model="model",
+    )
+    return SimpleNamespace(
+        parallel_config=parallel,
+        model_config=model,
+        device_config=SimpleNamespace(device_type=device),
+        cache_config=SimpleNamespace(cache_dtype=changes.get("cache_dtype", "auto")),
+        speculative_config=None,
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_supported_passes(device: str) -> None:
+    refuse_unsupported(config(device))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ubatching": True}, "--enable-dbo"),
+        ({"sleep": True}, "--enable-sleep-mode"),
+        ({"device": "xpu"}, "'xpu'"),
+        ({"device": "tpu"}, "'tpu'"),
+    ],
+)
+def test_what_would_give_wrong_text_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedError) as refusal:
+        refuse_unsupported(config(**changes))
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,43 @@
+"""Which engines can be used together."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from tests.fakes.engines import make_kv
+from vllm_pd_plugin.memory.identity import Weights
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's, not ours
+    from tests.fakes.engine_core import describe
+    from vllm_pd_plugin.frontend.pool.fitness import Requirement, misfit
+    from vllm_pd_plugin.frontend.routing.choice import Role
+
+ENGINE = describe()
+WANTED = Requirement(ENGINE.max_model_len, ENGINE.vocab_size, False, ENGINE.vllm_version)
+OTHER = make_kv(weights=Weights("sampled:2"))
+
+
+def test_one_that_is_as_wanted_fits() -> None:
+    assert misfit(ENGINE, Role(ENGINE.role), WANTED, ENGINE.kv) == ""
+    assert misfit(ENGINE, Role(ENGINE.role), None) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_model_len": 16}, "--max-model-len is 16"),
+        ({"vocab_size": 3}, "another vocabulary"),
+        ({"vllm_version": "0.1"}, "vLLM 0.1"),
+        ({"kv": OTHER}, "weights are sampled:2, expected sampled:1"),
+    ],
+)
+def test_what_does_not_fit_is_said(change: dict[str, object], words: str) -> None:
+    engine = describe(**change)
+    assert words in misfit(engine, Role(engine.role), WANTED, ENGINE.kv)
+
+
+def test_one_that_was_started_for_another_role_is_refused() -> None:
+    assert "--kv-role decode" in misfit(describe(role="decode"), Role.PREFILL, WANTED)

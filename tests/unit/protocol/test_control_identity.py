@@ -1,0 +1,193 @@
+"""What an engine's KV is, as the control planes compare it; and versions of the protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import pytest
+
+from tests.fakes.engines import FakeCluster, FakeEngine, Surroundings, make_kv
+from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.memory.identity import KvIdentity, Weights
+from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.events import Lost
+from vllm_pd_plugin.protocol.handoff import ProducerState
+
+OTHER_WEIGHTS = make_kv(weights=Weights("sampled:2"))
+
+
+def hashed(full: str) -> KvIdentity:
+    return make_kv(weights=Weights("sampled:1", full=full))
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster(lease_s=8.0)
+
+
+def unlike(kv: KvIdentity) -> FakeCluster:
+    """A cluster whose producer's KV is another."""
+    cluster = FakeCluster(lease_s=8.0)
+    cluster.producer.kill()
+    around = Surroundings(cluster.network, cluster.fabric, cluster.clock)
+    settings = dataclasses.replace(cluster._settings, kv=kv)
+    cluster.producer = FakeEngine("producer", cluster.producer_address, around, settings)
+    return cluster
+
+
+def the_loss(cluster: FakeCluster) -> Lost:
+    (lost,) = (event for event in cluster.consumer.events if isinstance(event, Lost))
+    return lost
+
+
+@pytest.mark.parametrize(
+    ("kv", "words"),
+    [
+        (OTHER_WEIGHTS, "weights are sampled:2, expected sampled:1"),
+        (make_kv(kv_cache_dtype="fp8_e5m2"), "kv cache dtype is fp8_e5m2, expected bfloat16"),
+        (make_kv(rope="{}x"), "rope is {}x, expected {}"),
+    ],
+)
+def test_a_peer_whose_kv_is_another_is_refused_by_name(kv: KvIdentity, words: str) -> None:
+    cluster = unlike(kv)
+    cluster.want("c", cluster.producer.begin("p", 8))
+    lost = the_loss(cluster)
+    assert lost.reason is Reason.PEER_INCOMPATIBLE
+    assert words in lost.message
+
+
+def test_weights_that_only_the_full_hash_tells_apart_are_refused_when_both_have_it(
+    cluster: FakeCluster,
+) -> None:
+    cluster.producer.control.identify(hashed("full:1"))
+    cluster.want("before", cluster.producer.begin("p", 8))
+    assert cluster.consumer.offered() == ["before"]
+    cluster.consumer.control.identify(hashed("full:2"))
+    assert cluster.consumer.lost() == {"before": Reason.PEER_INCOMPATIBLE}
+    assert "full:1, expected full:2" in the_loss(cluster).message
+
+
+def test_a_producer_that_comes_to_know_more_is_asked_again_before_its_offer_counts(
+    cluster: FakeCluster,
+) -> None:
+    cluster.consumer.control.identify(hashed("full:2"))
+    cluster.want("before", cluster.producer.begin("p", 8))
+    cluster.producer.control.identify(hashed("full:1"))
+    assert cluster.consumer.lost() == {}
+    cluster.want("after", cluster.producer.begin("q", 8))
+    assert cluster.consumer.offered() == ["before"]
+    # Losing the peer ends what was under way with it.
+    assert cluster.consumer.lost() == dict.fromkeys(("before", "after"), Reason.PEER_INCOMPATIBLE)
+
+
+def test_a_producer_that_comes_to_know_that_it_is_the_same_goes_on(cluster: FakeCluster) -> None:
+    cluster.consumer.control.identify(hashed("full:1"))
+    cluster.want("before", cluster.producer.begin("p", 8))
+    cluster.producer.control.identify(hashed("full:1"))
+    cluster.want("after", cluster.producer.begin("q", 8))
+    assert cluster.consumer.offered() == ["before", "after"]
+    assert cluster.network.delivered.count("hello") == 2
+
+
+def test_a_producer_that_never_says_what_its_kv_is_is_given_up(cluster: FakeCluster) -> None:
+    cluster.want("c", cluster.producer.begin("p", 8))
+    cluster.producer.control._producing.revision = 7  # and its Welcome still says 0
+    cluster.want("d", cluster.producer.begin("q", 8))
+    assert cluster.consumer.lost() == {"d": Reason.PEER_INCOMPATIBLE}
+
+
+def test_kv_of_before_is_not_handed_off_any_more(cluster: FakeCluster) -> None:
+    sealed = cluster.producer.produce("sealed", [1, 2], 8)
+    running = cluster.producer.begin("running", 8)
+    cluster.want("a", sealed)
+    cluster.want("b", running)
+    cluster.producer.control.void(make_kv())
+    assert cluster.producer.released() == ["sealed"]
+    assert cluster.producer.abandoned() == ["running"]
+    cluster.consumer.fetch("a", sealed, [5, 6], 8)
+    cluster.settle()
+    assert cluster.consumer.outcome("a") is Reason.CANCELLED
+    cluster.producer.drop("running")
+    cluster.want("c", cluster.producer.produce("new", [3, 4], 8))
+    assert cluster.consumer.offered()[-1] == "c"
+
+
+def test_kv_of_before_is_not_taken_any_more(cluster: FakeCluster) -> None:
+    source = cluster.producer.produce("p", [1, 2], 8)
+    cluster.want("c", source)
+    cluster.consumer.control.void(make_kv())
+    assert cluster.consumer.lost() == {"c": Reason.KV_CHANGED}
+    cluster.settle()
+    assert cluster.producer.released() == ["p"]  # the producer need not hold it
+    cluster.want("d", cluster.producer.produce("q", [1, 2], 8))
+    assert "d" in cluster.consumer.offered()
+
+
+def test_weights_that_are_changed_in_place_fit_nobody(cluster: FakeCluster) -> None:
+    cluster.want("c", cluster.producer.begin("p", 8))
+    cluster.producer.control.void(make_kv(weights=Weights("unknown:1234, being changed")))
+    cluster.want("d", cluster.producer.begin("q", 8))
+    lost = cluster.consumer.lost()
+    assert lost["d"] is Reason.PEER_INCOMPATIBLE
+    assert ProducerState.CANCELLED in {
+        event.state for event in cluster.producer.events if hasattr(event, "state")
+    }
+
+
+# --- versions --------------------------------------------------------------------------------
+
+
+def test_engines_speak_the_newest_version_that_both_know(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of the next release would: it understands ours, and says hello in it."""
+    hello = wire.Hello("engine", wire.PROTOCOL_VERSION + 1)
+    frames = wire.encode(hello, cluster.consumer.identity.incarnation, "")  # type: ignore[arg-type]
+    answers: list[list[bytes]] = []
+    cluster.producer.control._answer = lambda who, frames: answers.append(frames)
+    cluster.producer.control.receive(b"next", frames)
+    header, welcome = wire.decode(answers[0])
+    assert header.version == wire.PROTOCOL_VERSION
+    assert isinstance(welcome, wire.Welcome)
+
+
+def test_one_that_understands_older_versions_answers_in_that_of_the_question(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = wire.PROTOCOL_VERSION
+    monkeypatch.setattr(wire, "PROTOCOL_VERSION", ours + 1)
+    answers: list[list[bytes]] = []
+    cluster.producer.control._answer = lambda who, frames: answers.append(frames)
+    source = cluster.producer.begin("p", 8)
+    target, sender = cluster.producer.identity.incarnation, cluster.consumer.identity.incarnation
+    for message in (wire.Hello("old", ours), wire.Want(source.handoff_id)):
+        frames = wire.encode(message, sender, target, ours)
+        cluster.producer.control.receive(b"old", frames)
+    assert [wire.decode(each)[0].version for each in answers] == [ours, ours]
+    # What it is told unasked is in its version, too.
+    cluster.producer.drop("p")
+    assert wire.decode(answers[-1])[0].version == ours
+
+
+@pytest.mark.parametrize("version", [wire.OLDEST_VERSION - 1, wire.PROTOCOL_VERSION + 1])
+def test_other_versions_are_refused_in_one_line(version: int) -> None:
+    header = msgspec.msgpack.encode(wire.Header(version, "hello", "a" * 16, ""))  # type: ignore[arg-type]
+    with pytest.raises(wire.VersionError) as refusal:
+        wire.decode([header, b""])
+    assert f"version {version}" in str(refusal.value)
+    assert "run the same release" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+# What an engine of release 0.1 (e83b495) sent: a Hello, and its answer to a Hello of ours.
+HELLO_OF_4 = bytes.fromhex("9404a568656c6c6fb061616161616161616161616161616161a0")
+ALIVE_OF_4 = bytes.fromhex(
+    "9404a5616c697665b062626262626262626262626262626262b063636363636363636363636363636363"
+)
+
+
+@pytest.mark.parametrize("header", [HELLO_OF_4, ALIVE_OF_4])
+def test_the_release_before_is_refused_by_its_version(header: bytes) -> None:
+    with pytest.raises(wire.VersionError, match="version 4"):
+        wire.decode([header, b"\x92\xa5hello\xa6engine"])

@@ -1,0 +1,85 @@
+"""How KV came to be, kept apart in vLLM's prefix cache.
+
+vLLM finds a block by the tokens up to its end. KV that came through a lossy codec is not what these
+tokens give: it goes by another hash, which is found only by requests that allow that codec. What is
+computed on top of such KV goes by hashes that follow from it, and so on with it. So it is never
+found by a request that did not allow it, and never handed on: requests that hand off look for
+ordinary hashes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+_SALT = "vllm-pd-plugin:"
+
+
+class Provenance:
+    """The hashes of requests, in one engine's prefix cache. Owned by the engine's own thread."""
+
+    def __init__(self, kv_cache_manager: KVCacheManager) -> None:
+        self._pool = kv_cache_manager.block_pool
+        self._groups = list(range(kv_cache_manager.num_kv_cache_groups))
+
+    def look_for(self, request: Request, choice: CodecChoice) -> bool:
+        """Let a request that allows lossy codecs find what came through one of them, where more of
+        its prompt is there that way. Returns whether it does.
+
+        To be called before vLLM looks for its prefix."""
+        allowed = _allowed(choice)
+        if not allowed or not request.block_hashes:
+            return False
+        plain_salt, plain = request.cache_salt, list(request.block_hashes)
+        best, best_salt, found = plain, plain_salt, self._num_cached(plain)
+        for codec in allowed:
+            _rehash(request, 0, codec, plain_salt)
+            if (num_cached := self._num_cached(request.block_hashes)) > found:
+                best, best_salt = list(request.block_hashes), request.cache_salt
+                found = num_cached
+        request.block_hashes[:], request.cache_salt = best, best_salt
+        return best is not plain
+
+    def arrived(self, request: Request, first_token: int, codec: Codec) -> None:
+        """A request's KV from ``first_token`` on came through a lossy codec.
+
+        To be called before vLLM caches it."""
+        if request.block_hashes:
+            block_tokens = self._pool.hash_block_size
+            _rehash(request, first_token // block_tokens, codec, request.cache_salt)
+
+    def _num_cached(self, hashes: Sequence[Any]) -> int:
+        """Return how many leading blocks are there."""
+        for place, block_hash in enumerate(hashes):
+            if self._pool.get_cached_block(block_hash, self._groups) is None:
+                return place
+        return len(hashes)
+
+
+def _allowed(choice: CodecChoice) -> list[Codec]:
+    narrowest = choice.narrowest if choice.codec is None else choice.codec
+    return [codec for codec in Codec if 0 < codec.rank <= narrowest.rank]
+
+
+def _rehash(request: Request, num_kept: int, codec: Codec, salt: str | None) -> None:
+    """Give a request's blocks after the first ``num_kept`` hashes of their own.
+
+    These follow from the hash before them, which becomes another: vLLM has cached that block
+    already, and whoever is told of new blocks does not know what they follow.
+    """
+    hashes = request.block_hashes
+    if num_kept:
+        before: bytes = hashes[num_kept - 1]
+        mark = hashlib.blake2b(codec.encode(), key=before[:64], digest_size=len(before))
+        hashes[num_kept - 1] = type(before)(mark.digest())
+    else:
+        request.cache_salt = f"{salt or ''}{_SALT}{codec}"
+    del hashes[num_kept:]
+    request.update_block_hashes()
