@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_pd_plugin.codecs.ops import as_plane, digest_blocks
+from vllm_pd_plugin.codecs import ops
 from vllm_pd_plugin.memory.layout import BlockTables, Group
 
 
@@ -25,10 +25,12 @@ def kv_digest(
     digests = []
     layers = iter(caches)
     for group, table in zip(groups, tables, strict=True):
-        planes = [as_plane(next(layers)) for _ in group.layers]
+        planes = [ops.as_plane(next(layers)) for _ in group.layers]
         blocks = [table[i] for i in group.needed_blocks(first_token, num_tokens)]
         digests.append(
-            digest_blocks(planes, torch.tensor(blocks, dtype=torch.int64, device=planes[0].device))
+            ops.digest_blocks(
+                planes, torch.tensor(blocks, dtype=torch.int64, device=planes[0].device)
+            )
         )
     together: bytes = torch.cat(digests).cpu().numpy().tobytes()
     return together
@@ -38,5 +40,5 @@ def slab_digest(slab: torch.Tensor) -> bytes:
     """Return the digest of a piece's bytes, 8 of them."""
     plane = slab.view(1, 1, 1, -1)
     first = torch.zeros(1, dtype=torch.int64, device=slab.device)
-    digest: bytes = digest_blocks([plane], first).cpu().numpy().tobytes()
+    digest: bytes = ops.digest_blocks([plane], first).cpu().numpy().tobytes()
     return digest

@@ -101,6 +101,8 @@ class Fetch:
         self._started_at = self._clock()
         self._deadline = self._started_at + rank.timeouts.read_s
         self._reading: Reading | None = None
+        self._before: Reading | None = None
+        """Its reads of a connection that was closed."""
         self._vouched_tokens = self._asked_tokens = 0
         self._next_vouch_at = self._started_at + _VOUCH_INTERVAL_S
         self._ask_again_at = math.inf
@@ -126,6 +128,9 @@ class Fetch:
             self._clock,
             rank.digest,
         )
+        if self._before is not None:
+            self._reading.follow(self._before)
+            self._before = None
         self._send_subscribe(peer)
 
     def take(self, peer: Peer, message: AboutFetch) -> None:
@@ -189,7 +194,8 @@ class Fetch:
         is_well = self.state in (FetchState.FETCHING, FetchState.CHECKING, FetchState.COMMITTING)
         if not is_well or self._connects >= _MAX_CONNECTS:
             return False
-        self.state, self.peer, self._reading = FetchState.CONNECTING, None, None
+        self._before, self._reading = self._reading, None
+        self.state, self.peer = FetchState.CONNECTING, None
         self._deadline = self._clock() + self._timeouts.read_s
         return True
 

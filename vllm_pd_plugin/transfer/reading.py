@@ -139,6 +139,7 @@ class Reading:
         """In the order in which they were begun, which is that in which they are waited for."""
         self._pending: deque[_Pending] = deque()
         self._next_number = 0
+        self._lost: list[int] = []
         self._last_end = 0.0
 
     @property
@@ -194,12 +195,24 @@ class Reading:
 
     def disconnected(self) -> None:
         """The connection is closed: nothing is written any more."""
+        self._lost = [read.number for read in self._reads if read.piece is not None]
         for read in self._reads:
             if read.handle is not None:
                 self._transport.release_read(read.handle)
             self._give_back(read)
         self._reads.clear()
         self._pending.clear()
+
+    def follow(self, before: Reading) -> None:
+        """Take the place of the reads of a connection that was closed: all is read anew. The
+        producer may keep pieces for them, under numbers that are not used again."""
+        self.codec, self.counts, self._next_number = (
+            before.codec,
+            before.counts,
+            before._next_number,
+        )
+        for number in before._lost:
+            self._tell_unpacked(number)
 
     def go_on(self) -> None:
         """Begin reads of what is final and was not asked for."""
