@@ -285,7 +285,7 @@ def hand_off(
     **sampling: Any,
 ) -> Completion:
     """Prefill on one engine, decode on another, as a router does."""
-    first = producer.complete(prompt, 1, kv_transfer_params=PRODUCE, **_unseeded(sampling))
+    first = producer.complete(prompt, 1, kv_transfer_params=PRODUCE, **sampling)
     return consumer.complete(
         prompt, max_tokens, kv_transfer_params=first.kv_transfer_params, **sampling
     )
@@ -314,18 +314,10 @@ def hand_off_at_once(
     """Ask both engines at the same moment, as a dispatcher does that need not wait."""
     produce, consume = at_once(producer)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(
-            producer.complete, prompt, 1, kv_transfer_params=produce, **_unseeded(sampling)
-        )
+        first = pool.submit(producer.complete, prompt, 1, kv_transfer_params=produce, **sampling)
         answer = consumer.complete(prompt, max_tokens, kv_transfer_params=consume, **sampling)
         first.exception(120)  # ended with an error when the consumer had no need of it
     return answer
-
-
-def _unseeded(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the seed: the producer's token is not used, and vLLM's CPU backend dies of a seeded
-    prompt that is computed in several steps ("CPU Generator does not use offset")."""
-    return {name: value for name, value in sampling.items() if name != "seed"}
 
 
 def parse_completion(answer: Mapping[str, Any]) -> Completion:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader, ReaderTensor, dequantize
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -106,6 +106,53 @@ def tiny_llama() -> Path:
     return _make_random("tiny-llama", LlamaForCausalLM, config)
 
 
+def tiny_llama_other() -> Path:
+    """The same configuration as `tiny_llama()`, to the byte, with other weights."""
+
+    def write(folder: Path) -> None:
+        source = tiny_llama()
+        for file in source.iterdir():
+            shutil.copy(file, folder)
+        _rewrite(folder, lambda name, weight: weight * 1.5 if weight.dim() == 2 else weight)
+
+    return _make_once("tiny-llama-other", write)
+
+
+def reshard(source: Path, folder: Path) -> None:
+    """Copy a model into a folder, with its weights in two files."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {1: names[::2], 2: names[1::2]}
+    where = {}
+    for number, some in parts.items():
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in some}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(some, file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _rewrite(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Change the weights in a folder's files."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: change(name, weight) for name, weight in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+
+
+def change_one_row(folder: Path) -> None:
+    """Change one row of the embedding, of a token that nobody says."""
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name == "model.embed_tokens.weight":
+            weight[-1] += 1
+        return weight
+
+    _rewrite(folder, change)
+
+
 def tiny_mla() -> Path:
     """DeepSeek-V2 without experts: its KV cache is the same on every rank.
 
@@ -164,12 +211,20 @@ def bench_llama() -> Path:
     return _make_random("bench-llama", LlamaForCausalLM, config, max_positions=16_384)
 
 
+def race_llama() -> Path:
+    """Llama with 32 KiB of KV per token, and as little to compute as can be: reading takes long."""
+    config = _llama(hidden=64, mlp=128, num_layers=4, num_heads=16, num_kv_heads=16, head_dim=64)
+    return _make_random("race-llama", LlamaForCausalLM, config)
+
+
 MODELS: dict[str, Callable[[], Path]] = {
     "smollm2": smollm2,
     "tiny-llama": tiny_llama,
+    "tiny-llama-other": tiny_llama_other,
     "tiny-mla": tiny_mla,
     "tiny-gemma3": tiny_gemma3,
     "bench-llama": bench_llama,
+    "race-llama": race_llama,
 }
 
 

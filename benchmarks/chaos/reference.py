@@ -17,14 +17,19 @@ Question = Callable[[Engine], Completion]
 
 
 def reference_answers(
-    questions: Mapping[int, Question], flags: Sequence[str], folder: Path, stack: ExitStack
+    questions: Mapping[int, Question],
+    flags: Sequence[str],
+    folder: Path,
+    stack: ExitStack,
+    model: Path | None = None,
 ) -> dict[int, Completion]:
     """Start an engine without a connector and return its answers, by the requests' indices.
 
     stack: gets what ends the engine.
+    model: `tiny_llama()` where none is given.
     """
     say(f"reference: starting one plain engine, for {len(questions)} prompts")
-    engine = start("reference", models.tiny_llama(), flags, cores="0", folder=folder)
+    engine = start("reference", model or models.tiny_llama(), flags, cores="0", folder=folder)
     stack.enter_context(running([engine]))
     return asyncio.run(_ask_all(engine, questions))
 

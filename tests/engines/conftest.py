@@ -1,18 +1,19 @@
-"""Real engines, shared by all tests of a module: they take half a minute to start."""
+"""Real engines, shared by as many tests as possible: they take half a minute to start."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests import models
+from tests.alone import Alone
 from tests.engine import Engine, connector_arguments, free_port, running, start
 
-# Every prompt in one step: vLLM's CPU backend dies of a seeded prompt that needs several.
 FLOAT32 = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "4096", "--max-num-batched-tokens", "4096"),
@@ -40,9 +41,9 @@ BLOCK_TOKENS = {"smollm2": 128, "tiny-llama": 128, "tiny-mla": 16, "tiny-gemma3"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trio:
-    """One engine alone, and a producer and a consumer, of the same model."""
+    """What one engine alone answers, and a producer and a consumer of the same model."""
 
-    alone: Engine
+    alone: Alone
     producer: Engine
     consumer: Engine
 
@@ -56,30 +57,56 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
 
 
-def start_trio(model: str, logs: Path, extra: tuple[str, ...] = ()) -> list[Engine]:
-    path = models.MODELS[model]()
-    common = (*ARGUMENTS[model], *extra)
+@pytest.fixture(scope="session")
+def alone_of(logs: Path) -> Iterator[Callable[[str], Alone]]:
+    """What one engine alone answers, by the name of its model."""
+    known: dict[str, Alone] = {}
+
+    def of(model: str) -> Alone:
+        if model not in known:
+            known[model] = Alone(models.MODELS[model](), ARGUMENTS[model], logs)
+        return known[model]
+
+    yield of
+    for alone in known.values():
+        alone.stop()
+
+
+def start_pair(model: str, logs: Path, consume: Sequence[str] = ()) -> list[Engine]:
+    """Start a producer and a consumer. consume: the consumer's connector, if it is not usual."""
+    path, common = models.MODELS[model](), ARGUMENTS[model]
     port = free_port()
     produce = connector_arguments("prefill", port=port, stretch_bytes=STRETCH_BYTES)
     chunked = () if model == "tiny-mla" else CHUNKED
+    words = (*common, *chunked, *produce)
+    consume = consume or connector_arguments("decode")
     return [
-        start("alone", path, common, cores="0", folder=logs),
-        start(
-            "producer",
-            path,
-            (*common, *chunked, *produce),
-            cores="0",
-            folder=logs,
-            control_port=port,
-        ),
-        start("consumer", path, (*common, *connector_arguments("decode")), cores="1", folder=logs),
+        start("producer", path, words, cores="0", folder=logs, control_port=port),
+        start("consumer", path, (*common, *consume), cores="1", folder=logs),
     ]
 
 
-@pytest.fixture(scope="module")
-def llama(logs: Path) -> Iterator[Trio]:
-    with running(start_trio("tiny-llama", logs)) as engines:
-        yield Trio(*engines)
+TrioOf = Callable[[str], Trio]
+
+
+@pytest.fixture(scope="session")
+def trio_of(logs: Path, alone_of: Callable[[str], Alone]) -> Iterator[TrioOf]:
+    """The engines of a model, for all modules that hand off between such."""
+    with ExitStack() as stack:
+        known: dict[str, Trio] = {}
+
+        def of(model: str) -> Trio:
+            if model not in known:
+                engines = stack.enter_context(running(start_pair(model, logs)))
+                known[model] = Trio(alone_of(model), *engines)
+            return known[model]
+
+        yield of
+
+
+@pytest.fixture(scope="session")
+def llama(trio_of: TrioOf) -> Trio:
+    return trio_of("tiny-llama")
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

@@ -18,11 +18,10 @@ from tests.engine import (
     Engine,
     at_once,
     connector_arguments,
-    free_port,
     running,
     start,
 )
-from tests.engines.conftest import ARGUMENTS, BLOCK_TOKENS, CHUNKED, STRETCH_BYTES, random_prompt
+from tests.engines.conftest import ARGUMENTS, BLOCK_TOKENS, TrioOf, random_prompt
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine
@@ -46,23 +45,16 @@ def model(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def trio(model: str, logs: Path) -> Iterator[list[Engine]]:
+def trio(model: str, trio_of: TrioOf, logs: Path) -> Iterator[list[Any]]:
     """One engine alone, a producer, and a consumer for which everything is packed."""
-    path, common = models.MODELS[model](), ARGUMENTS[model]
-    port = free_port()
-    produce = connector_arguments("prefill", port=port, stretch_bytes=STRETCH_BYTES)
+    usual = trio_of(model)
     consume = connector_arguments(
         "decode", packing="always", lossy_max="int2", integrity="digest", staging_bytes=8 * 2**20
     )
-    chunked = () if model == "tiny-mla" else CHUNKED
-    flags = {"alone": common, "producer": (*common, *chunked, *produce)}
-    engines = [
-        start(name, path, more, cores="0", folder=logs, control_port=port)
-        for name, more in flags.items()
-    ]
-    engines.append(start("consumer", path, (*common, *consume), cores="1", folder=logs))
-    with running(engines):
-        yield engines
+    words = (*ARGUMENTS[model], *consume)
+    consumer = start("packing", models.MODELS[model](), words, cores="1", folder=logs)
+    with running([consumer]):
+        yield [usual.alone, usual.producer, consumer]
 
 
 def fetch(trio: list[Engine], prompt: list[int], codec: str | None, **more: Any) -> Completion:
@@ -158,3 +150,25 @@ def test_a_codec_that_is_not_known_fails_its_request_only(trio: list[Engine], mo
     with pytest.raises(httpx.HTTPStatusError, match="500"):
         consumer.complete(prompt, kv_transfer_params=params)
     assert fetch(trio, random_prompt(40, 10), "int8").finish_reason == "length"
+
+
+def test_what_came_through_a_lossy_codec_is_nobody_else_s_prefix(
+    trio: list[Engine], model: str
+) -> None:
+    """The second request asks for its KV as it is, and shares a prefix with the first."""
+    if model == "tiny-mla":
+        pytest.skip("vLLM's CPU backend turns prefix caching off for MLA")
+    alone, producer, consumer = trio
+    prefix = random_prompt(4 * BLOCK_TOKENS[model], 980)
+    first, second = (prefix + random_prompt(20, seed) for seed in (981, 982))
+    fetch(trio, first, "int2")
+    before = consumer.metrics()
+    answer = fetch(trio, second, "raw")
+    compare(alone.complete(second), answer, FLOAT32)
+    moved = counted(consumer, before, "pd_fetch_kv_bytes_total")
+    # And one that allows the codec finds what is there.
+    before = consumer.metrics()
+    fetch(trio, prefix + random_prompt(20, 983), "int2")
+    assert counted(consumer, before, "pd_fetch_kv_bytes_total") < 0.7 * moved
+    for engine in (producer, consumer):
+        engine.wait_until_at_rest()

@@ -90,7 +90,7 @@ def test_a_refused_config_of_llm_says_what_to_do() -> None:
     )
     status, text = run(sys.executable, "-c", code)
     assert status == 1
-    assert "lease_s=-1 is not a time; allowed are 0.1 to 86400 seconds" in text
+    assert "lease_s=-1 is not a time; allowed are 0.05 to 86400 seconds" in text
 
 
 def test_json_yaml_and_the_role_both_start_engines_that_work(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from tests.engine import Completion, hand_off, hand_off_at_once, running
-from tests.engines.conftest import BLOCK_TOKENS, Trio, random_prompt, start_trio
+from tests.engine import Completion, hand_off, hand_off_at_once
+from tests.engines.conftest import BLOCK_TOKENS, Trio, TrioOf, random_prompt
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine
@@ -27,9 +26,8 @@ def model(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def trio(model: str, logs: Path) -> Iterator[Trio]:
-    with running(start_trio(model, logs)) as engines:
-        yield Trio(*engines)
+def trio(model: str, trio_of: TrioOf) -> Trio:
+    return trio_of(model)
 
 
 def lengths(model: str) -> list[int]:
@@ -40,7 +38,8 @@ def lengths(model: str) -> list[int]:
 
 
 def test_adjacent_blocks_become_one_descriptor_a_layer(trio: Trio, model: str) -> None:
-    """First of all: an engine that has just started gives out its blocks in ascending order.
+    """First of all (see ``tests/conftest.py``): an engine gives out its blocks in ascending order
+    while it is new.
 
     The prompt is computed in one step: between two, a sliding window gives blocks back."""
     hand_off(trio.producer, trio.consumer, random_prompt(5 * BLOCK_TOKENS[model], 300), 2)
@@ -82,6 +81,16 @@ def test_kv_moves_while_the_prompt_is_computed(trio: Trio, model: str) -> None:
     before = trio.consumer.metrics()["pd_fetch_stretches_total"]
     hand_off_at_once(trio.producer, trio.consumer, random_prompt(1500, 400), 2)
     assert trio.consumer.metrics()["pd_fetch_stretches_total"] >= before + 3
+    trio.assert_at_rest()
+
+
+def test_a_seeded_prompt_may_be_computed_in_several_steps(trio: Trio, model: str) -> None:
+    """It ends a CPU engine of vLLM's own, without our connector: a client needs only a seed."""
+    if model != "tiny-llama":
+        pytest.skip("one model is enough: nothing in it depends on the model")
+    prompt, seeded = random_prompt(3000, 500), {"temperature": 0.9, "top_p": 0.95, "seed": 5}
+    expected = trio.alone.complete(prompt, **seeded)  # in one step
+    compare(expected, trio.producer.complete(prompt, **seeded), FLOAT32)  # in four
     trio.assert_at_rest()
 
 

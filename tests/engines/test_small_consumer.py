@@ -17,13 +17,12 @@ from tests.engine import (
     Engine,
     at_once,
     connector_arguments,
-    free_port,
     hand_off,
     hand_off_at_once,
     running,
     start,
 )
-from tests.engines.conftest import ARGUMENTS, CHUNKED, STRETCH_BYTES, random_prompt
+from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine
@@ -36,25 +35,15 @@ GUESSING = ("--speculative-config", json.dumps({
 
 
 @pytest.fixture(scope="module")
-def engines(logs: Path) -> Iterator[dict[str, Engine]]:
+def engines(logs: Path, llama: Trio) -> Iterator[dict[str, Engine]]:
     path, common = models.tiny_llama(), ARGUMENTS["tiny-llama"]
-    port = free_port()
-    produce = connector_arguments("prefill", port=port, stretch_bytes=STRETCH_BYTES)
     consume = connector_arguments("decode")
     started = [
-        start(
-            "producer",
-            path,
-            (*common, *CHUNKED, *produce),
-            cores="0",
-            folder=logs,
-            control_port=port,
-        ),
         start("small", path, (*common, *consume, *TINY_POOL), cores="1", folder=logs),
         start("guessing", path, (*common, *consume, *GUESSING), cores="1", folder=logs),
     ]
     with running(started):
-        yield {engine.name: engine for engine in started}
+        yield {engine.name: engine for engine in (llama.producer, *started)}
 
 
 def test_twenty_requests_share_a_pool_that_holds_two(engines: dict[str, Engine]) -> None:
@@ -94,3 +83,35 @@ def test_guessing_ahead_changes_no_token(engines: dict[str, Engine]) -> None:
     assert guessing.metrics()["vllm:spec_decode_num_draft_tokens_total"] > 0
     for engine in (producer, guessing):
         engine.wait_until_at_rest()
+
+
+def test_guessing_ahead_spoils_no_batch(engines: dict[str, Engine], llama: Trio) -> None:
+    """Greedy and sampled requests, handed off and not, in one batch with speculated tokens."""
+    guessing, producer = engines["guessing"], engines["producer"]
+    prompts = [random_prompt(70, 95 + i) * 4 for i in range(4)]
+    expected = [llama.alone.complete(prompt, 40) for prompt in prompts]
+    # Only the most likely token can be sampled: at any temperature it is the greedy one.
+    certain = {"temperature": 0.7, "top_k": 1, "seed": 3}
+    begun = guessing.metrics()["vllm:spec_decode_num_draft_tokens_total"]
+
+    def ask(index: int) -> Completion:
+        match index:
+            case 0:
+                return hand_off(producer, guessing, prompts[0], 40)
+            case 1:
+                return hand_off_at_once(producer, guessing, prompts[1], 40, **certain)
+            case 2:
+                return guessing.complete(prompts[2], 40)
+            case 3:
+                return guessing.complete(prompts[3], 40, **certain)
+        return guessing.complete(random_prompt(90, 110 + index), 40, temperature=1.0, seed=index)
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, range(6)))
+    for one, other in zip(expected, answers[:4], strict=True):
+        assert one.token_ids == other.token_ids
+    for one, other in ((expected[0], answers[0]), (expected[2], answers[2])):
+        compare(one, other, FLOAT32)
+    assert all(len(answer.token_ids) == 40 for answer in answers)
+    assert guessing.metrics()["vllm:spec_decode_num_draft_tokens_total"] > begun
+    guessing.wait_until_at_rest()

@@ -1,9 +1,8 @@
-"""Two releases side by side whose control protocols differ: each works with its own only."""
+"""Releases side by side: engines meet at the version that both know, or refuse in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -15,20 +14,24 @@ from tests.engine import (
     connector_arguments,
     free_port,
     hand_off,
+    hand_off_at_once,
     running,
     start,
     start_frontend,
 )
-from tests.engines.conftest import ARGUMENTS, random_prompt
+from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
+from tests.parity import FLOAT32, compare
 from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-_NEXT_RELEASE = f"""
+NEXT = PROTOCOL_VERSION + 1
+
+_NEXT_RELEASE = """
 import importlib.abc, importlib.util, sys
 
 class Next(importlib.abc.MetaPathFinder):
-    # What the next release does: another version in every header.
+    # What the next release does: another version, and perhaps no knowledge of ours.
     def find_spec(self, name, path, target=None):
         if name != "vllm_pd_plugin.protocol.wire":
             return None
@@ -37,7 +40,8 @@ class Next(importlib.abc.MetaPathFinder):
         load = spec.loader.exec_module
         def exec_module(module):
             load(module)
-            module.PROTOCOL_VERSION = {PROTOCOL_VERSION + 1}
+            module.PROTOCOL_VERSION = {newest}
+            module.OLDEST_VERSION = {oldest}
         spec.loader.exec_module = exec_module
         return spec
 
@@ -46,30 +50,38 @@ sys.meta_path.insert(0, Next())
 
 
 class Site:
-    """engines: a prefill and a decode engine of each release."""
+    """engines: a prefill and a decode engine of each release.
 
-    def __init__(self, logs: Path, stack: ExitStack) -> None:
-        folder = logs / "next-release"
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(_NEXT_RELEASE)
-        self.environs = {"old": {}, "new": {"PYTHONPATH": str(folder)}}
-        self.model = models.tiny_llama()
+    The next release's decode engine still knows our version; its prefill engine does not."""
+
+    def __init__(self, logs: Path, llama: Trio) -> None:
         self._logs = logs
-        self.engines: dict[tuple[str, str], Engine] = {}
-        for release, environ in self.environs.items():
-            for role in ("prefill", "decode"):
-                port = free_port()
-                arguments = (*ARGUMENTS["tiny-llama"], *connector_arguments(role, port=port))
-                self.engines[release, role] = start(
-                    f"{release}-{role}",
-                    self.model,
-                    arguments,
-                    cores="0" if role == "prefill" else "1",
-                    folder=logs,
-                    control_port=port,
-                    environ=environ,
-                )
-        stack.enter_context(running(list(self.engines.values())))
+        self.model = models.tiny_llama()
+        self.environs: dict[str, dict[str, str]] = {"old": {}}
+        self.engines: dict[tuple[str, str], Engine] = {
+            ("old", "prefill"): llama.producer,
+            ("old", "decode"): llama.consumer,
+        }
+        for role, oldest in (("prefill", NEXT), ("decode", PROTOCOL_VERSION)):
+            folder = logs / f"next-release-{oldest}"
+            folder.mkdir()
+            code = _NEXT_RELEASE.format(newest=NEXT, oldest=oldest)
+            (folder / "sitecustomize.py").write_text(code)
+            self.environs["new"] = {"PYTHONPATH": str(folder)}
+            port = free_port()
+            self.engines["new", role] = start(
+                f"new-{role}",
+                self.model,
+                (*ARGUMENTS["tiny-llama"], *connector_arguments(role, port=port)),
+                cores="0" if role == "prefill" else "1",
+                folder=logs,
+                control_port=port,
+                environ=self.environs["new"],
+            )
+
+    @property
+    def started(self) -> list[Engine]:
+        return [engine for (release, _), engine in self.engines.items() if release == "new"]
 
     def frontend(self, release: str) -> Engine:
         """A frontend of a release over all four engines."""
@@ -88,30 +100,44 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(logs: Path) -> Iterator[Site]:
-    with ExitStack() as stack:
-        yield Site(logs, stack)
+def site(logs: Path, llama: Trio) -> Iterator[Site]:
+    site = Site(logs, llama)
+    with running(site.started):
+        yield site
 
 
-def test_engines_of_two_releases_refuse_each_other(site: Site) -> None:
+@pytest.mark.parametrize("release", ["old", "new"])
+def test_an_engine_that_knows_both_versions_fetches_from_either(
+    site: Site, llama: Trio, release: str
+) -> None:
+    producer, consumer = site.engines[release, "prefill"], site.engines["new", "decode"]
+    for seed, how in enumerate((hand_off, hand_off_at_once)):
+        prompt = random_prompt(600, 80 + 10 * (release == "new") + seed)
+        compare(llama.alone.complete(prompt), how(producer, consumer, prompt), FLOAT32)
+    for engine in (producer, consumer):
+        engine.wait_until_at_rest()
+
+
+def test_engines_without_a_common_version_refuse_each_other(site: Site, llama: Trio) -> None:
     """Neither hangs, and neither uses what the other says."""
-    prompt = random_prompt(300, 90)
-    for ours, theirs in (("old", "new"), ("new", "old")):
-        producer, consumer = site.engines[ours, "prefill"], site.engines[theirs, "decode"]
-        with pytest.raises(httpx.HTTPStatusError):
-            hand_off(producer, consumer, prompt, 8)
-        assert "speaks version" in consumer.log.read_text()
-        own = site.engines[theirs, "prefill"]
-        assert hand_off(own, consumer, prompt, 8).token_ids == own.complete(prompt, 8).token_ids
-    for engine in site.engines.values():
+    prompt = random_prompt(300, 70)
+    theirs, ours = site.engines["new", "prefill"], llama.consumer
+    with pytest.raises(httpx.HTTPStatusError):
+        hand_off(theirs, ours, prompt, 8)
+    assert "speaks version" in ours.log.read_text()
+    expected = llama.alone.complete(prompt, 8)
+    compare(expected, hand_off(llama.producer, ours, prompt, 8), FLOAT32)
+    for engine in (theirs, ours):
         engine.wait_until_at_rest(60)
 
 
 @pytest.mark.parametrize("release", ["old", "new"])
-def test_a_frontend_keeps_to_engines_of_its_own_release(site: Site, release: str) -> None:
+def test_a_frontend_keeps_to_engines_of_its_own_release(
+    site: Site, llama: Trio, release: str
+) -> None:
     other = {"old": "new", "new": "old"}[release]
     prompt = random_prompt(300, 91)
-    expected = site.engines[release, "prefill"].complete(prompt, 40)
+    expected = llama.alone.complete(prompt, 40)
     with running([site.frontend(release)]) as (frontend,):
         states = {
             engine["url"]: (engine["state"], engine["problem"])

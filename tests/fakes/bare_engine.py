@@ -32,7 +32,8 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request, RequestStatus
 
-    from vllm_pd_plugin.edge.scheduler import EngineRole, SchedulerSide
+    from vllm_pd_plugin.edge.description import EngineRole
+    from vllm_pd_plugin.edge.scheduler import SchedulerSide
     from vllm_pd_plugin.edge.worker import WorkerSide
 
 BLOCK, HEADS, WIDTH, NUM_BLOCKS = 16, 2, 32, 64

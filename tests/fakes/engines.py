@@ -26,9 +26,8 @@ from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Rele
 from vllm_pd_plugin.protocol.handoff import Advance
 from vllm_pd_plugin.protocol.peers import Identity, PeerTable
 from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
-from vllm_pd_plugin.transfer.fetch import Rank, Timeouts
 from vllm_pd_plugin.transfer.plane import TransferPlane
-from vllm_pd_plugin.transfer.reading import LocalRank
+from vllm_pd_plugin.transfer.rank import LocalRank, Rank, Timeouts
 from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec
 
 PEER_TIMEOUT_S = 5.0

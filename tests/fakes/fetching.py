@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tests.fakes.engines import FakeCluster
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.protocol.peers import IDLE_S
-from vllm_pd_plugin.transfer.fetch import Timeouts
+from vllm_pd_plugin.transfer.rank import Timeouts
 
 TOKENS = 8
 THERE, HERE = [3, 4], [7, 9]

@@ -7,7 +7,7 @@ from tests.fakes.memory import kv_of
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.memory.layout import EngineLayout
 from vllm_pd_plugin.packing.incoming import Packing
-from vllm_pd_plugin.transfer.fetch import Timeouts
+from vllm_pd_plugin.transfer.rank import Timeouts
 
 TOKENS = 16
 PROMPT, ANOTHER = 1, 2

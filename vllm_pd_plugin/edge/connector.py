@@ -21,16 +21,18 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm_pd_plugin.compat import require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.edge import geometry, sampling
+from vllm_pd_plugin.edge.description import EngineRole
 from vllm_pd_plugin.edge.hooks import (
     admit_frontends,
     call_on_arrival,
     end_abandoned_requests,
+    free_blocks_once,
     watch_weights,
 )
 from vllm_pd_plugin.edge.identity import LocalIdentity
 from vllm_pd_plugin.edge.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdPromMetrics, PdStats
-from vllm_pd_plugin.edge.scheduler import EngineRole, SchedulerSide
+from vllm_pd_plugin.edge.scheduler import SchedulerSide
 from vllm_pd_plugin.edge.worker import WorkerSide
 from vllm_pd_plugin.ids import RequestId
 from vllm_pd_plugin.net.nixl_transport import NixlTransport
@@ -71,7 +73,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             engine_role = EngineRole(transfer.is_kv_producer, transfer.is_kv_consumer, recomputes)
             identify = partial(LocalIdentity, vllm_config, config.weights_id)
             self._scheduler = SchedulerSide(config, engine_id, engine_role, identify)
+            self.receiving: set[RequestId] = set()
+            """Requests that ended while their KV was received; see ``hooks.free_blocks_once``."""
             end_abandoned_requests()
+            free_blocks_once()
             call_on_arrival(self._scheduler.wake)
             admit_frontends()
             watch_weights()

@@ -6,13 +6,13 @@ Owned by the engine's own thread.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.containment import Containment
+from vllm_pd_plugin.edge.consumer_request import ConsumingRequest, FetchOrders, Stage
 from vllm_pd_plugin.edge.metadata import FetchReport
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.prompts import prompt_fingerprint
@@ -33,48 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Stage(enum.Enum):
-    FOLLOWING = enum.auto()
-    """Another request fetches the same handoff (``n`` > 1): its blocks will be in the cache."""
-    WANTED = enum.auto()
-    OFFERED = enum.auto()
-    FETCHING = enum.auto()
-    WANTED_ELSEWHERE = enum.auto()
-    """It has blocks, a fetch has failed, and another producer is asked."""
-    FINISHED = enum.auto()
-    """The request has ended; its fetch is still to be reported."""
-    FAILED = enum.auto()
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Consuming:
-    """sources: where the KV may be; the first is the one that is asked or fetched from."""
-
-    request: Request
-    sources: list[Source]
-    stage: _Stage = _Stage.WANTED
-    num_tokens: int = 0
-    missing: int = 0
-    """How many of them this engine lacked when it was last asked."""
-    spec: FetchSpec | None = None
-    """What the workers were last told to fetch."""
-    attempt: int = 0
-    codec: CodecChoice = CodecChoice()
-    seeds: bool = False
-    """It is to go on after the token that the producer has sampled."""
-    is_lossy: bool = False
-    """It is known in the prefix cache by hashes of lossy KV, from its first block on."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class FetchOrders:
-    """What the workers are to do; see ``metadata.StepMetadata``."""
-
-    fetches: tuple[FetchSpec, ...]
-    refused: tuple[RequestId, ...]
-    cancels: dict[RequestId, Reason]
-
-
 class ConsumingRequests:
     """Which requests fetch, and how far each is."""
 
@@ -91,7 +49,7 @@ class ConsumingRequests:
         self._recomputes = recomputes
         self._call = call
         self._stats = stats
-        self._open: dict[RequestId, _Consuming] = {}
+        self._open: dict[RequestId, ConsumingRequest] = {}
         self._leaders: dict[HandoffId, RequestId] = {}
         self._fetches: list[FetchSpec] = []
         self._refused: list[RequestId] = []
@@ -118,18 +76,18 @@ class ConsumingRequests:
 
         seeds: go on after the token that the producer has sampled.
         """
-        consuming = _Consuming(request, list(sources), codec=codec, seeds=seeds)
+        consuming = ConsumingRequest(request, list(sources), codec=codec, seeds=seeds)
         self._open[request.request_id] = consuming
         self._look_for_lossy(consuming)
         if self._is_led(consuming):
-            consuming.stage = _Stage.FOLLOWING
+            consuming.stage = Stage.FOLLOWING
         else:
             self._leaders[sources[0].handoff_id] = request.request_id
             self._want(consuming)
 
     def add_failed(self, request: Request, error: HandoffError, seeds: bool = False) -> None:
         """Take a request that cannot even begin to be handed off."""
-        self._open[request.request_id] = _Consuming(request, [], seeds=seeds)
+        self._open[request.request_id] = ConsumingRequest(request, [], seeds=seeds)
         self._fail(request.request_id, error.reason, str(error))
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -137,9 +95,9 @@ class ConsumingRequests:
         consuming = self._open.get(request.request_id)
         if consuming is None:
             return 0, False
-        if consuming.stage is _Stage.WANTED:
+        if consuming.stage is Stage.WANTED:
             return None, False
-        if consuming.stage is _Stage.FOLLOWING:
+        if consuming.stage is Stage.FOLLOWING:
             if self._is_led(consuming):
                 return None, False
             if not consuming.seeds:
@@ -147,13 +105,13 @@ class ConsumingRequests:
                 return 0, False
             # Its leader is gone, and with it the token that it was to go on after.
             self._fail(request.request_id, Reason.PRODUCER_ENDED, "the first token is not known")
-        if consuming.stage is _Stage.FAILED:
+        if consuming.stage is Stage.FAILED:
             return self._match_failed(consuming)
         missing = consuming.missing = consuming.num_tokens - num_computed_tokens
         # The last token of a prompt is computed again in any case, unless the next one is known.
         return (missing, True) if missing > 1 or consuming.seeds else (0, False)
 
-    def _match_failed(self, consuming: _Consuming) -> tuple[int | None, bool]:
+    def _match_failed(self, consuming: ConsumingRequest) -> tuple[int | None, bool]:
         # vLLM fails a request only through a failed receive, so one is staged: a single token,
         # whose load the workers report as failed without starting it.
         if not self._recomputes:
@@ -184,15 +142,15 @@ class ConsumingRequests:
         if consuming is None:
             return
         if num_external_tokens == 0:  # everything is here already, or is computed here
-            if consuming.missing > 1 and consuming.stage is not _Stage.FAILED:
+            if consuming.missing > 1 and consuming.stage is not Stage.FAILED:
                 # vLLM loads nothing for this request (it wants prompt_logprobs, for one), or
                 # another connector does.
                 self._stats.record_failure(Reason.NOT_LOADED)
                 logger.warning("handoff of request %s: vLLM does not load it", request_id)
-            if consuming.seeds and consuming.stage is not _Stage.FAILED:
+            if consuming.seeds and consuming.stage is not Stage.FAILED:
                 self._hopeless.append(request_id)  # its first token would be given out twice
             self._forget(request_id, cancel=True)
-        elif consuming.stage is _Stage.FAILED:
+        elif consuming.stage is Stage.FAILED:
             self._refused.append(request_id)
         else:
             consuming.spec = FetchSpec(
@@ -228,19 +186,19 @@ class ConsumingRequests:
             self._lose(consuming, Reason.PROMPT_MISMATCH, text)
             return
         consuming.sources[0] = offer.source
-        if consuming.stage is _Stage.WANTED_ELSEWHERE:
+        if consuming.stage is Stage.WANTED_ELSEWHERE:
             self._fetch(consuming)
         else:
-            consuming.stage, consuming.num_tokens = _Stage.OFFERED, offer.num_tokens
+            consuming.stage, consuming.num_tokens = Stage.OFFERED, offer.num_tokens
 
     def lost(self, lost: Lost) -> None:
         """What a request wants cannot be had."""
         consuming = self._open.get(lost.request_id)
         if consuming is None:
             return
-        if consuming.stage is _Stage.FETCHING:
+        if consuming.stage is Stage.FETCHING:
             self._cancels[lost.request_id] = lost.reason
-        elif consuming.stage in (_Stage.WANTED, _Stage.OFFERED, _Stage.WANTED_ELSEWHERE):
+        elif consuming.stage in (Stage.WANTED, Stage.OFFERED, Stage.WANTED_ELSEWHERE):
             self._lose(consuming, lost.reason, lost.message)
 
     def collect(self, output: KVConnectorOutput) -> None:
@@ -272,14 +230,14 @@ class ConsumingRequests:
         consuming = self._open.get(request_id)
         if consuming is None:
             return
-        if consuming.stage is _Stage.FINISHED and reason is Reason.INTERNAL:
+        if consuming.stage is Stage.FINISHED and reason is Reason.INTERNAL:
             reason = Reason.ABORTED  # it was refused for that, see ``finish``
         if not failed or valid_tokens:
             self._note_codec(consuming, codec)
-        if not failed and consuming.seeds and consuming.stage is _Stage.FETCHING:
+        if not failed and consuming.seeds and consuming.stage is Stage.FETCHING:
             self._seed(consuming, sampled)
-        retries = failed and self._recomputes and consuming.stage is not _Stage.FINISHED
-        if failed and consuming.stage is not _Stage.FAILED:
+        retries = failed and self._recomputes and consuming.stage is not Stage.FINISHED
+        if failed and consuming.stage is not Stage.FAILED:
             self._fail(request_id, reason, "the fetch failed")
         if not retries:
             self._forget(request_id, cancel=failed)
@@ -295,15 +253,15 @@ class ConsumingRequests:
         consuming = self._open.get(request_id)
         if consuming is None:
             return
-        if consuming.stage is _Stage.FETCHING:
+        if consuming.stage is Stage.FETCHING:
             # vLLM keeps the blocks until the workers report the receive as finished.
-            consuming.stage = _Stage.FINISHED
+            consuming.stage = Stage.FINISHED
             if len(consuming.sources) == 1:
                 self._cancels[request_id] = Reason.ABORTED
             else:  # a cancelled fetch that is not the last chance would not be reported
                 self._refused.append(request_id)
-        elif consuming.stage is _Stage.WANTED_ELSEWHERE:
-            consuming.stage = _Stage.FINISHED
+        elif consuming.stage is Stage.WANTED_ELSEWHERE:
+            consuming.stage = Stage.FINISHED
             self._refused.append(request_id)
             self._close(request_id, cancel=True)
         else:
@@ -314,7 +272,7 @@ class ConsumingRequests:
         hopeless, self._hopeless = self._hopeless, []
         return hopeless
 
-    def _seed(self, consuming: _Consuming, sampled: int | None) -> None:
+    def _seed(self, consuming: ConsumingRequest, sampled: int | None) -> None:
         """Let a request that has not been scheduled yet begin after the producer's token."""
         request = consuming.request
         if sampled is None:
@@ -328,7 +286,7 @@ class ConsumingRequests:
         request.num_prompt_tokens += 1
         request.update_block_hashes()
 
-    def _look_for_lossy(self, consuming: _Consuming) -> None:
+    def _look_for_lossy(self, consuming: ConsumingRequest) -> None:
         """Let a request that allows a lossy codec find what came through one before."""
         allows = (
             consuming.codec.codec is not Codec.RAW and consuming.codec.narrowest is not Codec.RAW
@@ -336,7 +294,7 @@ class ConsumingRequests:
         if self._provenance is not None and allows and not consuming.is_lossy:
             consuming.is_lossy = self._provenance.look_for(consuming.request, consuming.codec)
 
-    def _note_codec(self, consuming: _Consuming, codec: Codec) -> None:
+    def _note_codec(self, consuming: ConsumingRequest, codec: Codec) -> None:
         """KV has arrived that vLLM is about to cache."""
         if codec is Codec.RAW or consuming.is_lossy:
             return
@@ -345,18 +303,18 @@ class ConsumingRequests:
         self._provenance.arrived(consuming.request, consuming.spec.first_token, codec)
         consuming.is_lossy = True
 
-    def _is_led(self, consuming: _Consuming) -> bool:
+    def _is_led(self, consuming: ConsumingRequest) -> bool:
         return self._leaders.get(consuming.sources[0].handoff_id) in self._open
 
-    def _want(self, consuming: _Consuming) -> None:
+    def _want(self, consuming: ConsumingRequest) -> None:
         request_id, source = consuming.request.request_id, consuming.sources[0]
         self._call(lambda control: control.want(request_id, source))
 
-    def _fetch(self, consuming: _Consuming) -> None:
+    def _fetch(self, consuming: ConsumingRequest) -> None:
         """Let the workers fetch from the source that has offered."""
         assert consuming.spec is not None
         request_id = consuming.request.request_id
-        consuming.stage = _Stage.FETCHING
+        consuming.stage = Stage.FETCHING
         self._call(lambda control: control.allocated(request_id))
         consuming.spec = dataclasses.replace(
             consuming.spec,
@@ -368,12 +326,12 @@ class ConsumingRequests:
         )
         self._fetches.append(consuming.spec)
 
-    def _lose(self, consuming: _Consuming, reason: Reason, message: str) -> None:
+    def _lose(self, consuming: ConsumingRequest, reason: Reason, message: str) -> None:
         """The first source is of no use: turn to the next, or fail."""
         request_id = consuming.request.request_id
-        has_blocks = consuming.stage in (_Stage.FETCHING, _Stage.WANTED_ELSEWHERE)
+        has_blocks = consuming.stage in (Stage.FETCHING, Stage.WANTED_ELSEWHERE)
         if len(consuming.sources) > 1:
-            consuming.stage = _Stage.WANTED_ELSEWHERE if has_blocks else _Stage.WANTED
+            consuming.stage = Stage.WANTED_ELSEWHERE if has_blocks else Stage.WANTED
             address = consuming.sources.pop(0).address
             consuming.attempt += 1
             self._stats.record_retry(reason)
@@ -397,7 +355,7 @@ class ConsumingRequests:
         self._report.attempts.pop(request_id)
         if consuming is None or attempt != consuming.attempt:
             return  # another rank has said so before
-        if consuming.stage is _Stage.FETCHING:
+        if consuming.stage is Stage.FETCHING:
             self._close(request_id, cancel=True)
             self._lose(consuming, reason, "the fetch failed")
 
@@ -406,7 +364,7 @@ class ConsumingRequests:
         if self._open[request_id].seeds and recomputes:
             recomputes = False
             self._hopeless.append(request_id)
-        self._open[request_id].stage = _Stage.FAILED
+        self._open[request_id].stage = Stage.FAILED
         self._stats.record_failure(reason)
         logger.warning(
             "handoff of request %s failed (%s): %s; %s",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _MARK = "_vllm_pd_plugin"
 _WATCHED = "_vllm_pd_plugin_weights"
+_FREED = "_vllm_pd_plugin_frees"
 _WAKERS: list[Callable[[], None]] = []
 
 
@@ -73,6 +74,42 @@ def end_abandoned_requests() -> None:
 
     Scheduler.update_from_output = with_abandoned
     setattr(Scheduler, _MARK, True)
+
+
+def free_blocks_once() -> None:
+    """Let a request that ends while its KV is being received be freed when the receive has ended,
+    whatever another connector beside ours says of it, and only then.
+
+    vLLM frees the blocks at the first word from either, and ends the engine at the second.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if getattr(Scheduler, _FREED, False):
+        return
+    free_request, take_ends = Scheduler._free_request, Scheduler._update_from_kv_xfer_finished
+
+    @functools.wraps(free_request)
+    def and_note(self: Scheduler, request: Any, delay_free_blocks: bool = False) -> Any:
+        if delay_free_blocks and (own := own_connector(self.connector)) is not None:
+            own.receiving.add(request.request_id)
+        return free_request(self, request, delay_free_blocks)
+
+    @functools.wraps(take_ends)
+    def once(self: Scheduler, output: Any) -> None:
+        own = own_connector(self.connector)
+        if own is None:
+            take_ends(self, output)
+            return
+        output.finished_sending = {
+            request_id
+            for request_id in output.finished_sending or ()
+            if request_id in self.requests and request_id not in own.receiving
+        }
+        take_ends(self, output)
+        own.receiving.difference_update(output.finished_recving or ())
+
+    Scheduler._free_request, Scheduler._update_from_kv_xfer_finished = and_note, once
+    setattr(Scheduler, _FREED, True)
 
 
 def call_on_arrival(wake: Callable[[], None]) -> None:

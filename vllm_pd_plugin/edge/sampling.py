@@ -26,6 +26,7 @@ def mend() -> None:
     rejection_sampler.expand_batch_to_tokens = _expanding_on_cpu(
         rejection_sampler.expand_batch_to_tokens
     )
+    rejection_sampler.apply_top_k_top_p = _unless_empty(rejection_sampler.apply_top_k_top_p)
     setattr(GPUModelRunner, _MARK, True)
 
 
@@ -48,6 +49,22 @@ def _with_generators_set_aside(sample_tokens: Any) -> Any:
             return sample_tokens(self, *args, **kwargs)
         finally:
             batch.generators.update(aside)
+
+    return wrapped
+
+
+def _unless_empty(apply_top_k_top_p: Any) -> Any:
+    """Let a step have no speculated token although speculation is on: vLLM's replacement for a GPU
+    kernel asks for the largest of no top-k, and the engine ends."""
+
+    @functools.wraps(apply_top_k_top_p)
+    def wrapped(
+        logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None
+    ) -> torch.Tensor:
+        if not logits.numel():
+            return logits
+        masked: torch.Tensor = apply_top_k_top_p(logits, k, p)
+        return masked
 
     return wrapped
 

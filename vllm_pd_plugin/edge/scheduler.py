@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -12,17 +11,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from vllm.version import __version__ as vllm_version
 
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.edge.consumer_requests import ConsumingRequests
+from vllm_pd_plugin.edge.description import EngineRole, describe
 from vllm_pd_plugin.edge.identity import AdapterFingerprints, LocalIdentity
 from vllm_pd_plugin.edge.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.producer_requests import ProducingRequests
 from vllm_pd_plugin.engine_port import messages
-from vllm_pd_plugin.engine_port.messages import EngineDescription
 from vllm_pd_plugin.engine_port.server import TokenServer, divert_outputs
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
@@ -32,7 +30,6 @@ from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Listener, Loop
 from vllm_pd_plugin.protocol.control import ControlPlane, LocalEngine
 from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Released
 from vllm_pd_plugin.protocol.params import (
-    allowed_codecs,
     describe_handoff,
     parse_codec,
     parse_sources,
@@ -42,7 +39,6 @@ from vllm_pd_plugin.protocol.params import (
 from vllm_pd_plugin.protocol.peers import Identity, PeerTable
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine.core import EngineCoreProc
@@ -52,21 +48,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MIN_REST_S, _MAX_REST_S = 0.001, 0.032
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineRole:
-    """What this engine may do with KV, and what it does when a fetch fails."""
-
-    produces: bool
-    consumes: bool
-    recomputes: bool
-
-    @property
-    def name(self) -> str:
-        if self.produces and self.consumes:
-            return "both"
-        return "prefill" if self.produces else "decode"
 
 
 class SchedulerSide:
@@ -153,9 +134,10 @@ class SchedulerSide:
         self._contain.run("admitting frontends", lambda: self._admit(core), None)
 
     def _admit(self, core: EngineCoreProc) -> None:
+        engine_id, port = self._identity.engine_id, self._listener.port
         server = TokenServer(
             core,
-            self._describe(core.vllm_config),
+            describe(core.vllm_config, self._config, self._role, engine_id, port, self._local.kv),
             self._identity.incarnation,
             self._loop.call,
             self._listener.send,
@@ -170,26 +152,6 @@ class SchedulerSide:
         assert self._tokens is not None
         description: dict[str, Any] = msgspec.to_builtins(self._tokens.description)
         return description | {"incarnation": self._identity.incarnation}
-
-    def _describe(self, config: VllmConfig) -> EngineDescription:
-        served = config.model_config.served_model_name
-        return EngineDescription(
-            engine_id=self._identity.engine_id,
-            role=self._role.name,
-            model=served if isinstance(served, str) else served[0],
-            vllm_version=vllm_version,
-            control_host=self._config.advertise_host,
-            control_port=self._listener.port,
-            max_model_len=config.model_config.max_model_len,
-            max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
-            data_parallel_size=config.parallel_config.data_parallel_size,
-            codecs=allowed_codecs(self._config),
-            vocab_size=config.model_config.get_vocab_size(),
-            kv=self._local.kv,
-            kv_tokens=config.cache_config.kv_cache_size_tokens or 0,
-            block_tokens=config.cache_config.block_size,
-        )
 
     def close(self) -> None:
         self._local.close()
@@ -235,9 +197,10 @@ class SchedulerSide:
         self._contain.each("a request", [request], self._add, self._refuse)
 
     def _refuse(self, request: Request) -> None:
-        request.kv_transfer_params = None
+        params, request.kv_transfer_params = request.kv_transfer_params, None
         error = HandoffError(Reason.INTERNAL, "it could not be taken in")
-        self._consuming.add_failed(request, error, wants_seed(request.kv_transfer_params))
+        seeds = isinstance(params, dict) and bool(params.get("seed_first_token"))
+        self._consuming.add_failed(request, error, seeds)
 
     def _add(self, request: Request) -> None:
         seeds = False

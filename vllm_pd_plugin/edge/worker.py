@@ -25,9 +25,8 @@ from vllm_pd_plugin.packing.digests import kv_digest
 from vllm_pd_plugin.packing.slabs import Slabs
 from vllm_pd_plugin.protocol.peers import Identity, PeerTable
 from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
-from vllm_pd_plugin.transfer.fetch import Rank, Timeouts
 from vllm_pd_plugin.transfer.plane import TransferPlane
-from vllm_pd_plugin.transfer.reading import LocalRank
+from vllm_pd_plugin.transfer.rank import LocalRank, Rank, Timeouts
 from vllm_pd_plugin.transfer.specs import FetchResult
 
 if TYPE_CHECKING:

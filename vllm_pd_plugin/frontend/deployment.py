@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,10 +17,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_pd_plugin.errors import ConfigError
+from vllm_pd_plugin.frontend.option_words import Options, dashed, words_of
 from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Role, Strategy
 
-Options = dict[str, Any]
-"""Options of ``vllm serve`` by their names, with or without dashes: ``max-model-len: 4096``."""
 _NOT_OF_A_FRONTEND = {"host", "port", "uds", "workers", "wait-for-engines"}
 _OURS = {"kv-connector", "kv-role", "host", "port", "model", "config"}
 """Options that a deployment sets by itself."""
@@ -136,7 +135,7 @@ class FrontendPool(_Model):
     @field_validator("args")
     @classmethod
     def _leaves_the_rest_alone(cls, value: Options) -> Options:
-        if taken := _NOT_OF_A_FRONTEND.intersection(_dashed(value)):
+        if taken := _NOT_OF_A_FRONTEND.intersection(dashed(value)):
             raise ValueError(f"{', '.join(sorted(taken))} cannot be set here")
         return _without_secrets(value)
 
@@ -241,7 +240,7 @@ class Deployment(_Model):
 
     def engine_options(self, role: Role) -> Options:
         """Return what is said of the engines of a role, by the options' names with dashes."""
-        return {**_dashed(self.engine_args), **_dashed(self.pools[role].engine_args)}
+        return {**dashed(self.engine_args), **dashed(self.pools[role].engine_args)}
 
     def engine_words(self, role: Role, **connector: Any) -> list[str]:
         """Return the options of ``vllm serve`` for engines of a role, without the connector's name.
@@ -263,9 +262,9 @@ class Deployment(_Model):
         routing = self.routing.model_dump(mode="json", exclude_none=True)
         options = {
             # What a frontend must know of the model is said to the engines.
-            **{k: v for k, v in _dashed(self.engine_args).items() if k in _OF_THE_MODEL},
-            **_dashed(routing),
-            **_dashed(self.frontend.args),
+            **{k: v for k, v in dashed(self.engine_args).items() if k in _OF_THE_MODEL},
+            **dashed(routing),
+            **dashed(self.frontend.args),
         }
         if self.served_model_name:
             options["served-model-name"] = self.served_model_name
@@ -339,72 +338,16 @@ def parse_deployment(content: Any, source: str) -> Deployment:
         raise ConfigError(f"{source} is no deployment: {problems}") from error
 
 
-def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Return options as a command line has them.
-
-    True is a flag, False its ``--no-`` form, None leaves an option out, a list is several values,
-    a mapping is JSON.
-    """
-    words: list[str] = []
-    for name, value in _dashed(options).items():
-        match value:
-            case None:
-                continue
-            case True:
-                words.append(f"--{name}")
-            case False:
-                words.append(f"--no-{name}")
-            case dict():
-                words += [f"--{name}", json.dumps(value)]
-            case list() | tuple():
-                words += [f"--{name}", *map(str, value)]
-            case _:
-                words += [f"--{name}", str(value)]
-    return words
-
-
-def nested(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments as a command line gives them (``decode.replicas=2``) as a tree; what is said
-    with a dotted name is YAML.
-
-    Raises:
-        ConfigError: one is said twice, as a value and as a tree.
-    """
-    tree: dict[str, Any] = {}
-    for name, value in arguments.items():
-        *path, last = name.split(".")
-        branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-            if not isinstance(branch, dict):
-                raise ConfigError(f"{name}: {part} has a value already")
-        if last in branch:
-            raise ConfigError(f"{name} is said twice")
-        branch[last] = _yaml(value) if path and isinstance(value, str) else value
-    return tree
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _dashed(options: Mapping[str, Any]) -> Options:
-    return {name.replace("_", "-"): value for name, value in options.items()}
-
-
 def _checked(options: Options) -> Options:
-    if taken := _OURS.intersection(_dashed(options)):
+    if taken := _OURS.intersection(dashed(options)):
         raise ValueError(f"{', '.join(sorted(taken))} cannot be set here: the deployment does that")
-    if "kv-transfer-config" in _dashed(options):
+    if "kv-transfer-config" in dashed(options):
         raise ValueError("kv-transfer-config cannot be set here: use `kv`")
     return _without_secrets(options)
 
 
 def _without_secrets(options: Options) -> Options:
-    if "api-key" in _dashed(options):
+    if "api-key" in dashed(options):
         raise ValueError(
             "api-key cannot be set here, where others can read it: set VLLM_API_KEY in the "
             "environment"

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import logging
 import random
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from vllm.v1.engine import (
@@ -30,52 +30,17 @@ from vllm_pd_plugin.frontend.requests.context import current
 from vllm_pd_plugin.frontend.requests.course import Course, Leg
 from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
 from vllm_pd_plugin.frontend.requests.legs import LegKind
-from vllm_pd_plugin.frontend.requests.seeding import is_seed_safe, needs_whole_prompt
-from vllm_pd_plugin.frontend.routing.choice import (
-    Chance,
-    EngineKey,
-    Policy,
-    Prompt,
-    Reason,
-    Route,
-    Unroutable,
-    choose,
-)
-from vllm_pd_plugin.frontend.routing.prefixes import PrefixIndex
+from vllm_pd_plugin.frontend.router import Router
+from vllm_pd_plugin.frontend.routing.choice import EngineKey, Policy, Route, Unroutable
 from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics, Timeline
 from vllm_pd_plugin.frontend.telemetry.tracing import Marks
+from vllm_pd_plugin.frontend.underway import Limits, Underway, is_on
 from vllm_pd_plugin.ids import Address, RequestId
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.25
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 0.5
-_NEW_HANDOFF_WEIGHT = 0.1
-_REMEMBERED_SESSIONS = 10_000
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """How long things may take, in seconds.
-
-    request_s: a whole request. first_token_s: one attempt, until its first token.
-    stall_s: between two tokens. queue_s: until an engine is up that can take it.
-    """
-
-    request_s: float = 3600.0
-    first_token_s: float = 300.0
-    stall_s: float = 120.0
-    queue_s: float = 30.0
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Underway:
-    """A course, and what is noted of it for metrics and traces."""
-
-    course: Course
-    timeline: Timeline
-    marks: Marks
-    deadline: float
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -102,8 +67,8 @@ class Dispatch:
         on_failed: Callable[[Course, Ending], None],
         on_over: Callable[[Underway], None] = lambda underway: None,
     ) -> None:
-        self.policy = policy
         self.metrics = metrics
+        self._router = Router(policy, metrics)
         self._loop = asyncio.get_running_loop()
         self.pool = Pool(self._loop.time)
         self._keeper = Keeper(self.pool, self._leave)
@@ -118,11 +83,7 @@ class Dispatch:
         self._last_output: dict[RequestId, float] = {}
         self._waiting: dict[RequestId, _Waiting] = {}
         self._batch: list[EngineCoreOutput] | None = None
-        self._turn = 0
-        self._handoff_s = 0.0
         self._random = random.Random()
-        self._prefixes = PrefixIndex()
-        self._sessions: OrderedDict[str, EngineKey] = OrderedDict()
         self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
 
     def __len__(self) -> int:
@@ -172,7 +133,7 @@ class Dispatch:
     def serves(self) -> str | None:
         """Return None when a request can be served now, else what is missing."""
         engines = self.pool.usable(set())
-        missing = choose(engines, Prompt(1_000_000, 2), self.policy)
+        missing = self._router.missing(engines)
         if missing is Unroutable.QUEUE_FOR_PREFILL and self.prefill_may_be_empty:
             return None
         return missing.value if isinstance(missing, Unroutable) else None
@@ -222,11 +183,11 @@ class Dispatch:
 
     def cached(self, link: Link, changes: Blocks) -> None:
         if self._member(link):
-            self._prefixes.change(link.url, changes)
+            self._router.prefixes.change(link.url, changes)
 
     def lost(self, link: Link, why: str) -> None:
         if member := self._member(link):
-            self._prefixes.forget(link.url)
+            self._router.prefixes.forget(link.url)
             self.metrics.engine_lost()
             self._leave(member)
 
@@ -260,8 +221,8 @@ class Dispatch:
 
     def _leave(self, member: Member) -> None:
         """Let everything that an engine works on go on elsewhere."""
-        self._prefixes.forget(member.key)
-        affected = [underway for underway in self._courses.values() if _is_on(underway, member)]
+        self._router.prefixes.forget(member.key)
+        affected = [underway for underway in self._courses.values() if is_on(underway, member)]
         for underway in affected:
             underway.course.engine_lost(member.key)
         member.legs.clear()
@@ -282,7 +243,7 @@ class Dispatch:
             if underway.marks.prefilled_at:
                 seconds = now - underway.marks.prefilled_at
                 self.metrics.handed_off(seconds)
-                self._handoff_s += _NEW_HANDOFF_WEIGHT * (seconds - self._handoff_s)
+                self._router.handed_off(seconds)
         elif output.prefill_stats is not None:
             times = {event.type: event.timestamp for event in output.events or ()}
             scheduled_at = times.get(EngineCoreEventType.SCHEDULED, given_at)
@@ -299,38 +260,10 @@ class Dispatch:
         return self._loop.time()
 
     def route(self, course: Course) -> Route | Unroutable:
-        self._turn += 1
-        chance = Chance(self._turn, self._random.random(), self._random.random())
-        session = course.request.session_id
-        prompt = Prompt(
-            len(course.prompt),
-            course.max_tokens,
-            self._prefixes.cached(course.prompt) if _uses_plain_cache(course.request) else {},
-            self._sessions.get(session) if session else None,
-            needs_whole_prompt=needs_whole_prompt(course.params),
-        )
-        engines = self.pool.usable(course.excluded)
-        # The client has its first token when the prefill engine has, if that may be passed on.
-        handoff_s = 0.0 if is_seed_safe(course.params) else self._handoff_s
-        route = choose(engines, prompt, self.policy, handoff_s, chance)
-        if isinstance(route, Route):
-            self.metrics.routed(route)
-            is_for_prefill = route.reason is not Reason.SHORT or self.policy.local_below is None
-            if course.route is None and is_for_prefill:
-                cached = prompt.cached.get(route.prefill or route.decode, 0)
-                self.metrics.is_to_compute(max(1, prompt.num_tokens - cached))
-            if session:
-                self._remember(session, route.decode)
-            if underway := self._courses.get(course.id):
-                arrived_at = underway.marks.arrived_at
-                underway.marks = Marks(arrived_at, routed_at=self.now())
+        route = self._router.route(course, self.pool.usable(course.excluded))
+        if isinstance(route, Route) and (underway := self._courses.get(course.id)):
+            underway.marks = Marks(underway.marks.arrived_at, routed_at=self.now())
         return route
-
-    def _remember(self, session: str, engine: EngineKey) -> None:
-        self._sessions[session] = engine
-        self._sessions.move_to_end(session)
-        if len(self._sessions) > _REMEMBERED_SESSIONS:
-            self._sessions.popitem(last=False)
 
     def control_address(self, engine: EngineKey) -> tuple[Address, str]:
         link = self.pool[engine].link
@@ -450,17 +383,6 @@ class Dispatch:
         ready = [m.role for m in self.pool if m.is_up and not m.is_draining]
         self.metrics.set_engines(Counter(ready))
         self.metrics.set_requests(len(self._courses), len(self._waiting))
-
-
-def _is_on(underway: Underway, member: Member) -> bool:
-    course = underway.course
-    handed_off = course.route is not None and course.route.prefill == member.key
-    return handed_off or any(leg.engine == member.key for leg in course.legs)
-
-
-def _uses_plain_cache(request: EngineCoreRequest) -> bool:
-    """Whether a prompt's KV can be what another prompt with the same text has left behind."""
-    return not request.lora_request and not request.cache_salt
 
 
 def _rebase(output: EngineCoreOutput, offset_s: float) -> None:

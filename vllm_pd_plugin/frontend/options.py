@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE, PdConfig
-from vllm_pd_plugin.frontend.dispatch import Limits
 from vllm_pd_plugin.frontend.pool.membership import Engines, Wanted
 from vllm_pd_plugin.frontend.routing.choice import EngineKey, NoPrefill, Policy, Role, Strategy
 from vllm_pd_plugin.frontend.telemetry.metrics import Objectives, parse_slo
+from vllm_pd_plugin.frontend.underway import Limits
 from vllm_pd_plugin.net.channel import CurveKeys
 
 _TIMEOUTS = Limits()

@@ -14,12 +14,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation, RequestId
 from vllm_pd_plugin.memory.layout import BlockTables
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.lease import Lease
 
 _REMEMBERED_STEPS = 64
+_REMEMBERED_ENDINGS = 4096
 
 
 class ReturnAddress(NamedTuple):
@@ -38,6 +40,27 @@ class ProducerState(enum.Enum):
     COMMITTED = "committed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
+
+    @property
+    def refusal(self) -> Reason:
+        """Why a consumer that comes after this end is refused."""
+        return _REFUSALS[self]
+
+
+_REFUSALS = {
+    ProducerState.COMMITTED: Reason.UNKNOWN_HANDOFF,
+    ProducerState.CANCELLED: Reason.CANCELLED,
+    ProducerState.EXPIRED: Reason.LEASE_EXPIRED,
+}
+
+
+class Endings(OrderedDict[HandoffId, ProducerState]):
+    """How the last handoffs ended."""
+
+    def note(self, handoff_id: HandoffId, state: ProducerState) -> None:
+        self[handoff_id] = state
+        while len(self) > _REMEMBERED_ENDINGS:
+            self.popitem(last=False)
 
 
 Answer = tuple[ReturnAddress, wire.Reply]

@@ -6,7 +6,6 @@ the table does it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from vllm_pd_plugin.containment import Containment
@@ -17,6 +16,7 @@ from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.handoff import (
     Advance,
     Answer,
+    Endings,
     Produced,
     ProducerState,
     ReturnAddress,
@@ -26,14 +26,7 @@ from vllm_pd_plugin.protocol.handoff import (
 )
 from vllm_pd_plugin.protocol.lease import Lease
 
-_REMEMBERED_ENDINGS = 4096
 _MAX_EARLY = 10_000
-
-_REFUSALS = {
-    ProducerState.COMMITTED: Reason.UNKNOWN_HANDOFF,
-    ProducerState.CANCELLED: Reason.CANCELLED,
-    ProducerState.EXPIRED: Reason.LEASE_EXPIRED,
-}
 
 
 class ProducerTable:
@@ -68,7 +61,7 @@ class ProducerTable:
         self._open: dict[HandoffId, Produced] = {}
         self._early: dict[HandoffId, tuple[ReturnAddress, Lease]] = {}
         self._steps = Steps(self._num_ranks)
-        self._endings: OrderedDict[HandoffId, ProducerState] = OrderedDict()
+        self._endings = Endings()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -315,7 +308,7 @@ class ProducerTable:
                 self._conclude(handoff, ProducerState.CANCELLED)
         elif handoff_id not in self._endings:
             self._early.pop(handoff_id, None)
-            self._remember(handoff_id, ProducerState.CANCELLED)
+            self._endings.note(handoff_id, ProducerState.CANCELLED)
 
     def tick(self) -> float | None:
         """Expire what nobody asks for any more; return when to call again (absolute), or None."""
@@ -355,8 +348,7 @@ class ProducerTable:
         if handoff is not None and handoff.ending is None:
             return handoff
         ending = self._ending_of(handoff_id)
-        reason = _REFUSALS[ending] if ending else Reason.UNKNOWN_HANDOFF
-        return wire.Refuse(handoff_id, reason)
+        return wire.Refuse(handoff_id, ending.refusal if ending else Reason.UNKNOWN_HANDOFF)
 
     def _ending_of(self, handoff_id: HandoffId) -> ProducerState | None:
         handoff = self._open.get(handoff_id)
@@ -398,14 +390,9 @@ class ProducerTable:
     def _end(self, handoff: Produced, state: ProducerState) -> None:
         self._let_go(handoff)
         del self._open[handoff.handoff_id]
-        self._remember(handoff.handoff_id, state)
+        self._endings.note(handoff.handoff_id, state)
         if handoff.is_sealed:
             self._on_released(handoff.request_id, state)
-
-    def _remember(self, handoff_id: HandoffId, state: ProducerState) -> None:
-        self._endings[handoff_id] = state
-        while len(self._endings) > _REMEMBERED_ENDINGS:
-            self._endings.popitem(last=False)
 
     def _offer(self, handoff: Produced) -> wire.Offer:
         return wire.Offer(handoff.handoff_id, handoff.num_tokens, handoff.prompt, self.revision)

@@ -17,13 +17,8 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from vllm_pd_plugin.frontend.deployment import (
-    Autoscaling,
-    Deployment,
-    EnginePool,
-    nested,
-    parse_deployment,
-)
+from vllm_pd_plugin.frontend.deployment import Autoscaling, Deployment, EnginePool, parse_deployment
+from vllm_pd_plugin.frontend.option_words import nested
 from vllm_pd_plugin.frontend.routing.choice import Role
 
 __all__ = ["Deployment", "app", "build_app"]

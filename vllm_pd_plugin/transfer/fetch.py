@@ -6,20 +6,17 @@ A ``Fetch`` subscribes to its handoff, reads what is final there, and commits. I
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import HandoffError, PeerError, Reason
-from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.peers import Peer
-from vllm_pd_plugin.transfer.plan import Digest
+from vllm_pd_plugin.transfer.rank import FetchConnections, Rank
 from vllm_pd_plugin.transfer.rates import Prospect, choose_codec
-from vllm_pd_plugin.transfer.reading import Connections, LocalRank, Reading
+from vllm_pd_plugin.transfer.reading import Reading
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult, FetchSpec, FetchState
 
 logger = logging.getLogger(__name__)
@@ -38,41 +35,6 @@ _TYPICAL_STRETCH_BYTES = 2 * 2**20
 
 AboutFetch = wire.Progress | wire.Seal | wire.Packed | wire.Checked | wire.Committed | wire.Refuse
 """What a producer says to a rank that fetches."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Timeouts:
-    """How long a fetch may take.
-
-    queue_s: until the producer has computed everything.
-    read_s: for one read, and from the last read to the commit.
-    drain_s: how long a failed fetch waits for its reads before the connection is closed.
-    """
-
-    queue_s: float
-    read_s: float
-    drain_s: float
-
-
-class FetchConnections(Connections, Protocol):
-    """What a fetch needs of the peers that its plane knows."""
-
-    def drop(self, peer: Peer, error: PeerError) -> None:
-        """Close the connection: nothing is written by reads from that peer afterwards."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rank:
-    """What all fetches of one rank share.
-
-    digest: compares what was read with what the producer holds; None relies on the commit alone.
-    """
-
-    local: LocalRank
-    transport: Transport
-    timeouts: Timeouts
-    clock: Callable[[], float]
-    digest: Digest | None
 
 
 class Fetch:

@@ -18,7 +18,8 @@ from vllm_pd_plugin.memory.layout import check_compatible
 from vllm_pd_plugin.net.transport import PeerName
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.peers import MakePeers, Peer
-from vllm_pd_plugin.transfer.fetch import AboutFetch, Fetch, Rank
+from vllm_pd_plugin.transfer.fetch import AboutFetch, Fetch
+from vllm_pd_plugin.transfer.rank import Rank
 from vllm_pd_plugin.transfer.rates import PeerRates
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult, FetchSpec, FetchState
 

@@ -11,20 +11,20 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import HandoffError, Reason
-from vllm_pd_plugin.memory.layout import EngineLayout, Region, Stretch
-from vllm_pd_plugin.net.transport import PeerName, ReadHandle, ReadPlan, ReadState, Transport
+from vllm_pd_plugin.memory.layout import Stretch
+from vllm_pd_plugin.net.transport import ReadHandle, ReadPlan, ReadState, Transport
 from vllm_pd_plugin.packing.incoming import Incoming, Packing
 from vllm_pd_plugin.packing.pieces import Piece
 from vllm_pd_plugin.packing.staging import max_piece_bytes
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.peers import Peer
 from vllm_pd_plugin.transfer.plan import Digest
+from vllm_pd_plugin.transfer.rank import Connections, LocalRank
 from vllm_pd_plugin.transfer.rates import PeerRates
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchSpec
 from vllm_pd_plugin.transfer.stretches import Stretches
@@ -38,30 +38,6 @@ _FOR_ROOM_S = 0.002
 _ASK_AGAIN_S = 2.0
 _MEASURABLE_BYTES = 512 * 2**10
 """What is smaller tells more of the delay than of the link."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LocalRank:
-    """Which tensor parallel rank this is, and its memory.
-
-    incoming: None where nothing can be packed.
-    """
-
-    rank: int
-    layout: EngineLayout
-    regions: tuple[Region, ...]
-    incoming: Incoming | None
-
-
-class Connections(Protocol):
-    """What a fetch's reads need of the peers that its plane knows."""
-
-    def send(self, peer: Peer, message: wire.Request, expects_answer: bool = True) -> None: ...
-
-    def name(self, peer: Peer) -> PeerName:
-        """Connect the transport to a peer, once for each incarnation."""
-
-    def rates(self, peer: Peer) -> PeerRates: ...
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -10,12 +10,11 @@ import pytest
 from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.frontend.deployment import (
     Deployment,
-    nested,
     parse_deployment,
     read_deployment,
     take_deployment,
-    words_of,
 )
+from vllm_pd_plugin.frontend.option_words import nested, words_of
 from vllm_pd_plugin.frontend.routing.choice import Role
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "ray_serve.yaml"

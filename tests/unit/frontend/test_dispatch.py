@@ -35,11 +35,12 @@ with warnings.catch_warnings():
         output_of,
         outputs_of,
     )
-    from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits
+    from vllm_pd_plugin.frontend.dispatch import Dispatch
     from vllm_pd_plugin.frontend.pool.membership import Wanted
     from vllm_pd_plugin.frontend.requests.course import Course
     from vllm_pd_plugin.frontend.requests.endings import Ending
     from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Policy, Role
+    from vllm_pd_plugin.frontend.underway import Limits
 
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
 ERROR, ABORT = FinishReason.ERROR, FinishReason.ABORT

@@ -11,7 +11,6 @@ from vllm_pd_plugin.net.channel import CurveKeys
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
-    from vllm_pd_plugin.frontend.dispatch import Limits
     from vllm_pd_plugin.frontend.options import (
         FrontendOptions,
         add_engine_options,
@@ -21,6 +20,7 @@ with warnings.catch_warnings():
         parse_options,
     )
     from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Policy, Role, Strategy
+    from vllm_pd_plugin.frontend.underway import Limits
 
 P, D = "http://10.0.0.1:8000", "http://10.0.0.2:8000"
 

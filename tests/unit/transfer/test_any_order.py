@@ -24,7 +24,7 @@ from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.memory.layout import BlockTables
 from vllm_pd_plugin.packing.incoming import Packing
 from vllm_pd_plugin.protocol.events import Abandoned, Lost, Offered, Released
-from vllm_pd_plugin.transfer.fetch import Timeouts
+from vllm_pd_plugin.transfer.rank import Timeouts
 
 LAYOUT = make_layout(groups=[full_group("layers.0", "layers.2"), full_group("layers.1")])
 LAYERS = LAYOUT.forward_order()

@@ -12,7 +12,7 @@ from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_incarnation
 from vllm_pd_plugin.packing.digests import kv_digest
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.transfer.fetch import Timeouts
+from vllm_pd_plugin.transfer.rank import Timeouts
 
 TOKENS = 16
 PROMPT, ANOTHER = 1, 2

@@ -24,12 +24,13 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_pd_plugin.codecs.codec import AUTO
-from vllm_pd_plugin.frontend.dispatch import Dispatch, Limits, Underway
+from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.requests.course import Course
 from vllm_pd_plugin.frontend.requests.endings import Ending
 from vllm_pd_plugin.frontend.routing.choice import Policy
 from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics, Objectives
 from vllm_pd_plugin.frontend.telemetry.tracing import record, spans_of
+from vllm_pd_plugin.frontend.underway import Limits, Underway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,0 +1,107 @@
+"""Runs in the producer of `benchmarks.chaos --race`: counts refusals of blocks that were reused.
+
+An engine loads it through a ``sitecustomize`` that ``race`` writes. With the commit check taken out
+it also grants what should be refused: the run must then show corruption, or it shows nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vllm_pd_plugin.ids import HandoffId
+from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol.handoff import Produced, ProducerState
+from vllm_pd_plugin.protocol.handoffs import ProducerTable
+
+COUNTS, TAKE_OUT = "PD_RACE_COUNTS", "PD_RACE_TAKE_OUT"
+"""Environment: the file that gets the counts, and whether commits are granted unseen."""
+
+
+class Probe:
+    """given: how often each block was given to a request. ended: as it was when a handoff ended."""
+
+    def __init__(self, counts: Path) -> None:
+        self._counts = counts
+        self._given: Counter[int] = Counter()
+        self._ended: dict[HandoffId, dict[int, int]] = {}
+        self._refused: dict[HandoffId, str] = {}
+        self.granted = 0
+
+    def give(self, blocks: list[int]) -> None:
+        self._given.update(blocks)
+
+    def end(self, handoff: Produced) -> None:
+        blocks = {block for table in handoff.blocks for block in table}
+        self._ended[handoff.handoff_id] = {block: self._given[block] for block in blocks}
+
+    def was_reused(self, handoff_id: HandoffId) -> bool:
+        then = self._ended.get(handoff_id, {})
+        return any(self._given[block] > count for block, count in then.items())
+
+    def refuse(self, handoff_id: HandoffId, reason: str) -> None:
+        """A consumer is told that a handoff is over."""
+        if handoff_id not in self._refused and self.was_reused(handoff_id):
+            self._refused[handoff_id] = reason
+            self.write()
+
+    def write(self) -> None:
+        told = {"reused": Counter(self._refused.values()), "granted": self.granted}
+        part = self._counts.with_suffix(".part")
+        part.write_text(json.dumps(told))
+        part.replace(self._counts)
+
+
+def install() -> None:
+    """Wrap the table of handoffs of this process, when it makes one."""
+    probe = Probe(Path(os.environ[COUNTS]))
+    make, end, commit = ProducerTable.__init__, ProducerTable._end, ProducerTable.commit
+    heartbeat = ProducerTable.heartbeat
+
+    def init(self: ProducerTable, *args: Any, **options: Any) -> None:
+        _watch_blocks(probe)
+        make(self, *args, **options)
+
+    def _end(self: ProducerTable, handoff: Produced, state: ProducerState) -> None:
+        probe.end(handoff)
+        end(self, handoff, state)
+
+    def _commit(self: ProducerTable, asked: wire.Commit) -> Any:
+        answer = commit(self, asked)
+        if not isinstance(answer, wire.Refuse):
+            return answer
+        probe.refuse(asked.handoff_id, f"commit: {answer.reason}")
+        if TAKE_OUT in os.environ and asked.is_last:
+            probe.granted += 1
+            probe.write()
+            return wire.Committed(asked.handoff_id, asked.epoch, asked.is_last)
+        return answer
+
+    def _heartbeat(self: ProducerTable, *args: Any) -> Any:
+        answers = heartbeat(self, *args)
+        for _, message in answers:
+            for handoff_id, reason in getattr(message, "lost", {}).items():
+                probe.refuse(handoff_id, f"heartbeat: {reason}")
+        return answers
+
+    for name, wrapped in (
+        ("__init__", init), ("_end", _end), ("commit", _commit), ("heartbeat", _heartbeat)
+    ):  # fmt: skip
+        setattr(ProducerTable, name, wrapped)
+
+
+def _watch_blocks(probe: Probe) -> None:
+    """Count what vLLM's pool gives out."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    give = BlockPool.get_new_blocks
+
+    def get_new_blocks(self: BlockPool, num_blocks: int) -> Any:
+        blocks = give(self, num_blocks)
+        probe.give([block.block_id for block in blocks])
+        return blocks
+
+    BlockPool.get_new_blocks = get_new_blocks
