@@ -2,16 +2,20 @@
 #
 #   make demo    a chat over one prefill and one decode engine, with a frontend before them
 #   make demo-ray  the same on a local Ray, with `serve run`
-#   make test    all tests (unit tests, then real engines)
+#   make test    all tests (unit tests, then real engines); make test-unit: the first half
+#   make tools   what tests and benchmarks need that pip does not install, with apt-get
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
 #   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
 #
 # PYTHON       interpreter that .venv is made with (3.11 or later)
+# DURATIONS    where `make test` writes how long each module took (tests/durations.json is committed)
 # TORCH_INDEX  URL of PyTorch's CPU wheel index, where pip does not find torch's +cpu wheel by itself
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+DURATIONS ?= build/durations.json
+TOOLS := iproute2
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/*)
 CUDA_ARCHITECTURES := 80 90 100
@@ -20,7 +24,7 @@ SETUP := .venv/.done
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models demo demo-ray test check format bench quality lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit check format bench quality lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -49,9 +53,20 @@ demo-ray: setup
 	@$(BIN)/python examples/chat_ray.py "$$($(BIN)/python -c 'from tests.models import smollm2; print(smollm2())')" \
 		-- engine_args.dtype=float32 engine_args.enforce-eager=true engine_args.max-model-len=4096
 
-test: setup
+# Two workers, one a core. Of the tests with engines each takes the groups of tests/conftest.py.
+test: setup test-unit
 	@$(BIN)/python -m tests.models
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/engines -n 2 --dist loadgroup --no-loadscope-reorder \
+		--table $(DURATIONS) --run-name engines
+
+test-unit: setup
+	@$(BIN)/python -m tests.models smollm2 tiny-llama
+	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit
+
+tools:
+	@test "$$(id -u)" = 0 && command -v apt-get >/dev/null || \
+		{ echo "make tools needs root and apt-get; install by hand: $(TOOLS)"; exit 1; }
+	@dpkg -s $(TOOLS) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(TOOLS); }
 
 check: setup
 	$(BIN)/ruff check .
@@ -78,8 +93,6 @@ format: setup
 bench: setup
 	@$(BIN)/python -m tests.models tiny-llama
 	$(BIN)/python -m benchmarks.idle --json benchmarks/results/idle.json
-	@command -v tc >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
-		{ apt-get update -qq && apt-get install -y -qq iproute2; }
 	@$(BIN)/python -m tests.models bench-llama
 	$(BIN)/python -m benchmarks.handoff --prompts 512 --link-mbit 0 --repeat 7 --json benchmarks/results/handoff-unlimited.json
 	$(BIN)/python -m benchmarks.handoff --prompts 512,2048 --link-mbit 300,1000 --json benchmarks/results/handoff-limited.json

@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tests.engine import Completion, Engine, start
-from tests.models import MODELS_DIR
+from tests.model_files import MODELS_DIR
 from vllm_pd_plugin.memory.weights import sampled_fingerprint, stored_tensors
 
 
@@ -56,16 +56,34 @@ class Alone:
         self, prompt: str | Sequence[int], max_tokens: int = 16, **sampling: Any
     ) -> Completion:
         """Answer as ``Engine.complete`` does."""
-        key = self._key([prompt if isinstance(prompt, str) else list(prompt), max_tokens, sampling])
-        kept = self._folder / f"{key}.json"
+        question = [prompt if isinstance(prompt, str) else list(prompt), max_tokens, sampling]
+        return _completion(
+            self._kept(
+                question,
+                lambda: dataclasses.asdict(self.engine.complete(prompt, max_tokens, **sampling)),
+            )
+        )
+
+    def tokens(self, prompt: Sequence[int], num_tokens: int, **sampling: Any) -> list[Any]:
+        """Return the tokens of an answer of that length, and its finish reason."""
+        answer = self.complete(prompt, num_tokens, ignore_eos=True, **sampling)
+        return [*answer.token_ids, answer.finish_reason]
+
+    def keep(self, question: str, ask: Callable[[Engine], Any]) -> Any:
+        """Return what ``ask`` makes of the engine's answer to a question of any kind, as JSON."""
+        return self._kept(["other", question], lambda: ask(self.engine))
+
+    def _kept(self, question: list[Any], answer: Callable[[], Any]) -> Any:
+        text = json.dumps([self._about, question], sort_keys=True)
+        name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        kept = self._folder / f"{name}.json"
         with suppress(FileNotFoundError):
-            return _read(kept)
-        answer = self.engine.complete(prompt, max_tokens, **sampling)
+            return json.loads(kept.read_text())
         self._folder.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(dataclasses.asdict(answer)))
+        part.write_text(json.dumps(answer()))
         os.replace(part, kept)
-        return answer
+        return json.loads(kept.read_text())
 
     def wait_until_at_rest(self) -> None:
         if self._engine is not None:
@@ -75,13 +93,8 @@ class Alone:
         if self._engine is not None:
             self._engine.stop()
 
-    def _key(self, question: list[Any]) -> str:
-        text = json.dumps([self._about, question], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-
-def _read(kept: Path) -> Completion:
-    fields = json.loads(kept.read_text())
+def _completion(fields: dict[str, Any]) -> Completion:
     return Completion(
         fields["text"],
         tuple(fields["token_ids"]),

@@ -7,16 +7,17 @@ that take longest begin first.
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LLAMA = "llama"
+ENGINES = ROOT / "tests" / "engines"
 GROUPS = {
     "ray": ("test_ray",),
-    LLAMA: (
+    "llama": (
         # First: it wants engines that have just started.
         "test_parity[tiny-llama]",
         "test_small_consumer",
@@ -28,9 +29,9 @@ GROUPS = {
         "test_versions",
         "test_roles",
     ),
-    "frontend_failures": ("test_frontend_failures",),
-    "failures": ("test_failures",),
-    "smollm2": ("test_parity[smollm2]", "test_openai"),
+    "frontend_failures": ("frontend_failures/test_streams", "frontend_failures/test_pool"),
+    "failures": ("failures/test_requests", "failures/test_peers"),
+    "smollm2": ("test_parity[smollm2]", "openai_api/test_openai"),
     "tiny-mla": ("test_parity[tiny-mla]", "test_codecs[tiny-mla]"),
     "tiny-gemma3": ("test_parity[tiny-gemma3]",),
 }
@@ -50,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     table: Path | None = config.getoption("--table")
     if table is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Durations(table))
+        config.pluginmanager.register(Durations(table, config.getoption("--run-name")))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ordered: list[tuple[int, int, int, pytest.Item]] = []
     names = list(GROUPS)
     for at, item in enumerate(items):
-        if item.path.parent.name != "engines":
+        if ENGINES not in item.path.parents:
             ordered.append((-1, 0, at, item))
             continue
         group, number = place_of(item)
@@ -70,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def place_of(item: pytest.Item) -> tuple[str, int]:
     """Return the group of a test of engines, and its module's number there."""
-    module = item.path.stem
+    module = str(item.path.relative_to(ENGINES).with_suffix(""))
     if module in PLACES:
         return PLACES[module]
     inside = item.name.partition("[")[2].rstrip("]")
@@ -84,13 +85,22 @@ def place_of(item: pytest.Item) -> tuple[str, int]:
 class Durations:
     """Adds up the seconds of each module: its tests and the engines that started for them."""
 
-    def __init__(self, table: Path) -> None:
-        self._table = table
+    def __init__(self, table: Path, run: str) -> None:
+        self._table, self._run = table, run
+        self._began_at = time.monotonic()
         self._seconds: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._seconds[report.nodeid.partition("::")[0]] += report.duration
 
     def pytest_sessionfinish(self) -> None:
-        modules = {name: round(each, 1) for name, each in sorted(self._seconds.items())}
-        self._table.write_text(json.dumps({"modules_s": modules}, indent=1) + "\n")
+        """Write the table; what another run has measured stays."""
+        table: dict[str, dict[str, float]] = {"runs_s": {}, "modules_s": {}}
+        if self._table.exists():
+            table = json.loads(self._table.read_text())
+        table["runs_s"][self._run] = round(time.monotonic() - self._began_at, 1)
+        seconds = {**table["modules_s"], **self._seconds}
+        names = sorted(name for name in seconds if (ROOT / name).exists())
+        table["modules_s"] = {name: round(seconds[name], 1) for name in names}
+        self._table.parent.mkdir(exist_ok=True)
+        self._table.write_text(json.dumps(table, indent=1) + "\n")

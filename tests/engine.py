@@ -320,6 +320,16 @@ def hand_off_at_once(
     return answer
 
 
+def parse_event(line: str) -> dict[str, Any] | None:
+    """Return what one line of a streamed answer says: a chunk, or an error; nothing where the
+    stream ends; None for a line that says nothing."""
+    name, found, data = line.partition(": ")
+    if name != "data" or not found:
+        return None
+    event: dict[str, Any] = {} if data.strip() == "[DONE]" else json.loads(data)
+    return event
+
+
 def parse_completion(answer: Mapping[str, Any]) -> Completion:
     """Read the one choice of an OpenAI completion that has token ids and log-probabilities."""
     choice = answer["choices"][0]
@@ -339,6 +349,12 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def engine_urls(up: Engine) -> dict[str, str]:
+    """Return the URLs of the engines that ``vllm-pd up`` has started, by their names."""
+    words = [line.split() for line in up.log.read_text().splitlines() if "] starting " in line]
+    return {w[w.index("starting") + 1]: w[w.index("at") + 1].rstrip(",") for w in words}
 
 
 def connector_arguments(role: str, **options: Any) -> list[str]:

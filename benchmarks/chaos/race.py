@@ -22,6 +22,7 @@ from random import Random
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.chaos import race_probe
 from benchmarks.chaos.reference import reference_answers
@@ -52,11 +53,12 @@ FLAGS = (
     *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
 )
 NUM_PROMPTS = 64
-PROMPT_TOKENS, ANSWER_TOKENS, CHURNED_TOKENS = (100, 600), 8, 200
-CLIENTS, CHURNING = 5, 3
-"""Requests under way at any time: handoffs, and those that only the producer answers."""
+PROMPT_TOKENS, ANSWER_TOKENS = (100, 400), 8
+CLIENTS, CHURNED_TOKENS = 10, (1, 1, 300, 300)
+"""Handoffs under way at any time, and how long the answers are that only the producer gives: short
+ones use freed blocks at once, long ones leave few for all others, and preempt."""
 
-STOP_S, GAP_S = (0.08, 0.25), (0.3, 0.7)
+STOP_S, GAP_S = (0.12, 0.4), (1.0, 2.5)
 SERIAL_SHARE = 0.25
 HANG_S = 60.0
 REPO = Path(__file__).resolve().parents[2]
@@ -66,14 +68,17 @@ MIN_COMMITTED, MIN_REUSED = 1000, 100
 NOTES = (
     f"Leases {1000 * LEASE_S:.0f} ms, {NUM_BLOCKS} blocks of {BLOCK_TOKENS} tokens in each engine, "
     f"prefix caching off; {CLIENTS} handoffs under way at any time, a quarter of them with the "
-    f"producer asked first, and {CHURNING} requests that only the producer answers.",
-    f"The consumer is stopped (SIGSTOP) for {1000 * STOP_S[0]:.0f} to {1000 * STOP_S[1]:.0f} ms "
-    f"and then runs for {1000 * GAP_S[0]:.0f} to {1000 * GAP_S[1]:.0f} ms.",
+    f"producer asked first, and {len(CHURNED_TOKENS)} requests that only the producer answers.",
+    f"The consumer is stopped (SIGSTOP) for {STOP_S[0]:g} to {STOP_S[1]:g} s every "
+    f"{GAP_S[0]:g} to {GAP_S[1]:g} s, at any moment; and for {race_probe.STOP_S[0]:g} to "
+    f"{race_probe.STOP_S[1]:g} s at {race_probe.STOPPED_SHARE:.0%} of the seals that it waits for, "
+    "just before it hears of them.",
     "`reused`: handoffs that the producer declared over, by its answer to a commit or to a "
     "heartbeat, at a moment when blocks of theirs had been given to other requests. It is counted "
     "in the producer.",
-    "`check-taken-out`: the producer grants every commit, whatever became of the blocks "
-    "(`granted`); all else is the same. It shows what the check is for, and that it is found here.",
+    "`check-taken-out`: the producer grants every commit (`granted`), and names no sealed handoff "
+    "as lost, whatever became of the blocks; all else is the same. It shows what the check is for, "
+    "and that what it prevents is found here.",
 )
 
 
@@ -165,6 +170,7 @@ class Race:
         environ = {
             "PYTHONPATH": f"{inside}:{REPO}",
             race_probe.COUNTS: str(self._counts),
+            race_probe.CONSUMER: str(folder / f"{self._arm}-consumer.json"),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         if self._arm == "check-taken-out":
@@ -182,6 +188,9 @@ class Race:
             start(f"{self._arm}-consumer", model, (*FLAGS, *consume), cores="1", folder=folder),
         ]  # fmt: skip
         stack.enter_context(running(engines))
+        family = psutil.Process(engines[1].process.pid)
+        pids = [family.pid, *(child.pid for child in family.children(recursive=True))]
+        Path(environ[race_probe.CONSUMER]).write_text(json.dumps(pids))
         return engines
 
     async def carry_out(self, duration_s: float) -> dict[str, Any]:
@@ -190,7 +199,7 @@ class Race:
         async with httpx.AsyncClient(timeout=HANG_S, trust_env=False) as client:
             over = asyncio.get_running_loop().time() + duration_s
             load = [self._hand_off_until(over, client) for _ in range(CLIENTS)]
-            load += [self._churn_until(over, client) for _ in range(CHURNING)]
+            load += [self._churn_until(over, client, tokens) for tokens in CHURNED_TOKENS]
             stops = asyncio.create_task(self._stop_and_continue())
             progress = asyncio.create_task(
                 report(
@@ -256,11 +265,11 @@ class Race:
     ) -> Completion | str:
         return await _ask(client, self._consumer, prompt, ANSWER_TOKENS, params)
 
-    async def _churn_until(self, over: float, client: httpx.AsyncClient) -> None:
+    async def _churn_until(self, over: float, client: httpx.AsyncClient, num_tokens: int) -> None:
         """Use the producer's blocks for something else."""
         while asyncio.get_running_loop().time() < over:
             prompt = self._random.choice(self._prompts)
-            await _ask(client, self._producer, prompt, CHURNED_TOKENS, None)
+            await _ask(client, self._producer, prompt, num_tokens, None, ignore_eos=True)
 
     async def _stop_and_continue(self) -> None:
         while True:
@@ -280,7 +289,7 @@ class Race:
                 say(str(error))
                 usage = engine.metrics()["vllm:kv_cache_usage_perc"]
                 leaked += round(usage * NUM_BLOCKS)
-        told: dict[str, Any] = {"reused": {}, "granted": 0}
+        told: dict[str, Any] = {"reused": {}, "granted": 0, "stops": 0}
         if self._counts.exists():
             told = json.loads(self._counts.read_text())
         tally = self._tally
@@ -299,7 +308,7 @@ class Race:
             "granted": told["granted"],
             "hung": tally.hung,
             "leaked_blocks": leaked,
-            "stops": tally.stops,
+            "stops": tally.stops + told["stops"],
             "preemptions": preemptions,
             "first_wrong": tally.first_wrong,
         }
@@ -318,12 +327,13 @@ async def _ask(
     prompt: Sequence[int],
     max_tokens: int,
     params: Mapping[str, Any] | None,
+    **sampling: Any,
 ) -> Completion | str:
     """Return the answer, or what stands instead of one.
 
     Raises httpx.TimeoutException."""
     answer = await client.post(
-        f"{engine.url}/v1/completions", json=engine.body(prompt, max_tokens, params)
+        f"{engine.url}/v1/completions", json=engine.body(prompt, max_tokens, params, **sampling)
     )
     if answer.status_code != 200:
         return f"HTTP {answer.status_code}: {error_message(answer.text)}"

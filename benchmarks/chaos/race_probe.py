@@ -1,14 +1,18 @@
 """Runs in the producer of `benchmarks.chaos --race`: counts refusals of blocks that were reused.
 
 An engine loads it through a ``sitecustomize`` that ``race`` writes. With the commit check taken out
-it also grants what should be refused: the run must then show corruption, or it shows nothing.
+it also grants what should be refused: the run must then show corruption, or it proves nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import signal
+import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,12 @@ from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.handoff import Produced, ProducerState
 from vllm_pd_plugin.protocol.handoffs import ProducerTable
 
-COUNTS, TAKE_OUT = "PD_RACE_COUNTS", "PD_RACE_TAKE_OUT"
-"""Environment: the file that gets the counts, and whether commits are granted unseen."""
+COUNTS, TAKE_OUT, CONSUMER = "PD_RACE_COUNTS", "PD_RACE_TAKE_OUT", "PD_RACE_CONSUMER"
+"""Environment: the file that gets the counts; whether commits are granted unseen; the file that has
+the consumer's processes."""
+
+STOPPED_SHARE, STOP_S = 0.15, (0.12, 0.35)
+"""Of the seals that a consumer waits for: it is stopped just before it hears of them."""
 
 
 class Probe:
@@ -28,8 +36,19 @@ class Probe:
         self._counts = counts
         self._given: Counter[int] = Counter()
         self._ended: dict[HandoffId, dict[int, int]] = {}
+        self._told: set[HandoffId] = set()
         self._refused: dict[HandoffId, str] = {}
-        self.granted = 0
+        self.granted = self.stops = 0
+        self._random = random.Random(0)
+
+    def stop(self, pids: Path) -> None:
+        """Stop the consumer for a while, now and then."""
+        if self._random.random() >= STOPPED_SHARE or not pids.exists():
+            return
+        self.stops += 1
+        _signal(pids, signal.SIGSTOP)
+        seconds = self._random.uniform(*STOP_S)
+        threading.Timer(seconds, _signal, (pids, signal.SIGCONT)).start()
 
     def give(self, blocks: list[int]) -> None:
         self._given.update(blocks)
@@ -37,10 +56,16 @@ class Probe:
     def end(self, handoff: Produced) -> None:
         blocks = {block for table in handoff.blocks for block in table}
         self._ended[handoff.handoff_id] = {block: self._given[block] for block in blocks}
+        if handoff.is_sealed and handoff.subscribers:
+            self._told.add(handoff.handoff_id)
 
     def was_reused(self, handoff_id: HandoffId) -> bool:
         then = self._ended.get(handoff_id, {})
         return any(self._given[block] > count for block, count in then.items())
+
+    def was_told(self, handoff_id: HandoffId) -> bool:
+        """Say whether the consumer knows all that it needs to read and commit."""
+        return handoff_id in self._told
 
     def refuse(self, handoff_id: HandoffId, reason: str) -> None:
         """A consumer is told that a handoff is over."""
@@ -49,7 +74,11 @@ class Probe:
             self.write()
 
     def write(self) -> None:
-        told = {"reused": Counter(self._refused.values()), "granted": self.granted}
+        told = {
+            "reused": Counter(self._refused.values()),
+            "granted": self.granted,
+            "stops": self.stops,
+        }
         part = self._counts.with_suffix(".part")
         part.write_text(json.dumps(told))
         part.replace(self._counts)
@@ -59,7 +88,8 @@ def install() -> None:
     """Wrap the table of handoffs of this process, when it makes one."""
     probe = Probe(Path(os.environ[COUNTS]))
     make, end, commit = ProducerTable.__init__, ProducerTable._end, ProducerTable.commit
-    heartbeat = ProducerTable.heartbeat
+    heartbeat, seal = ProducerTable.heartbeat, ProducerTable.seal
+    consumer = Path(os.environ[CONSUMER])
 
     def init(self: ProducerTable, *args: Any, **options: Any) -> None:
         _watch_blocks(probe)
@@ -81,16 +111,35 @@ def install() -> None:
         return answer
 
     def _heartbeat(self: ProducerTable, *args: Any) -> Any:
-        answers = heartbeat(self, *args)
-        for _, message in answers:
-            for handoff_id, reason in getattr(message, "lost", {}).items():
-                probe.refuse(handoff_id, f"heartbeat: {reason}")
+        *answers, (who, alive) = heartbeat(self, *args)
+        for handoff_id, reason in alive.lost.items():
+            probe.refuse(handoff_id, f"heartbeat: {reason}")
+        if TAKE_OUT in os.environ:
+            others = {i: why for i, why in alive.lost.items() if not probe.was_told(i)}
+            alive = wire.Alive(others)
+        return [*answers, (who, alive)]
+
+    def _seal(self: ProducerTable, *args: Any) -> Any:
+        answers = seal(self, *args)
+        if answers:
+            probe.stop(consumer)
         return answers
 
-    for name, wrapped in (
-        ("__init__", init), ("_end", _end), ("commit", _commit), ("heartbeat", _heartbeat)
-    ):  # fmt: skip
+    wrappers = {
+        "__init__": init,
+        "_end": _end,
+        "commit": _commit,
+        "heartbeat": _heartbeat,
+        "seal": _seal,
+    }
+    for name, wrapped in wrappers.items():
         setattr(ProducerTable, name, wrapped)
+
+
+def _signal(pids: Path, number: signal.Signals) -> None:
+    for pid in json.loads(pids.read_text()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _watch_blocks(probe: Probe) -> None:

@@ -11,9 +11,7 @@ from typing import Any
 import httpx
 
 from benchmarks.chaos.requests import error_message
-from tests.engine import Completion
-
-_DATA = "data: "
+from tests.engine import Completion, parse_event
 
 
 @dataclasses.dataclass(slots=True)
@@ -52,15 +50,13 @@ class Received:
 
     def take_line(self, line: str, now: float) -> None:
         """Take one line of a stream."""
-        if not line.startswith(_DATA):
+        piece = parse_event(line)
+        if piece is None:
             return
-        data = line.removeprefix(_DATA)
-        if data == "[DONE]":
+        if not piece:
             self.is_done = True
-            return
-        piece = json.loads(data)
-        if "error" in piece:
-            self.error = error_message(data)
+        elif "error" in piece:
+            self.error = error_message(json.dumps(piece))
         elif self.take(piece):
             self.arrivals.append(now)
 

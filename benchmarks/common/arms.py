@@ -37,6 +37,7 @@ _PORTS = {
     "nixl": (8001, 5600),
     "pdplugin": (8002, 5700),
     "frontend": (8003, 5800),
+    "before": (8004, 5900),
 }
 """Of HTTP and of KV; the namespaces are the benchmark's own."""
 
@@ -104,13 +105,24 @@ class Arm:
 
 
 def start_arm(
-    name: str, model: Path, network: Network, cores: Cores, folder: Path, running: list[Engine]
+    name: str,
+    model: Path,
+    network: Network,
+    cores: Cores,
+    folder: Path,
+    running: list[Engine],
+    source: Path | None = None,
 ) -> Arm:
-    """Start the engines of an arm and return at once; each is added to ``running``."""
-    if name in ("pdplugin", "frontend"):  # each request says which codec it wants
+    """Start the engines of an arm and return at once; each is added to ``running``.
+
+    source: where the arm `before` has its ``vllm_pd_plugin``, with the native extension built.
+    """
+    if name in ("pdplugin", "frontend", "before"):  # each request says which codec it wants
         options = {"lossy_max": "int2"}
+        kind = "frontend" if name == "frontend" else "pdplugin"
+        environ = {"PYTHONPATH": str(source)} if name == "before" else {}
         return start_pair(
-            name, _PORTS[name], options, (), model, network, cores, folder, running, kind=name
+            name, _PORTS[name], options, (), model, network, cores, folder, running, kind, environ
         )
     roles = ("alone",) if name == "alone" else ("producer", "consumer")
     places = {
@@ -142,6 +154,7 @@ def start_pair(
     folder: Path,
     running: list[Engine],
     kind: str = "pdplugin",
+    more_environ: Mapping[str, str] | None = None,
 ) -> Arm:
     """Start a producer and a consumer with pdplugin, with these options of the consumer's and flags
     of both, and return at once; each is added to ``running``.
@@ -163,6 +176,7 @@ def start_pair(
         environ = {
             "VLLM_CPU_OMP_THREADS_BIND": str(cores.compute),
             "VLLM_PD_CLUSTER_KEY": cluster_key,
+            **(more_environ or {}),
         }
         log = folder / f"{name.replace(', ', '-')}-{role}.log"
         engines[role] = launch(

@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.engine import parse_event
+
 REQUEST_TIMEOUT_S = 900.0
 
 
@@ -101,9 +103,9 @@ async def _read(answer: aiohttp.ClientResponse, url: str, arrivals: list[float])
     finished = False
     async for line in answer.content:
         arrived = time.perf_counter()
-        if not line.startswith(b"data: {"):
+        chunk = parse_event(line.decode(errors="replace"))
+        if not chunk:
             continue
-        chunk: dict[str, Any] = json.loads(line.removeprefix(b"data: "))
         choices = chunk.get("choices")
         if not choices:
             raise RequestFailed(f"{url} broke off: {line.decode(errors='replace')[:300]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -35,11 +36,19 @@ def machine() -> list[str]:
             continue
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     return [
+        f"Commit: {commit()}.",
         f"Machine: {os.cpu_count()} cores, {names[0] if names else 'unknown CPU'}, "
         f"Linux {os.uname().release}.",
         f"Load average just before the start: {load} (1, 5, 15 minutes).",
         f"Packages: {', '.join(installed)}.",
     ]
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Return which commit a checkout is of; with a mark where files differ from it."""
+    words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    told = subprocess.run(words, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or "unknown"
 
 
 def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -65,6 +66,23 @@ def ratio(over: Row, under: Row, samples: str, base: Row | None = None) -> Ratio
     if not single:
         return None
     return Ratio(value(over) / value(under), *quartiles(single))
+
+
+MIN_PAIRS = 6
+"""Fewer have no 95 % interval of their median."""
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median, and the two values between which it lies with 95 % confidence at least.
+
+    By order statistics (Conover, Practical Nonparametric Statistics, 3.2): no distribution is
+    assumed. Takes ``MIN_PAIRS`` values or more.
+    """
+    ordered, n = sorted(values), len(values)
+    tail, rank = 0.0, 0
+    while (tail := tail + math.comb(n, rank) / 2**n) <= 0.025:
+        rank += 1
+    return median(ordered), ordered[rank - 1], ordered[n - rank]
 
 
 def _median_of(samples: Sequence[float | None]) -> float:

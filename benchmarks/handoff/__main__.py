@@ -13,10 +13,14 @@ one run, interleaved. Needs root, iproute2, two cores and some 16 GB of memory.
     python -m benchmarks.handoff --codec raw,int8,int4,int2 --link-mbit 100,300 --prompts 512,2048
     python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
     python -m benchmarks.handoff --frontend --json benchmarks/results/handoff-frontend.json
+    python -m benchmarks.handoff --against ../before --arms pdplugin --prompts 512,2048 --repeat 15
 
 `--frontend` measures alone, nixl and frontend, at 512 tokens over an unlimited link and one of
 300 Mbit/s, and says whether the frontend adds at most 25 ms to the TTFT of `alone`, and its second
 token comes no later after that than nixl's.
+
+`--against FOLDER` adds the arm `before`: pdplugin as another checkout of this project has it (after
+`make setup` there), and a table of the ratios of requests of the same repetition.
 
 `--json FILE` also writes the tables (FILE with .md) and, without --undisturbed, a plot (.png). The
 JSON and the tables grow while the benchmark runs.
@@ -43,6 +47,7 @@ from benchmarks.handoff.run import RUNNING_PROMPT, Bench
 from tests import models
 
 ARMS = ("alone", "nixl", "pdplugin", "frontend")
+BEFORE = "before"
 DISPATCHES = ("serial", "concurrent")
 CODECS = ("raw", "int8", "int4", "int2", "auto")
 
@@ -94,6 +99,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--handoffs", type=int, default=5, help="with --undisturbed: how many arrive (%(default)s)"
     )
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="also measure another checkout's pdplugin"
+    )
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs here")
     args = parser.parse_args()
     if args.frontend and args.undisturbed:
@@ -107,6 +115,10 @@ def parse_arguments() -> argparse.Namespace:
     if args.frontend and "frontend" not in args.arms:
         parser.error("--frontend needs frontend among --arms, and alone and nixl to judge it")
     args.prompts = args.prompts or ([2048] if args.undisturbed else [512])
+    if args.against is not None:
+        args.arms = [BEFORE, *args.arms]
+        if not list(args.against.glob("vllm_pd_plugin/_C*.so")):
+            parser.error(f"--against: {args.against} has no built vllm_pd_plugin: run make setup")
     if args.undisturbed:
         args.arms = [arm for arm in args.arms if arm != "alone"]
     if not args.arms:
@@ -122,7 +134,12 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     cores = Cores.choose()
     network = stack.enter_context(two_hosts())
-    started = routes.start(args.arms, args.dispatch, args.codec, model, network, folder, stack)
+    source = None if args.against is None else args.against.resolve()
+    if source is not None:
+        facts.append(f"`before` is commit {output.commit(source)}, `pdplugin` {output.commit()}.")
+    started = routes.start(
+        args.arms, args.dispatch, args.codec, model, network, folder, stack, source
+    )
     notes = [*(report.UNDISTURBED_NOTES if args.undisturbed else report.LATENCY_NOTES)]
     if args.frontend:
         notes += handoff_criterion.NOTES
@@ -143,6 +160,8 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
             else:
                 rows = with_hidden_shares([*rows, *bench.latency(prompt, link)])
                 tables = report.latency_tables(rows)
+                if source is not None:
+                    tables = [report.paired_table(rows), *tables]
                 if args.frontend:
                     rows = handoff_criterion.with_criterion(rows)
                     tables = [handoff_criterion.table(rows), *tables]

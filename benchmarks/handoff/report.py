@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.output import markdown
-from benchmarks.common.statistics import Ratio, Row, quartiles, ratio
+from benchmarks.common.statistics import MIN_PAIRS, Ratio, Row, median_interval, quartiles, ratio
 from benchmarks.handoff.rows import control_budget_bytes, find
 from tests.engine import say
 
-ARM_ORDER = ("alone", "nixl", "pdplugin", "frontend")
+ARM_ORDER = ("alone", "nixl", "before", "pdplugin", "frontend")
 
 SHARED_NOTES = (
     "All arms are measured in one run, interleaved: in each repetition every arm has its turn, "
@@ -92,6 +92,29 @@ def latency_tables(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("Control messages of a handoff, median, and what they may take", _control_table(rows)),
         ("CPU seconds of each process during a request, median", _cpu_table(rows)),
     ]
+
+
+def paired_table(rows: Sequence[Row]) -> tuple[str, str]:
+    """Return what `pdplugin` costs by `before`: the ratios of requests of the same repetition."""
+    head = ("Prompt", "Link", "Dispatch", "Of", "Pairs", "Median of ratios", "95 % interval")
+    lines = []
+    for row in rows:
+        before = find(rows, row, arm="before")
+        if row["arm"] != "pdplugin" or before is None:
+            continue
+        for name in ("ttft", "ttst"):
+            samples = zip(row[f"{name}_samples_ms"], before[f"{name}_samples_ms"], strict=True)
+            ratios = [now / then for now, then in samples if now and then]
+            if len(ratios) < MIN_PAIRS:
+                continue
+            middle, low, high = median_interval(ratios)
+            lines.append(
+                (
+                    str(row["prompt_tokens"]), shown_link(row["link_mbit"]), row["dispatch"],
+                    name.upper(), str(len(ratios)), f"{middle:.3f}", f"{low:.3f} to {high:.3f}",
+                )
+            )  # fmt: skip
+    return "pdplugin over before, pair by pair", markdown(head, lines)
 
 
 def _latency_table(rows: Sequence[Row]) -> str:

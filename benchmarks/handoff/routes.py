@@ -128,11 +128,13 @@ def start(
     network: Network,
     folder: Path,
     stack: ExitStack,
+    source: Path | None = None,
 ) -> list[Route]:
     """Start everything, and return the routes with all their engines paused.
 
     folder: where the logs go.
     stack: gets what stops it all.
+    source: of the arm `before`.
 
     Raises:
         EngineError: an engine or a router did not start.
@@ -142,7 +144,7 @@ def start(
     say(f"starting {', '.join(arms)}: one to five minutes; logs in {folder}")
     engines: list[Engine] = []
     stack.callback(stop_all, engines)
-    started = [start_arm(name, model, network, cores, folder, engines) for name in arms]
+    started = [start_arm(name, model, network, cores, folder, engines, source) for name in arms]
     wait_until_paused(engines)
     routes: list[Route] = []
     for arm in started:

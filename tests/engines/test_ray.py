@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from tests import models
-from tests.engine import Engine, running, start
+from tests.alone import Alone
+from tests.engine import Engine
 from tests.engines.conftest import random_prompt
-from tests.engines.test_frontend_failures import stream
+from tests.engines.frontend_failures.cluster import stream
 from tests.ray_cluster import RayCluster, kill_family, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -33,7 +34,7 @@ HEAL_S = 240.0
 class Site:
     """The cluster, what runs on it, and what one engine alone has answered."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, alone: Alone) -> None:
         self.cluster = RayCluster(
             {
                 "VLLM_PD_ADMIN_KEY": ADMIN_KEY,
@@ -45,9 +46,10 @@ class Site:
         self.config: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
         self.model = models.tiny_llama()
         self.prompts = [random_prompt(300, 80 + i) for i in range(6)]
-        self.expected: list[list[Any]] = []
-        self.question: tuple[str, str] = ("", "")
-        self._logs = logs
+        self.expected = [alone.tokens(prompt, NUM_TOKENS) for prompt in self.prompts]
+        greeting = "Good morning"
+        answer = alone.keep(greeting, lambda one: chat(one.url, one.model, greeting))
+        self.question: tuple[str, str] = (greeting, answer)
 
     def __enter__(self) -> Site:
         try:
@@ -58,7 +60,6 @@ class Site:
         return self
 
     def _set_up(self) -> None:
-        self._ask_one_engine()
         self.cluster.start_head()
         self.cluster.add("first", 4, stays=1)
         self.config["http_options"]["port"] = self.cluster.http_port
@@ -89,12 +90,6 @@ class Site:
     def ingress(self) -> Engine:
         process: Any = None
         return Engine("ingress", self.cluster.url, self.model.name, process, Path())
-
-    def _ask_one_engine(self) -> None:
-        words = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"]
-        with running([start("alone", self.model, words, cores="0", folder=self._logs)]) as (alone,):
-            self.expected = [stream(alone, prompt, NUM_TOKENS) for prompt in self.prompts]
-            self.question = ("Good morning", chat(alone.url, self.model.name, "Good morning"))
 
     def deploy(self, **replicas: int) -> None:
         """Deploy the configuration, with as many replicas of some deployments."""
@@ -180,8 +175,8 @@ def chat(url: str, model: str, question: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def site(logs: Path) -> Iterator[Site]:
-    with Site(logs) as site:
+def site(alone_of: Callable[[str], Alone]) -> Iterator[Site]:
+    with Site(alone_of("tiny-llama")) as site:
         yield site
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests import models
 from tests.engine import Engine, connector_arguments, running, start, start_frontend
 from tests.engines.conftest import ARGUMENTS, random_prompt
-from tests.engines.test_frontend_failures import stream
+from tests.engines.frontend_failures.cluster import stream
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from tests.engine import (
     free_port,
     hand_off,
     parse_completion,
+    parse_event,
     running,
     start,
 )
@@ -99,9 +99,8 @@ def streamed_text(url: str, body: dict[str, object]) -> str:
     text = ""
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
         for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                choices = json.loads(line.removeprefix("data: "))["choices"]
-                text += "".join(choice["delta"].get("content") or "" for choice in choices)
+            for choice in (parse_event(line) or {}).get("choices", ()):
+                text += choice["delta"].get("content") or ""
     return text
 
 

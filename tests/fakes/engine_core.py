@@ -32,6 +32,7 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 
 MAX_MODEL_LEN, VOCABULARY = 64, 1000
+ADD, ABORT = EngineCoreRequestType.ADD, EngineCoreRequestType.ABORT
 
 
 def describe(**changes: Any) -> messages.EngineDescription:
@@ -210,3 +211,14 @@ class ServingEngine:
 
     def _send(self, identity: bytes, frames: list[bytes]) -> None:
         self.frontends[identity].hear(frames)
+
+
+def added(engine: ServingEngine) -> list[str]:
+    return [request.request_id for request, _ in engine.core.taken(ADD)]
+
+
+def aborted(engine: ServingEngine) -> list[list[str]]:
+    """What was aborted; the core is told twice, as vLLM does it."""
+    told: list[list[str]] = engine.core.taken(ABORT)
+    assert list(engine.core.aborts_queue.queue) == told
+    return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.fakes.engines import FakeCluster
+from tests.fakes.cluster import FakeCluster
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.protocol.peers import IDLE_S
 from vllm_pd_plugin.transfer.rank import Timeouts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.fakes.engines import STAGING_BYTES, FakeCluster
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engines import STAGING_BYTES
 from tests.fakes.memory import kv_of
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.memory.layout import EngineLayout

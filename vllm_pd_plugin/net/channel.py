@@ -36,6 +36,7 @@ _MAX_MESSAGES_PER_TURN = 256
 _MAX_SOCKETS = 8192
 """ZeroMQ's own limit is 1023; descriptors run out first (``ulimit -n``)."""
 _AFTER_A_FAULT_S = 0.05
+_MAX_SLEEP_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ class Loop:
         self._run_calls()  # what was called before the end still runs
 
     def _wait(self, timeout_s: float | None) -> list[tuple[Any, int]]:
-        if timeout_s is None:
-            return self._poller.poll()
+        # A wake-up that was lost (its descriptor could not be written) is made up for soon.
+        timeout_s = _MAX_SLEEP_S if timeout_s is None else min(timeout_s, _MAX_SLEEP_S)
         if timeout_s < 0.001:  # below what poll can tell from zero
             time.sleep(max(0.0, timeout_s))
             return self._poller.poll(0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.planes import make_parts
+from tests.tools import needs
 from vllm_pd_plugin.codecs import ops
 from vllm_pd_plugin.codecs.codec import (
     SINK_TOKENS,
@@ -39,7 +40,7 @@ ROPE = Part.of_rows("rope", 64, 512, 576)
 # --- sizes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not ops.HAS_NATIVE, reason="installed without the native extension")
+@needs(ops.HAS_NATIVE, "the native extension")
 @settings(max_examples=100, deadline=None)
 @given(
     bits=st.sampled_from([2, 4, 8]),

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.planes import LAYOUTS, NUM_BLOCKS, make_planes
+from tests.tools import needs
 from vllm_pd_plugin.codecs import ops, ops_reference
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
 
-native = pytest.mark.skipif(not ops.HAS_NATIVE, reason="installed without the native extension")
+native = needs(ops.HAS_NATIVE, "the native extension")
 
 
 def test_the_extension_is_there_where_tests_run() -> None:

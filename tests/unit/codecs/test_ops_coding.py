@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.planes import NUM_BLOCKS, PART_LAYOUTS, Laid, Shape, Slab, make_parts
+from tests.tools import needs
 from vllm_pd_plugin.codecs import ops, ops_reference
 from vllm_pd_plugin.codecs.codec import TOKEN_GROUP, WIDE, WIDE_CHANNELS, Encoding
 
@@ -20,7 +21,7 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16
 arithmetic."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-native = pytest.mark.skipif(not ops.HAS_NATIVE, reason="installed without the native extension")
+native = needs(ops.HAS_NATIVE, "the native extension")
 
 
 # --- what is encoded -------------------------------------------------------------------------

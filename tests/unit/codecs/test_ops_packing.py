@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.planes import LAYOUTS, NUM_BLOCKS, Laid, Shape, Slab, make_planes
+from tests.tools import needs
 from vllm_pd_plugin.codecs import ops, ops_reference
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
@@ -17,7 +18,7 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
 Run = tuple[Laid, list[int]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-native = pytest.mark.skipif(not ops.HAS_NATIVE, reason="installed without the native extension")
+native = needs(ops.HAS_NATIVE, "the native extension")
 
 
 def spelt_out(planes: Laid, blocks: Sequence[int]) -> torch.Tensor:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.fakes.planes import NUM_BLOCKS, make_parts
+from tests.tools import needs
 from vllm_pd_plugin.codecs import ops, ops_reference
 from vllm_pd_plugin.codecs.codec import MAX_WIDTH, Encoding, Part
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-native = pytest.mark.skipif(not ops.HAS_NATIVE, reason="installed without the native extension")
+native = needs(ops.HAS_NATIVE, "the native extension")
 
 
 # --- parts of a cache ------------------------------------------------------------------------

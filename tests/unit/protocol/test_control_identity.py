@@ -7,7 +7,8 @@ import dataclasses
 import msgspec
 import pytest
 
-from tests.fakes.engines import FakeCluster, FakeEngine, Surroundings, make_kv
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engines import FakeEngine, Surroundings, make_kv
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.protocol import wire

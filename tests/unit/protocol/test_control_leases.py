@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fakes.engines import FakeCluster, FakeEngine
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engines import FakeEngine
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.protocol.events import Abandoned, Released
 from vllm_pd_plugin.protocol.handoff import ProducerState

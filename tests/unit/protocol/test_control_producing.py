@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.fakes.engines import FakeCluster, FakeEngine
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engines import FakeEngine
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.protocol import wire

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from tests.fakes.engines import PEER_TIMEOUT_S, FakeCluster
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engines import PEER_TIMEOUT_S
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id
 from vllm_pd_plugin.protocol.events import Abandoned, Lost, Offered, Released

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.engines import FakeCluster
+from tests.fakes.cluster import FakeCluster
 from tests.fakes.network import FakeNetwork
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, Source, new_handoff_id

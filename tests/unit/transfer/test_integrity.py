@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.fakes.engines import FakeCluster, full_group, sliding_group
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engines import full_group, sliding_group
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_incarnation
 from vllm_pd_plugin.packing.digests import kv_digest

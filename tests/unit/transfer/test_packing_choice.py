@@ -7,7 +7,8 @@ import dataclasses
 import msgspec
 import pytest
 
-from tests.fakes.engines import FakeCluster, FakeEngine, Surroundings, full_group, make_layout
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engines import FakeEngine, Surroundings, full_group, make_layout
 from tests.fakes.streaming import HERE, THERE, TOKENS, StreamingCluster
 from vllm_pd_plugin.codecs.codec import Codec, CodecChoice, Part
 from vllm_pd_plugin.errors import Reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fakes.engines import FakeCluster
+from tests.fakes.cluster import FakeCluster
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.packing.incoming import Packing

@@ -1,0 +1,172 @@
+"""A frontend's dispatch: which engines it uses, by role, generation and weights."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from tests.fakes.dispatching import World, run
+from tests.fakes.engines import make_kv
+from vllm_pd_plugin.engine_port.messages import EngineLoad
+from vllm_pd_plugin.memory.identity import KvIdentity, Weights
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's, not ours
+    from tests.fakes.engine_core import describe
+    from tests.fakes.links import FakeLink, link_of, make_member, output_of
+    from vllm_pd_plugin.frontend.pool.membership import Wanted
+    from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Policy, Role
+
+
+# --- roles and generations -------------------------------------------------------------------
+
+
+def use(world: World, **roles: Role) -> None:
+    nobody: Any = None
+    world.dispatch.use({url: Wanted(role) for url, role in roles.items()}, nobody)
+
+
+def test_an_engine_that_is_named_for_another_role_is_not_used() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        world.engine("d", Role.DECODE, started_as="prefill")
+        assert "--kv-role prefill" in world.dispatch.pool["d"].problem
+        assert world.dispatch.serves() == "no_decode"
+        world.engine("b", Role.DECODE, started_as="both")
+        assert world.dispatch.serves() is None
+
+    run(story)
+
+
+def test_an_engine_that_changes_its_role_keeps_what_it_works_on() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        d = world.engine("d", Role.DECODE, started_as="both")
+        e = world.engine("e", Role.BOTH)
+        world.add("r", max_tokens=4)
+        decoding = d if d.sent else e
+        assert decoding.sent == ["r-1d"]
+        use(world, p=Role.PREFILL, d=Role.PREFILL, e=Role.DECODE)
+        assert decoding.aborted == []
+        world.give(decoding, output_of("r-1d", 51))
+        world.add("s")
+        assert e.sent[-1] == "s-1d"
+        assert "s-1d" not in d.sent
+
+    run(story)
+
+
+def test_an_engine_cannot_take_a_role_that_it_was_not_started_for() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        d = world.engine("d", Role.DECODE)
+        e = world.engine("e", Role.DECODE)
+        use(world, p=Role.PREFILL, d=Role.PREFILL, e=Role.DECODE)
+        assert "was started with --kv-role decode" in world.dispatch.pool["d"].problem
+        world.add("r")
+        assert (d.sent, e.sent) == ([], ["r-1d"])
+        use(world, p=Role.PREFILL, d=Role.DECODE, e=Role.PREFILL)
+        assert world.dispatch.pool["d"].problem == ""
+        assert e.aborted == ["r-1d"]  # it is there, and would go on
+
+    run(story)
+
+
+def test_a_pool_without_prefill_engines_serves_if_they_come_when_one_is_wanted() -> None:
+    async def story(world: World) -> None:
+        world.engine("d", Role.DECODE)
+        assert world.dispatch.serves() == "queue_for_prefill"
+        world.dispatch.prefill_may_be_empty = True
+        assert world.dispatch.serves() is None
+        world.add("r")
+        assert world.dispatch.num_waiting == 1
+        world.engine("p", Role.PREFILL)
+        assert world.dispatch.num_waiting == 0
+
+    run(story, Policy(no_prefill=NoPrefill.QUEUE, local_below=0))
+
+
+def test_kv_stays_within_a_generation() -> None:
+    async def story(world: World) -> None:
+        roles = {"p": Role.PREFILL, "q": Role.PREFILL, "d": Role.DECODE}
+        for url, role in roles.items():
+            world.engine(url, role)
+        nobody: Any = None
+        generations = {"p": "old", "q": "new", "d": "new"}
+        engines = {u: Wanted(role, None, generations[u]) for u, role in roles.items()}
+        world.dispatch.use(engines, nobody)
+        world.dispatch.pool["q"].load = EngineLoad(waiting_tokens=9000)
+        world.add("r")
+        assert [member.key for member in world.dispatch.pool if member.legs] == ["q", "d"]
+
+    run(story)
+
+
+# --- unlike engines --------------------------------------------------------------------------
+
+OTHER_KV = make_kv(weights=Weights("sampled:2"))
+
+
+def come_up_with(world: World, url: str, role: Role, kv: KvIdentity) -> FakeLink:
+    member = make_member(url, role, kv=kv)
+    world.dispatch.pool.add(member)
+    world.dispatch.attached(member.link, EngineLoad())
+    return link_of(member)
+
+
+def test_a_prefill_engine_of_other_weights_is_refused_whoever_came_first() -> None:
+    async def story(world: World) -> None:
+        p = come_up_with(world, "p", Role.PREFILL, OTHER_KV)
+        d = world.engine("d", Role.DECODE)
+        problem = world.dispatch.pool["p"].problem
+        assert "weights are sampled:2, expected sampled:1" in problem
+        assert world.dispatch.pool["d"].problem == ""
+        world.add("r")
+        assert (p.sent, d.sent) == ([], ["r-1w"])
+
+    run(story)
+
+
+def test_of_unlike_decode_engines_the_one_named_first_counts() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        first = make_member("d1", Role.DECODE)
+        world.dispatch.pool.add(first)
+        come_up_with(world, "d2", Role.DECODE, OTHER_KV)
+        world.dispatch.attached(first.link, EngineLoad())
+        assert world.dispatch.pool["d1"].problem == ""
+        assert "weights" in world.dispatch.pool["d2"].problem
+
+    run(story)
+
+
+def test_a_decode_engine_that_comes_back_with_other_weights_makes_the_pool_s_others_unfit() -> None:
+    async def story(world: World) -> None:
+        p, d = world.pair()
+        world.lose(d)
+        d.description = describe(role="decode", kv=OTHER_KV)
+        world.come_back(d)
+        assert "weights" in world.dispatch.pool["p"].problem
+        world.add("r")
+        assert (p.sent, d.sent) == ([], ["r-1w"])
+        p.description = describe(role="prefill", kv=OTHER_KV)
+        world.come_back(p)
+        assert world.dispatch.pool["p"].problem == ""
+
+    run(story)
+
+
+def test_what_is_under_way_on_an_engine_that_becomes_unfit_stays_there() -> None:
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        world.engine("d", Role.DECODE)
+        e = world.engine("e", Role.DECODE)
+        world.add("r")
+        world.add("s")
+        assert e.sent
+        e.description = describe(role="decode", kv=OTHER_KV)
+        world.dispatch.attached(world.dispatch.pool["e"].link, EngineLoad())
+        assert "weights" in world.dispatch.pool["e"].problem
+        assert e.aborted == []
+
+    run(story)
