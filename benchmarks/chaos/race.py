@@ -71,7 +71,7 @@ NOTES = (
     f"producer asked first, and {len(CHURNED_TOKENS)} requests that only the producer answers.",
     f"The consumer is stopped (SIGSTOP) for {STOP_S[0]:g} to {STOP_S[1]:g} s every "
     f"{GAP_S[0]:g} to {GAP_S[1]:g} s, at any moment; and for {race_probe.STOP_S[0]:g} to "
-    f"{race_probe.STOP_S[1]:g} s at {race_probe.STOPPED_SHARE:.0%} of the seals that it waits for, "
+    f"{race_probe.STOP_S[1]:g} s at {race_probe.STOPPED_SHARE:.0%} of the seals that it is told, "
     "just before it hears of them.",
     "`reused`: handoffs that the producer declared over, by its answer to a commit or to a "
     "heartbeat, at a moment when blocks of theirs had been given to other requests. It is counted "

@@ -26,7 +26,7 @@ COUNTS, TAKE_OUT, CONSUMER = "PD_RACE_COUNTS", "PD_RACE_TAKE_OUT", "PD_RACE_CONS
 the consumer's processes."""
 
 STOPPED_SHARE, STOP_S = 0.15, (0.12, 0.35)
-"""Of the seals that a consumer waits for: it is stopped just before it hears of them."""
+"""Of the seals that a consumer is told: it is stopped just before it hears of them."""
 
 
 class Probe:
@@ -89,6 +89,7 @@ def install() -> None:
     probe = Probe(Path(os.environ[COUNTS]))
     make, end, commit = ProducerTable.__init__, ProducerTable._end, ProducerTable.commit
     heartbeat, seal = ProducerTable.heartbeat, ProducerTable.seal
+    subscribe = ProducerTable.subscribe
     consumer = Path(os.environ[CONSUMER])
 
     def init(self: ProducerTable, *args: Any, **options: Any) -> None:
@@ -125,12 +126,19 @@ def install() -> None:
             probe.stop(consumer)
         return answers
 
+    def _subscribe(self: ProducerTable, *args: Any) -> Any:
+        answer = subscribe(self, *args)
+        if isinstance(answer, wire.Seal):
+            probe.stop(consumer)
+        return answer
+
     wrappers = {
         "__init__": init,
         "_end": _end,
         "commit": _commit,
         "heartbeat": _heartbeat,
         "seal": _seal,
+        "subscribe": _subscribe,
     }
     for name, wrapped in wrappers.items():
         setattr(ProducerTable, name, wrapped)
