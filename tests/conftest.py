@@ -46,6 +46,7 @@ PLACES = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", type=Path, help="write how long each module took to this JSON file")
+    parser.addoption("--run-name", default="all", help="what the table calls this run")
 
 
 def pytest_configure(config: pytest.Config) -> None:

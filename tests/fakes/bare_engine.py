@@ -194,6 +194,8 @@ class BareEngine:
             if name in results.failed_recving:
                 self._end(name, RequestStatus.FINISHED_ERROR)
                 continue
+            # As vLLM does before it schedules the request, and before it hears that it must end.
+            self.manager.cache_blocks(tracked.request, tracked.request.num_tokens)
             (blocks,) = self.manager.get_block_ids(name)
             tracked.kv = torch.stack([self.caches[layer][blocks] for layer in LAYERS])
             tracked.outcome = "fetched"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_pd_plugin import CONNECTOR
+from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.compat import require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import UnsupportedError
@@ -61,6 +62,11 @@ def refuse_bad_config(vllm_config: VllmConfig, options: Mapping[str, Any]) -> No
     require_supported_vllm()
     config = PdConfig.parse(options, os.environ)
     refuse_composition(vllm_config.kv_transfer_config)
+    if len(_parts(vllm_config.kv_transfer_config)) > 1 and config.narrowest is not Codec.RAW:
+        raise UnsupportedError(
+            f"codec and lossy_max allow lossy codecs beside another connector of {MULTI}, which "
+            "would keep such KV as if it were exact; set both to allow raw only"
+        )
     geometry.refuse_unsupported(vllm_config)
     geometry.refuse_shared_port(vllm_config, config.port)
 

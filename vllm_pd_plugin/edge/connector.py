@@ -73,6 +73,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             engine_role = EngineRole(transfer.is_kv_producer, transfer.is_kv_consumer, recomputes)
             identify = partial(LocalIdentity, vllm_config, config.weights_id)
             self._scheduler = SchedulerSide(config, engine_id, engine_role, identify)
+            self.update_failed = False
+            """Whether the last change of the weights broke off; see ``hooks.watch_weights``."""
             self.receiving: set[RequestId] = set()
             """Requests that ended while their KV was received; see ``hooks.free_blocks_once``."""
             end_abandoned_requests()
@@ -167,6 +169,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def weights_change(self, is_over: bool) -> None:
         """Take note of new weights; see ``hooks.watch_weights``."""
         self._scheduler.weights_change(is_over)
+
+    def adapter_loaded(self, int_id: int) -> None:
+        """Take note of an adapter that was loaded; see ``hooks.watch_weights``."""
+        self._scheduler.adapter_loaded(int_id)
 
     def take_abandoned(self) -> list[RequestId]:
         """Return running requests to be ended; see ``hooks.end_abandoned_requests``."""

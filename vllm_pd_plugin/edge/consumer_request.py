@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING
 
-from vllm_pd_plugin.codecs.codec import CodecChoice
+from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import RequestId, Source
 from vllm_pd_plugin.transfer.specs import FetchSpec
@@ -46,8 +46,8 @@ class ConsumingRequest:
     codec: CodecChoice = CodecChoice()
     seeds: bool = False
     """It is to go on after the token that the producer has sampled."""
-    is_lossy: bool = False
-    """It is known in the prefix cache by hashes of lossy KV, from its first block on."""
+    lossy: Codec = Codec.RAW
+    """The narrowest codec that its hashes in the prefix cache tell of."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

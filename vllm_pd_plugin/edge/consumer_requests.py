@@ -215,7 +215,9 @@ class ConsumingRequests:
         """A result could not be taken in: what vLLM would make of its request is not known."""
         request_id, _ = ended
         self._hopeless.append(request_id)
-        if request_id in self._open:
+        if (consuming := self._open.get(request_id)) is not None:
+            if self._provenance is not None:  # vLLM caches it before it is ended
+                self._provenance.disown(consuming.request)
             self._forget(request_id, cancel=True)
 
     def _collect(self, ended: tuple[RequestId, bool]) -> None:
@@ -291,17 +293,17 @@ class ConsumingRequests:
         allows = (
             consuming.codec.codec is not Codec.RAW and consuming.codec.narrowest is not Codec.RAW
         )
-        if self._provenance is not None and allows and not consuming.is_lossy:
-            consuming.is_lossy = self._provenance.look_for(consuming.request, consuming.codec)
+        if self._provenance is not None and allows and consuming.lossy is Codec.RAW:
+            consuming.lossy = self._provenance.look_for(consuming.request, consuming.codec)
 
     def _note_codec(self, consuming: ConsumingRequest, codec: Codec) -> None:
         """KV has arrived that vLLM is about to cache."""
-        if codec is Codec.RAW or consuming.is_lossy:
+        if codec.rank <= consuming.lossy.rank:
             return
         assert self._provenance is not None
         assert consuming.spec is not None
         self._provenance.arrived(consuming.request, consuming.spec.first_token, codec)
-        consuming.is_lossy = True
+        consuming.lossy = codec
 
     def _is_led(self, consuming: ConsumingRequest) -> bool:
         return self._leaders.get(consuming.sources[0].handoff_id) in self._open

@@ -61,10 +61,11 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             "--enable-dbo and --ubatch-size are not supported by pdplugin: a layer would count as "
             "written when half of its batch is; leave them out"
         )
-    if model is not None and model.enable_sleep_mode:
+    remaps = ("enable_sleep_mode", "enable_cumem_allocator")
+    if flag := next((name for name in remaps if getattr(model, name, False)), ""):
         raise UnsupportedError(
-            "--enable-sleep-mode is not supported by pdplugin: what peers read would be other "
-            "memory after a wake-up; leave it out"
+            f"--{flag.replace('_', '-')} is not supported by pdplugin: what peers read would be "
+            "other memory after a wake-up; leave it out"
         )
     device = getattr(vllm_config.device_config, "device_type", "cpu")
     if device not in _DEVICES:

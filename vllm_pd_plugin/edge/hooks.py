@@ -20,6 +20,8 @@ from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+logger = logging.getLogger(__name__)
+
 _MARK = "_vllm_pd_plugin"
 _WATCHED = "_vllm_pd_plugin_weights"
 _FREED = "_vllm_pd_plugin_frees"
@@ -136,10 +138,20 @@ def call_on_arrival(wake: Callable[[], None]) -> None:
 _BEGIN_A_CHANGE = {"start_weight_update", "update_weights"}
 _END_A_CHANGE = {"finish_weight_update", "reload_weights", "reset_weights", "checkpoint_restore"}
 """Calls to the workers that change weights in place."""
+_BEGIN_AFRESH = {"start_weight_update", "reload_weights", "reset_weights", "checkpoint_restore"}
+"""Those of them that do not depend on what an earlier one has left."""
+_CHANGE_NOTHING = {
+    "checkpoint_prepare", "compute_weight_checksums", "get_model_inspection",
+    "init_weight_transfer_engine", "release_late_interaction_query_cache", "save_sharded_state",
+    "shutdown_weight_transfer_engine", "start_draft_weight_update", "synchronize_device",
+    "update_max_model_len",
+}  # fmt: skip
+"""vLLM's own other calls. What anything else does to the weights is not known."""
 
 
 def watch_weights() -> None:
-    """Tell our connector when the weights are changed in place, or memory comes back from sleep.
+    """Tell our connector when the weights are changed in place, memory comes back from sleep, or an
+    adapter is loaded.
 
     vLLM's engine core passes such calls on to its workers, and tells no connector.
     """
@@ -148,27 +160,52 @@ def watch_weights() -> None:
     if getattr(EngineCore, _WATCHED, False):
         return
     collective_rpc, wake_up = EngineCore.collective_rpc, EngineCore.wake_up
+    add_lora = EngineCore.add_lora
 
     @functools.wraps(collective_rpc)
     def and_say(self: EngineCore, method: Any, *args: Any, **kwargs: Any) -> Any:
-        own = own_connector(self.scheduler.get_kv_connector())
-        if own is None or method not in _BEGIN_A_CHANGE | _END_A_CHANGE:
+        own = _own_of(self)
+        if own is None or (isinstance(method, str) and method in _CHANGE_NOTHING):
             return collective_rpc(self, method, *args, **kwargs)
+        is_known = isinstance(method, str) and method in _BEGIN_A_CHANGE | _END_A_CHANGE
+        if not is_known:
+            text = "pdplugin: %s may have changed the weights: this engine's KV counts as another"
+            logger.warning(text, method if isinstance(method, str) else "a function of the client")
+        if not is_known or method in _BEGIN_AFRESH:
+            own.update_failed = False
         own.weights_change(is_over=False)
         try:
-            return collective_rpc(self, method, *args, **kwargs)
-        finally:
-            if method in _END_A_CHANGE:
-                own.weights_change(is_over=True)
+            result = collective_rpc(self, method, *args, **kwargs)
+        except BaseException:
+            own.update_failed = True  # half of it is there: equal to nobody's until the next
+            raise
+        if not own.update_failed and (not is_known or method in _END_A_CHANGE):
+            own.weights_change(is_over=True)
+        return result
 
     @functools.wraps(wake_up)
     def and_reset(self: EngineCore, *args: Any, **kwargs: Any) -> Any:
-        if (own := own_connector(self.scheduler.get_kv_connector())) is not None:
+        own = _own_of(self)
+        if own is not None and self.model_executor.is_sleeping:
             own.reset_cache()
         return wake_up(self, *args, **kwargs)
 
+    @functools.wraps(add_lora)
+    def and_look(self: EngineCore, lora_request: Any) -> bool:
+        if (own := _own_of(self)) is not None:
+            own.adapter_loaded(lora_request.lora_int_id)
+        is_loaded: bool = add_lora(self, lora_request)
+        return is_loaded
+
     EngineCore.collective_rpc, EngineCore.wake_up = and_say, and_reset
+    EngineCore.add_lora = and_look
     setattr(EngineCore, _WATCHED, True)
+
+
+def _own_of(core: Any) -> Any:
+    """Return the connector of ours that an engine core has; None without, or before it has any."""
+    scheduler = getattr(core, "scheduler", None)
+    return None if scheduler is None else own_connector(scheduler.get_kv_connector())
 
 
 def log_like_vllm() -> None:

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _FROM_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "mistral", "pt", "npcache")
 """Load formats of which vLLM's default loader says which files it reads."""
 _NOT_MEANING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_LLAMA4_TUNED_ABOVE = 32_768
+"""Tokens; see ``vllm.model_executor.models.llama4``."""
 _WORK_SHARE = 0.5
 """Of a core, that hashing all weights takes at the most."""
 _STOP_TIMEOUT_S = 5.0
@@ -152,7 +154,7 @@ def describe(vllm_config: VllmConfig, weights: Weights) -> KvIdentity:
         dtype=_name(model.dtype),
         kv_cache_dtype=_kv_cache_dtype(vllm_config),
         quantization=str(model.quantization or "none"),
-        rope=_rope(text),
+        rope=_rope(text, model.max_model_len),
         windows=_windows(model, text),
     )
 
@@ -164,9 +166,20 @@ def _kv_cache_dtype(vllm_config: VllmConfig) -> str:
     return "fp8_e4m3" if name == "fp8" else name  # as vLLM takes it
 
 
-def _rope(text: Any) -> str:
+def _rope(text: Any, max_model_len: int) -> str:
+    """Return how positions count. Some models choose by the longest prompt that they are to take:
+    of two sets of factors (``longrope``), or whether queries are scaled (Llama 4)."""
     fields = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
     found = {name: value for name in fields if (value := getattr(text, name, None)) is not None}
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    original = getattr(text, "original_max_position_embeddings", None) or scaling.get(
+        "original_max_position_embeddings"
+    )
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind == "longrope" and original:
+        found["long"] = max_model_len > original
+    if hasattr(text, "attn_temperature_tuning"):
+        found["tuned"] = max_model_len > _LLAMA4_TUNED_ABOVE
     return _json(found)
 
 
@@ -216,6 +229,10 @@ class AdapterFingerprints:
         if key not in self._known:
             self._known[key] = self._look(key)
         return self._known[key]
+
+    def reloaded(self, int_id: int) -> None:
+        """Another adapter may have been loaded in the place of one."""
+        self._known = {key: known for key, known in self._known.items() if key.int_id != int_id}
 
     def _look(self, adapter: _Adapter) -> str:
         from vllm.lora.utils import get_adapter_absolute_path

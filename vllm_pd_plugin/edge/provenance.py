@@ -10,6 +10,7 @@ ordinary hashes only.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,23 +30,28 @@ class Provenance:
         self._pool = kv_cache_manager.block_pool
         self._groups = list(range(kv_cache_manager.num_kv_cache_groups))
 
-    def look_for(self, request: Request, choice: CodecChoice) -> bool:
+    def look_for(self, request: Request, choice: CodecChoice) -> Codec:
         """Let a request that allows lossy codecs find what came through one of them, where more of
-        its prompt is there that way. Returns whether it does.
+        its prompt is there that way: all of it, or what follows a plain prefix. Returns the codec.
 
         To be called before vLLM looks for its prefix."""
         allowed = _allowed(choice)
         if not allowed or not request.block_hashes:
-            return False
+            return Codec.RAW
         plain_salt, plain = request.cache_salt, list(request.block_hashes)
-        best, best_salt, found = plain, plain_salt, self._num_cached(plain)
+        num_plain = found = self._num_cached(plain)
+        best, best_salt, best_codec = plain, plain_salt, Codec.RAW
         for codec in allowed:
-            _rehash(request, 0, codec, plain_salt)
-            if (num_cached := self._num_cached(request.block_hashes)) > found:
-                best, best_salt = list(request.block_hashes), request.cache_salt
-                found = num_cached
+            for num_kept in sorted({0, num_plain}):
+                _rehash(request, num_kept, codec, plain_salt)
+                # What was kept is there by its own hash; only what follows goes by another.
+                request.block_hashes[:num_kept] = plain[:num_kept]
+                if (num_cached := self._num_cached(request.block_hashes)) > found:
+                    best, best_salt = list(request.block_hashes), request.cache_salt
+                    best_codec, found = codec, num_cached
+                request.block_hashes[:], request.cache_salt = plain, plain_salt
         request.block_hashes[:], request.cache_salt = best, best_salt
-        return best is not plain
+        return best_codec
 
     def arrived(self, request: Request, first_token: int, codec: Codec) -> None:
         """A request's KV from ``first_token`` on came through a lossy codec.
@@ -54,6 +60,12 @@ class Provenance:
         if request.block_hashes:
             block_tokens = self._pool.hash_block_size
             _rehash(request, first_token // block_tokens, codec, request.cache_salt)
+
+    def disown(self, request: Request) -> None:
+        """It is not known what a request's KV is: let nobody find what vLLM caches of it."""
+        request.cache_salt = f"{_SALT}{os.urandom(16).hex()}"
+        hashes = request.block_hashes
+        hashes[:] = [type(each)(os.urandom(len(each))) for each in hashes]
 
     def _num_cached(self, hashes: Sequence[Any]) -> int:
         """Return how many leading blocks are there."""

@@ -66,7 +66,7 @@ class SchedulerSide:
         self._role = role
         self._identity = Identity(engine_id, new_incarnation())
         self._local = identify(self._identity.incarnation)
-        adapters = AdapterFingerprints(self._identity.incarnation)
+        adapters = self._adapters = AdapterFingerprints(self._identity.incarnation)
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
         self._loop = Loop("pd-control", self._turn)
         self._listener = Listener(
@@ -175,6 +175,10 @@ class SchedulerSide:
         """The weights are about to be changed in place, or were."""
         identify = self._local.changed if is_over else self._local.changing
         self._loop.call(lambda: self._void(identify()))
+
+    def adapter_loaded(self, int_id: int) -> None:
+        """An adapter was loaded, perhaps in the place of another."""
+        self._adapters.reloaded(int_id)
 
     def _void(self, kv: KvIdentity) -> None:
         self._control.void(kv)

@@ -190,6 +190,7 @@ class Dispatch:
             self._router.prefixes.forget(link.url)
             self.metrics.engine_lost()
             self._leave(member)
+            self._keeper.judge()
 
     def gave_out(self, link: Link, outputs: EngineCoreOutputs) -> None:
         """Take the outputs of one step of an engine."""

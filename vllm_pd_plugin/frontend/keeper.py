@@ -65,15 +65,18 @@ class Keeper:
 
     def _reference(self) -> KvIdentity | None:
         """Return what the pool's KV is: that of the decode engine that was named first, of those
-        that have once been there."""
+        that are there, or else of those that have been."""
         if self._requirement is not None and self._requirement.several_kinds:
             return None
-        for member in self._pool:
-            if member.kv is not None and member.role.decodes:
-                engine = member.link.description
-                if not misfit(engine, member.role, self._requirement):
-                    return member.kv
-        return None
+        known = [
+            member
+            for member in self._pool
+            if member.kv is not None
+            and member.role.decodes
+            and not misfit(member.link.description, member.role, self._requirement)
+        ]
+        there = [member for member in known if member.link.is_attached]
+        return next((member.kv for member in (*there, *known)), None)
 
     def _set_role(self, member: Member, role: Role) -> None:
         """Sort an engine in elsewhere; what is under way on it stays there, if it can do both."""

@@ -1,4 +1,4 @@
-"""The control channel over ZeroMQ: one loop thread, one listening socket, one link a peer.
+"""The control channel over ZeroMQ: one loop thread, one listening socket, one dealer a peer.
 
 With ``async_channel`` the only module that imports zmq. With a cluster key every connection is
 CURVE-encrypted and authenticated: both sides derive the same two key pairs from it, and the

@@ -73,7 +73,7 @@ class ProducerTable:
     def void(self) -> None:
         """What this engine's KV is has changed: whatever was begun before is over, CANCELLED."""
         for handoff in list(self._open.values()):
-            if not handoff.ending:
+            if not handoff.ending and handoff.state is not ProducerState.QUEUED:
                 self._conclude(handoff, ProducerState.CANCELLED)
 
     def enqueue(

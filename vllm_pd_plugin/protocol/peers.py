@@ -68,6 +68,8 @@ class _Connection:
     channel: Channel
     used_at: float
     peer: Peer | None = None
+    version: int = wire.OLDEST_VERSION
+    """Of the protocol, in which it is spoken to until it has introduced itself."""
     deadline: float | None = None
     """When the answer that is awaited is given up; None while none is."""
 
@@ -228,7 +230,7 @@ class PeerTable:
     def _introduce(self, connection: _Connection) -> None:
         self._expect(connection)
         hello = wire.Hello(self._identity.engine_id, wire.PROTOCOL_VERSION)
-        self._send(connection, hello, Incarnation(""), wire.OLDEST_VERSION)
+        self._send(connection, hello, Incarnation(""), connection.version)
 
     def _send(
         self, connection: _Connection, message: wire.Request, target: Incarnation, version: int
@@ -262,6 +264,15 @@ class PeerTable:
             logger.warning("dropped a message from %s: %s", _spell(address), error)
             return
         if header.target != self._identity.incarnation:
+            if (
+                not header.target
+                and connection.peer is None
+                and header.version > connection.version
+            ):
+                # It does not know the version that it was spoken to in, but one that we know.
+                connection.version = header.version
+                self._introduce(connection)
+                return
             self.dropped_messages += 1
             return
         connection.deadline = None

@@ -112,8 +112,10 @@ class Wanting:
         self._peers.check_all()
 
     def give_up_all(self, reason: Reason, text: str) -> None:
-        """Nothing that is wanted now is of use any more."""
+        """Nothing that was offered until now is of use any more."""
         for wanted in self._consuming.all():
+            if not wanted.offered:
+                continue
             self._emit(Lost(wanted.request_id, reason, text))
             self.close(wanted.request_id, cancel=True)
 

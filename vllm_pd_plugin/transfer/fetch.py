@@ -355,9 +355,11 @@ class Fetch:
         self._connections.drop(self.peer, PeerError(Reason.READ_FAILED, why))
 
     def _end(self, reason: Reason | None) -> None:
+        if self.state is FetchState.ENDED:
+            return
         self.state = FetchState.ENDED
         spec = self.spec
-        reading = self._reading
+        reading = self._reading or self._before
         result = FetchResult(
             spec.request_id,
             reason,

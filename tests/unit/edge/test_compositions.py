@@ -26,6 +26,7 @@ with warnings.catch_warnings():
         BESIDE_US,
         own_config,
         own_connector,
+        refuse_bad_config,
         refuse_composition,
     )
     from vllm_pd_plugin.edge.connector import PdConnector
@@ -104,6 +105,13 @@ def test_a_failure_policy_that_is_not_vllm_s_own_is_refused() -> None:
     refuse_composition(multi(ours, kv_load_failure_policy="recompute"))
     with pytest.raises(UnsupportedError, match="kv_load_failure_policy"):
         refuse_composition(multi(ours))
+
+
+def test_lossy_codecs_are_refused_beside_what_would_keep_their_kv_as_exact() -> None:
+    beside = config(multi(CONNECTOR, "ExampleConnector"))
+    for options in ({"codec": "int8"}, {"lossy_max": "int4"}):
+        with pytest.raises(UnsupportedError, match="allow lossy codecs beside another"):
+            refuse_bad_config(beside, options)
 
 
 def test_vllm_finds_our_statistics_by_our_class() -> None:

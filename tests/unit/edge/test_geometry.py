@@ -23,6 +23,7 @@ def config(device: str = "cpu", **changes: Any) -> Any:
         is_encoder_decoder=False,
         is_attention_free=False,
         enable_sleep_mode=changes.get("sleep", False),
+        enable_cumem_allocator=changes.get("remaps", False),
         model="model",
     )
     return SimpleNamespace(
@@ -44,6 +45,7 @@ def test_what_is_supported_passes(device: str) -> None:
     [
         ({"ubatching": True}, "--enable-dbo"),
         ({"sleep": True}, "--enable-sleep-mode"),
+        ({"remaps": True}, "--enable-cumem-allocator"),
         ({"device": "xpu"}, "'xpu'"),
         ({"device": "tpu"}, "'tpu'"),
     ],

@@ -128,7 +128,7 @@ def test_it_is_found_by_those_that_allow_its_codec(
 ) -> None:
     cache.fetch(cache.request("a"), codec)
     request = cache.request("b")
-    assert cache.provenance.look_for(request, choice) is bool(found)
+    assert cache.provenance.look_for(request, choice) is (codec if found else Codec.RAW)
     assert cache.found(request) == found
 
 
@@ -136,7 +136,7 @@ def test_what_is_more_there_as_it_is_is_used_as_it_is(cache: Cache) -> None:
     cache.fetch(cache.request("a", PROMPT[: 2 * BLOCK + 1]), Codec.INT8)
     cache.compute(cache.request("b"))
     request = cache.request("c")
-    assert not cache.provenance.look_for(request, INT8)
+    assert cache.provenance.look_for(request, INT8) is Codec.RAW
     assert cache.found(request) == WHOLE
 
 
@@ -146,6 +146,26 @@ def test_only_what_came_through_it_goes_by_another_hash(cache: Cache) -> None:
     cache.compute(cache.request("a", prefix))
     assert cache.fetch(cache.request("b"), Codec.INT4) == 2 * BLOCK
     assert cache.found(cache.request("c")) == 2 * BLOCK
+
+
+def test_what_follows_a_plain_prefix_is_found_by_those_that_allow_its_codec(cache: Cache) -> None:
+    """A system prompt that is there as it is, and turns that came through a codec."""
+    cache.compute(cache.request("a", PROMPT[: 2 * BLOCK]))
+    cache.fetch(cache.request("b"), Codec.INT4)
+    for choice, codec, found in ((INT2, Codec.INT4, WHOLE), (INT8, Codec.RAW, 2 * BLOCK)):
+        request = cache.request("c")
+        assert cache.provenance.look_for(request, choice) is codec
+        assert cache.found(request) == found
+
+
+def test_what_nobody_knows_the_codec_of_is_found_by_nobody(cache: Cache) -> None:
+    request = cache.request("a")
+    cache.provenance.disown(request)
+    cache.fetch(request, Codec.RAW)
+    for choice in (RAW, INT2, AUTO):
+        again = cache.request("b")
+        cache.provenance.look_for(again, choice)
+        assert cache.found(again) == 0
 
 
 def test_what_is_computed_on_top_of_it_goes_with_it(cache: Cache) -> None:
@@ -158,7 +178,7 @@ def test_what_is_computed_on_top_of_it_goes_with_it(cache: Cache) -> None:
     turn = [*PROMPT, *answer, 7]
     assert cache.found(cache.request("b", turn)) == 0
     request = cache.request("c", turn)
-    assert cache.provenance.look_for(request, INT2)
+    assert cache.provenance.look_for(request, INT2) is Codec.INT4
     assert cache.found(request) == len(turn) // BLOCK * BLOCK
 
 
@@ -169,7 +189,7 @@ def test_it_stays_apart_by_salt(cache: Cache) -> None:
         request.block_hashes.clear()
         request.update_block_hashes()
     cache.fetch(mine, Codec.INT8)
-    assert not cache.provenance.look_for(others, INT8)
+    assert cache.provenance.look_for(others, INT8) is Codec.RAW
     assert cache.found(others) == 0
     assert others.cache_salt == "others"
 
@@ -193,6 +213,6 @@ def test_nobody_is_told_of_it_as_of_plain_text(cache: Cache) -> None:
 def test_without_a_prefix_cache_there_is_nothing_to_do() -> None:
     cache = Cache()
     request = Request("a", list(PROMPT), SamplingParams(max_tokens=8), None)
-    assert not cache.provenance.look_for(request, INT8)
+    assert cache.provenance.look_for(request, INT8) is Codec.RAW
     cache.provenance.arrived(request, 0, Codec.INT8)
     assert request.cache_salt is None

@@ -170,3 +170,16 @@ def test_what_is_under_way_on_an_engine_that_becomes_unfit_stays_there() -> None
         assert e.aborted == []
 
     run(story)
+
+
+def test_a_decode_engine_that_is_gone_does_not_speak_for_those_that_are_there() -> None:
+    async def story(world: World) -> None:
+        first = world.engine("d1", Role.DECODE)
+        come_up_with(world, "d2", Role.DECODE, OTHER_KV)
+        come_up_with(world, "p", Role.PREFILL, OTHER_KV)
+        assert "weights" in world.dispatch.pool["d2"].problem
+        world.lose(first)
+        assert world.dispatch.pool["d2"].problem == ""
+        assert world.dispatch.pool["p"].problem == ""
+
+    run(story)

@@ -153,6 +153,36 @@ def test_engines_speak_the_newest_version_that_both_know(
     assert isinstance(welcome, wire.Welcome)
 
 
+def test_one_that_understands_newer_versions_only_is_spoken_to_in_one_of_these(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer says hello in the oldest version that it knows, and then in the one that it was
+    refused in."""
+    ours = wire.PROTOCOL_VERSION
+    monkeypatch.setattr(wire, "PROTOCOL_VERSION", ours + 1)
+    source = cluster.producer.produce("p", [3, 4], 8)
+    cluster.want("c", source)
+    hello, refused = cluster.network.in_flight[0], []
+    receive, answer = cluster.producer.control.receive, cluster.producer.control._answer
+
+    def of_the_next_release(identity: bytes, frames: list[bytes]) -> None:
+        monkeypatch.setattr(wire, "OLDEST_VERSION", ours + 1)
+        receive(identity, frames)
+        monkeypatch.setattr(wire, "OLDEST_VERSION", ours)
+
+    def note(identity: bytes, frames: list[bytes]) -> None:
+        refused.append(wire.decode(frames)[0].version)
+        answer(identity, frames)
+
+    assert wire.decode(hello.frames)[0].version == ours
+    cluster.producer.control._answer = note
+    cluster.network.listeners[cluster.producer_address] = of_the_next_release
+    cluster.settle()
+    assert refused[:2] == [ours + 1, ours + 1]  # a refusal, a welcome
+    assert cluster.consumer.lost() == {}
+    assert "offer" in cluster.network.delivered
+
+
 def test_one_that_understands_older_versions_answers_in_that_of_the_question(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tests.fakes.engines import full_group, make_kv, make_layout
 from vllm_pd_plugin.codecs.codec import Codec, Part
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import Incarnation, new_handoff_id, new_incarnation
+from vllm_pd_plugin.ids import HandoffId, Incarnation
 from vllm_pd_plugin.memory.layout import RankMemory, Region, Span
 from vllm_pd_plugin.protocol import wire
 
-A, B = new_incarnation(), new_incarnation()
-H = new_handoff_id()
+A, B = Incarnation("a1" * 8), Incarnation("b2" * 8)
+H = HandoffId("c3" * 16)
 RANK = RankMemory((Region(2**63, 10, 32, 48),), b"\x00meta\xff")
 STAGING_RANK = msgspec.structs.replace(RANK, staging=Span(2**63, 4096))
 TABLES = (

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from tests.fakes.engines import PEER_TIMEOUT_S
 from tests.fakes.fetching import EMPTY, HERE, KV, LEASE_S, THERE, TOKENS, FetchingCluster
 from vllm_pd_plugin.codecs.codec import Codec
-from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.transfer.plane import LENDING_INTERVAL_S
-from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult
+from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult, FetchState
 
 
 @pytest.fixture
@@ -181,6 +184,29 @@ def test_a_read_that_fails_is_reported_only_when_the_rest_of_it_cannot_write(
     cluster.settle()  # FakeEngine checks every report
     assert cluster.consumer.outcome("c") is Reason.READ_FAILED
     assert cluster.consumer.transport.removed == [cluster.producer.transport.name]
+
+
+def test_a_fetch_ends_once_where_there_is_no_connecting_again(cluster: FetchingCluster) -> None:
+    """A connection is closed for a failed read's sake: one fetch would connect again, and its
+    failure to ends another one, whose successor begins meanwhile."""
+    cluster.start_reading("a")
+    cluster.start_reading("b")
+    plane = cluster.consumer.plane
+    one, other = plane._fetches["a"], plane._fetches["b"]
+    plane.fetch(dataclasses.replace(other.spec, attempt=1))
+    assert other.state is FetchState.DRAINING
+    assert one.peer is not None
+
+    def refuse(*_: object) -> Any:
+        raise PeerError(Reason.PEER_UNREACHABLE, "no descriptors left")
+
+    plane._peers._connect = refuse
+    plane.drop(one.peer, PeerError(Reason.READ_FAILED, "a read failed"))
+    cluster.settle()
+    for name in ("a", "b"):
+        assert cluster.consumer.outcome(name) is Reason.PEER_UNREACHABLE
+    assert plane._fetches == {}
+    assert plane.faults == 0
 
 
 # --- lost, late and doubled messages ---------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 
 from tests.fakes.engines import PEER_TIMEOUT_S
 from tests.fakes.streaming import ELSEWHERE, LEASE_S, THERE, TOKENS, VOUCH_S, StreamingCluster
-from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.protocol import wire
 
 
@@ -43,6 +44,28 @@ def test_what_was_vouched_for_is_kept_when_the_producer_dies(cluster: StreamingC
     result = cluster.consumer.result("c")
     assert (result.reason, result.valid_tokens) == (Reason.PEER_UNREACHABLE, 8)
     assert cluster.has_arrived(8)
+
+
+def test_what_is_kept_of_a_connection_that_was_closed_is_told_with_its_codec(
+    cluster: StreamingCluster,
+) -> None:
+    """Another fetch's read has failed, and the producer dies before this one has connected again:
+    what vLLM caches of it must not count as exact."""
+    vouched(cluster)
+    plane = cluster.consumer.plane
+    (fetch,) = plane._fetches.values()
+    assert fetch.peer is not None
+    assert fetch._reading is not None
+    fetch._reading.codec = Codec.INT8
+    cluster.producer.kill()
+    plane.drop(fetch.peer, PeerError(Reason.READ_FAILED, "for another's sake"))
+    cluster.settle()
+    cluster.clock.advance(PEER_TIMEOUT_S)
+    cluster.settle()
+    result = cluster.consumer.result("c")
+    assert (result.reason, result.valid_tokens) == (Reason.PEER_UNREACHABLE, 8)
+    assert result.codec is Codec.INT8
+    assert result.counts.num_bytes > 0
 
 
 def test_what_was_vouched_for_is_kept_when_the_producer_s_request_is_aborted(
