@@ -53,14 +53,11 @@ demo-ray: setup
 	@$(BIN)/python examples/chat_ray.py "$$($(BIN)/python -c 'from tests.models import smollm2; print(smollm2())')" \
 		-- engine_args.dtype=float32 engine_args.enforce-eager=true engine_args.max-model-len=4096
 
-# Two workers, one a core. Of the tests with engines each takes the groups of tests/conftest.py.
 test: setup test-unit
 	@$(BIN)/python -m tests.models
-	$(BIN)/python -m pytest tests/engines -n 2 --dist loadgroup --no-loadscope-reorder \
-		--table $(DURATIONS) --run-name engines
+	$(BIN)/python -m pytest tests/engines --table $(DURATIONS) --run-name engines
 
 test-unit: setup
-	@$(BIN)/python -m tests.models smollm2 tiny-llama
 	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit
 
 tools:
@@ -103,6 +100,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.handoff --undisturbed --json benchmarks/results/handoff-undisturbed.json
 	$(BIN)/python -m benchmarks.memory --handoffs 2000 --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
+	$(BIN)/python -m benchmarks.chaos --race --seed 1 --minutes 3 --json benchmarks/results/chaos-race.json
 	$(BIN)/python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
 	$(BIN)/python -m benchmarks.goodput --workloads long-in --rates 4,5.5,7,8.5 --seconds 18 --warm-up 5 --json benchmarks/results/goodput.json
 	$(BIN)/python -m benchmarks.goodput --workloads chat,short-in --arms "alone x2,pdplugin,pdplugin-auto" --rates 2,3,4.5,6 --seconds 10 --warm-up 3 --json benchmarks/results/goodput-others.json

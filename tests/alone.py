@@ -90,8 +90,10 @@ class Alone:
             self._engine.wait_until_at_rest()
 
     def stop(self) -> None:
+        """Stop the engine; another one is started when it is needed again."""
         if self._engine is not None:
             self._engine.stop()
+            self._engine = None
 
 
 def _completion(fields: dict[str, Any]) -> Completion:

@@ -1,8 +1,4 @@
-"""Which tests run beside each other, in what order, and how long each module takes.
-
-With ``-n 2 --dist loadgroup`` a worker takes a whole group: the tests that share engines. Groups
-that take longest begin first.
-"""
+"""In which order tests run, so that they share engines, and how long each module takes."""
 
 from __future__ import annotations
 
@@ -17,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 ENGINES = ROOT / "tests" / "engines"
 GROUPS = {
     "ray": ("test_ray",),
+    "frontend_failures": ("frontend_failures/test_streams", "frontend_failures/test_pool"),
+    "failures": ("failures/test_requests", "failures/test_peers"),
     "llama": (
         # First: it wants engines that have just started.
         "test_parity[tiny-llama]",
@@ -29,8 +27,6 @@ GROUPS = {
         "test_versions",
         "test_roles",
     ),
-    "frontend_failures": ("frontend_failures/test_streams", "frontend_failures/test_pool"),
-    "failures": ("failures/test_requests", "failures/test_peers"),
     "smollm2": ("test_parity[smollm2]", "openai_api/test_openai"),
     "tiny-mla": ("test_parity[tiny-mla]", "test_codecs[tiny-mla]"),
     "tiny-gemma3": ("test_parity[tiny-gemma3]",),
@@ -58,29 +54,29 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the tests of engines by group, after all others."""
-    ordered: list[tuple[int, int, int, pytest.Item]] = []
     names = list(GROUPS)
-    for at, item in enumerate(items):
+
+    def place(item: pytest.Item) -> tuple[int, int]:
         if ENGINES not in item.path.parents:
-            ordered.append((-1, 0, at, item))
-            continue
-        group, number = place_of(item)
-        item.add_marker(pytest.mark.xdist_group(group))
-        ordered.append((names.index(group), number, at, item))
-    items[:] = [entry[-1] for entry in sorted(ordered, key=lambda entry: entry[:-1])]
+            return -1, 0
+        group, number = place_of(item.nodeid)
+        return names.index(group), number
+
+    items.sort(key=place)
 
 
-def place_of(item: pytest.Item) -> tuple[str, int]:
+def place_of(nodeid: str) -> tuple[str, int]:
     """Return the group of a test of engines, and its module's number there."""
-    module = str(item.path.relative_to(ENGINES).with_suffix(""))
+    file, _, test = nodeid.partition("::")
+    module = file.removeprefix("tests/engines/").removesuffix(".py")
     if module in PLACES:
         return PLACES[module]
-    inside = item.name.partition("[")[2].rstrip("]")
+    inside = test.partition("[")[2].rstrip("]")
     for place, found in PLACES.items():
         name, _, model = place.rstrip("]").partition("[")
         if name == module and model and inside.startswith(model):
             return found
-    raise pytest.UsageError(f"{item.nodeid} is in no group of {Path(__file__).name}")
+    raise pytest.UsageError(f"{nodeid} is in no group of {Path(__file__).name}")
 
 
 class Durations:

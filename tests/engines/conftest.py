@@ -59,12 +59,16 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def alone_of(logs: Path) -> Iterator[Callable[[str], Alone]]:
-    """What one engine alone answers, by the name of its model."""
+    """What one engine alone answers, by the name of its model; of one model at a time there is an
+    engine."""
     known: dict[str, Alone] = {}
 
     def of(model: str) -> Alone:
         if model not in known:
             known[model] = Alone(models.MODELS[model](), ARGUMENTS[model], logs)
+        for name, alone in known.items():
+            if name != model:
+                alone.stop()
         return known[model]
 
     yield of
@@ -91,12 +95,15 @@ TrioOf = Callable[[str], Trio]
 
 @pytest.fixture(scope="session")
 def trio_of(logs: Path, alone_of: Callable[[str], Alone]) -> Iterator[TrioOf]:
-    """The engines of a model, for all modules that hand off between such."""
+    """The engines of a model, for all modules that hand off between such; those of another model
+    are stopped: memory is for one."""
     with ExitStack() as stack:
         known: dict[str, Trio] = {}
 
         def of(model: str) -> Trio:
             if model not in known:
+                known.clear()
+                stack.close()
                 engines = stack.enter_context(running(start_pair(model, logs)))
                 known[model] = Trio(alone_of(model), *engines)
             return known[model]

@@ -91,7 +91,9 @@ def test_a_streamed_chat_through_vllm_router_equals_one_engines(llama: Trio, rou
         "temperature": 0,
         "stream": True,
     }
-    assert streamed_text(router, body) == streamed_text(llama.alone.url, body) != ""
+    question = f"a streamed chat: {body}"
+    expected = llama.alone.keep(question, lambda one: streamed_text(one.url, body))
+    assert streamed_text(router, body) == expected != ""
     llama.assert_at_rest()
 
 
@@ -107,7 +109,8 @@ def streamed_text(url: str, body: dict[str, object]) -> str:
 def test_two_choices_share_one_handoff(llama: Trio) -> None:
     prompt = random_prompt(300, 432)
     sampling = {"temperature": 0.9, "seed": 3, "n": 2}
-    expected = choices_of(llama.alone, prompt, None, sampling)
+    question = f"two choices of prompt 432, {sampling}"
+    expected = llama.alone.keep(question, lambda one: choices_of(one, prompt, None, sampling))
     params = llama.producer.complete(
         prompt, 1, kv_transfer_params={"do_remote_decode": True}
     ).kv_transfer_params

@@ -28,21 +28,26 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 NEXT = PROTOCOL_VERSION + 1
 
 _NEXT_RELEASE = """
-import importlib.abc, importlib.util, sys
+import importlib.abc, importlib.util, re, sys
+
+VERSIONS = {{"PROTOCOL_VERSION": {newest}, "OLDEST_VERSION": {oldest}}}
 
 class Next(importlib.abc.MetaPathFinder):
-    # What the next release does: another version, and perhaps no knowledge of ours.
+    # What the next release says in its source: another version, and perhaps no knowledge of ours.
     def find_spec(self, name, path, target=None):
         if name != "vllm_pd_plugin.protocol.wire":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            module.PROTOCOL_VERSION = {newest}
-            module.OLDEST_VERSION = {oldest}
-        spec.loader.exec_module = exec_module
+        file = spec.loader.get_filename(name)
+        def get_code(_):
+            text = spec.loader.get_data(file).decode()
+            for constant, version in VERSIONS.items():
+                line = rf"(?m)^{{constant}} = \\d+$"
+                text, times = re.subn(line, f"{{constant}} = {{version}}", text)
+                assert times == 1, constant
+            return compile(text, file, "exec")
+        spec.loader.get_code = get_code
         return spec
 
 sys.meta_path.insert(0, Next())

@@ -164,7 +164,8 @@ class ControlPlane:
             # Answered in our own version: the header tells the peer what is wrong.
             logger.warning("refused a peer: %s", error)
             self._dropped_requests += 1
-            self._reply(ReturnAddress(identity, Incarnation("")), wire.Alive({}))
+            nobody = ReturnAddress(identity, Incarnation(""), wire.PROTOCOL_VERSION)
+            self._reply(nobody, wire.Alive({}))
             return
         except wire.WireError as error:
             logger.warning("dropped a message: %s", error)

@@ -65,7 +65,7 @@ def test_what_is_kept_of_a_connection_that_was_closed_is_told_with_its_codec(
     result = cluster.consumer.result("c")
     assert (result.reason, result.valid_tokens) == (Reason.PEER_UNREACHABLE, 8)
     assert result.codec is Codec.INT8
-    assert result.counts.num_bytes > 0
+    assert result.counts.kv_bytes > 0
 
 
 def test_what_was_vouched_for_is_kept_when_the_producer_s_request_is_aborted(
