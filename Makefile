@@ -9,7 +9,7 @@
 #   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
 #
 # PYTHON       interpreter that .venv is made with (3.11 or later)
-# DURATIONS    where `make test` writes how long each module took (tests/durations.json is committed)
+# DURATIONS    where `make test` writes how long each module took
 # TORCH_INDEX  URL of PyTorch's CPU wheel index, where pip does not find torch's +cpu wheel by itself
 
 PYTHON ?= python3
