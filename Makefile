@@ -61,9 +61,9 @@ test-unit: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit
 
 tools:
-	@test "$$(id -u)" = 0 && command -v apt-get >/dev/null || \
-		{ echo "make tools needs root and apt-get; install by hand: $(TOOLS)"; exit 1; }
-	@dpkg -s $(TOOLS) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(TOOLS); }
+	@dpkg -s $(TOOLS) >/dev/null 2>&1 || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -y -qq $(TOOLS); } || \
+		{ echo "make tools needs root, apt-get and a network; install by hand: $(TOOLS)"; exit 1; }
 
 check: setup
 	$(BIN)/ruff check .
