@@ -355,7 +355,7 @@ class Fetch:
         self._connections.drop(self.peer, PeerError(Reason.READ_FAILED, why))
 
     def _end(self, reason: Reason | None) -> None:
-        if self.state is FetchState.ENDED:
+        if self.state is FetchState.ENDED:  # another one's end has led to it
             return
         self.state = FetchState.ENDED
         spec = self.spec

@@ -179,8 +179,6 @@ class TransferPlane:
         )
 
     def _without_peer(self, fetch: Fetch, error: PeerError) -> None:
-        if fetch.state is FetchState.ENDED:  # another one's end has led to it
-            return
         waits = fetch.state is FetchState.CONNECTING
         if error.reason is Reason.PEER_RESTARTED and waits:  # for the new incarnation
             self._peers.get(fetch.spec.source.address)

@@ -10,6 +10,7 @@ import pytest
 from tests.fakes.cluster import FakeCluster
 from tests.fakes.engines import FakeEngine, Surroundings, make_kv
 from vllm_pd_plugin.errors import Reason
+from vllm_pd_plugin.ids import Source, new_handoff_id
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.events import Lost
@@ -134,6 +135,18 @@ def test_weights_that_are_changed_in_place_fit_nobody(cluster: FakeCluster) -> N
     assert ProducerState.CANCELLED in {
         event.state for event in cluster.producer.events if hasattr(event, "state")
     }
+
+
+def test_what_only_waits_goes_on_when_kv_becomes_another(cluster: FakeCluster) -> None:
+    """Nothing of it was computed or offered by what is no more."""
+    waiting = Source(new_handoff_id(), cluster.producer_address, None)
+    cluster.want("c", waiting)
+    cluster.consumer.control.void(make_kv())
+    assert cluster.consumer.lost() == {}
+    table = cluster.producer.control._producing
+    table.enqueue(waiting.handoff_id, "p", 8, b"prompt")
+    cluster.producer.control.void(make_kv())
+    assert cluster.producer.abandoned() == []
 
 
 # --- versions --------------------------------------------------------------------------------
