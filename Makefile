@@ -55,7 +55,7 @@ demo-ray: setup
 
 test: setup test-unit
 	@$(BIN)/python -m tests.models
-	$(BIN)/python -m pytest tests/engines --table $(DURATIONS) --run-name engines
+	$(BIN)/python -m pytest tests/engines -n 2 --dist loadgroup --table $(DURATIONS) --run-name engines
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit

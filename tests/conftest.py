@@ -6,8 +6,10 @@ import json
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ROOT / "tests" / "engines"
@@ -21,17 +23,19 @@ GROUPS = {
         "test_small_consumer",
         "test_codecs[tiny-llama]",
         "test_routers",
+        "test_tensor_parallel",
         "test_identity",
         "test_compositions",
         "test_command_line",
         "test_versions",
-        "test_roles",
+        "test_role_both",
     ),
     "smollm2": ("test_parity[smollm2]", "openai_api/test_openai"),
     "tiny-mla": ("test_parity[tiny-mla]", "test_codecs[tiny-mla]"),
     "tiny-gemma3": ("test_parity[tiny-gemma3]",),
 }
-"""Modules of ``tests/engines`` that share engines, in the order in which they run."""
+"""Modules of ``tests/engines`` that share engines, in the order in which they run. With several
+workers (`pytest -n 2 --dist loadgroup`) each takes the next group."""
 
 PLACES = {
     place: (group, number)
@@ -77,6 +81,20 @@ def place_of(nodeid: str) -> tuple[str, int]:
         if name == module and model and inside.startswith(model):
             return found
     raise pytest.UsageError(f"{nodeid} is in no group of {Path(__file__).name}")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    if config.getoption("dist") != "loadgroup":
+        return None
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+class Groups(LoadScopeScheduling):
+    """A worker runs all tests of a group, in their order."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return place_of(nodeid)[0]
 
 
 class Durations:

@@ -13,15 +13,21 @@ import pytest
 from tests import models
 from tests.alone import Alone
 from tests.engine import Engine, connector_arguments, free_port, running, start
+from tests.substitution import ASLEEP, substituting
 
 FLOAT32 = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "4096", "--max-num-batched-tokens", "4096"),
 )
 
+# What `openai_api` asks for: tools, and fifty prompts in one step.
+API = (
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--enable-prompt-tokens-details", "--max-num-batched-tokens", "8192"),
+)
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     # In bfloat16 it would answer many times slower on a CPU without AVX512-BF16.
-    "smollm2": FLOAT32,
+    "smollm2": (*FLOAT32, *API),
     "tiny-llama": FLOAT32,
     # vLLM's CPU kernel for rotary embeddings is wrong for MLA's strided queries; and where there is
     # a matrix unit (AMX), vLLM takes a backend for MLA that cannot do float32.
@@ -50,6 +56,15 @@ class Trio:
     def assert_at_rest(self) -> None:
         for engine in (self.alone, self.producer, self.consumer):
             engine.wait_until_at_rest()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _asleep() -> Iterator[None]:
+    """All that is started here inherits it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in substituting(ASLEEP).items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -36,11 +36,13 @@ def composition(beside: dict[str, Any], port: int) -> Sequence[str]:
     ours = {
         "kv_connector": "pdplugin",
         "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"port": port, "peer_timeout_s": 3, "fetch_timeout_s": 8},
     }
     transfer = {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"connectors": [ours, {**beside, "kv_role": "kv_both"}]},
     }
     return *ARGUMENTS["tiny-llama"], "--kv-transfer-config", json.dumps(transfer)
@@ -75,7 +77,9 @@ def engines(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
         control = free_port()
         words = composition(config, control)
         cores = str(len(started))
-        environ = {"LMCACHE_TRACK_USAGE": "false", "PYTHONHASHSEED": "0"}
+        environ = {
+            "LMCACHE_TRACK_USAGE": "false", "PYTHONHASHSEED": "0", "VLLM_SERVER_DEV_MODE": "1",
+        }  # fmt: skip
         started.append(
             start(
                 name, models.tiny_llama(), words, cores=cores, folder=logs, control_port=control,
@@ -111,13 +115,22 @@ def test_frontends_find_our_connector_among_others(engines: list[Engine]) -> Non
         assert (description["role"], description["control_port"]) == ("both", engine.control_port)
 
 
-def test_a_first_token_that_cannot_be_had_ends_its_request(engines: list[Engine]) -> None:
-    """A failed handoff with ``seed_first_token`` is not computed afresh, and does not hang."""
+def test_a_first_token_that_cannot_be_had_ends_its_request(
+    engines: list[Engine], llama: Trio
+) -> None:
+    """A failed handoff with ``seed_first_token`` is not computed afresh as others are, and does not
+    hang."""
     example, lmcache = engines
+    prompt = random_prompt(300, 830)
     _, consume = at_once(example)  # and the producer never hears of it
-    consume |= {"seed_first_token": True, "remote_incarnation": "0" * 16}
-    with pytest.raises(httpx.HTTPStatusError):
-        lmcache.complete(random_prompt(300, 830), 8, kv_transfer_params=consume, timeout_s=60)
+    consume |= {"remote_incarnation": "0" * 16}
+    with pytest.raises(httpx.HTTPStatusError) as error:
+        seeded = {**consume, "seed_first_token": True}
+        lmcache.complete(prompt, 8, kv_transfer_params=seeded, timeout_s=60)
+    assert error.value.response.status_code == 500
+    answer = lmcache.complete(prompt, 8, kv_transfer_params=consume, timeout_s=60)
+    compare(llama.alone.complete(prompt, 8), answer, FLOAT32)
+    assert lmcache.metrics()['pd_handoff_failures_total{reason="peer_restarted"}'] == 2
     for engine in engines:
         engine.wait_until_at_rest()
 
@@ -129,5 +142,8 @@ def test_what_the_other_connector_has_is_used_where_nothing_is_handed_off(
         prompt = random_prompt(600, 840 + number)
         expected = llama.alone.complete(prompt)
         compare(expected, engine.complete(prompt), FLOAT32)
-        engine.wait_until_at_rest()
+        engine.forget_prefixes()
+        before = engine.metrics()["vllm:external_prefix_cache_hits_total"]
         compare(expected, engine.complete(prompt), FLOAT32)
+        hits = engine.metrics()["vllm:external_prefix_cache_hits_total"] - before
+        assert hits >= 512, f"{engine.name} has no KV of its own connector"

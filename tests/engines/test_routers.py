@@ -13,19 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests import models
 from tests.engine import (
     Completion,
     Engine,
-    connector_arguments,
     free_port,
     hand_off,
     parse_completion,
     parse_event,
-    running,
-    start,
 )
-from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
+from tests.engines.conftest import Trio, random_prompt
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine
@@ -149,65 +145,3 @@ def test_min_tokens_and_penalties_survive_the_handoff(llama: Trio) -> None:
         prompt, 12, kv_transfer_params=first.kv_transfer_params, min_tokens=6, **options
     )
     compare(expected, answer, FLOAT32)
-
-
-def test_a_preempted_consumer_still_answers_right(logs: Path, llama: Trio) -> None:
-    """A pool of 20 blocks for 8 requests that grow to 4 blocks each."""
-    small = start(
-        "small-pool",
-        models.tiny_llama(),
-        (*ARGUMENTS["tiny-llama"], "--num-gpu-blocks-override", "21", "--max-model-len", "1024",
-         "--no-enable-prefix-caching", *connector_arguments("decode")),
-        cores="1",
-        folder=logs,
-    )  # fmt: skip
-    with running([small]):
-        prompts = [random_prompt(250 + 13 * i, 440 + i) for i in range(8)]
-        expected = [llama.alone.complete(prompt, 160) for prompt in prompts]
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda p: hand_off(llama.producer, small, p, 160), prompts))
-        for one, other in zip(expected, answers, strict=True):
-            compare(one, other, FLOAT32)
-        assert small.metrics()["vllm:num_preemptions_total"] > 0
-        small.wait_until_at_rest()
-    llama.assert_at_rest()
-
-
-def test_tensor_parallel_engines_answer_as_one_alone(logs: Path) -> None:
-    path, common = models.tiny_llama(), (*ARGUMENTS["tiny-llama"], "-tp", "2")
-    # Both ranks of an engine on one core: vLLM's workers yield in a loop while their engine steps,
-    # and an engine steps while it holds blocks. On every core at once that starves the machine.
-    pair = [
-        start("tp2-producer", path, (*common, *connector_arguments("prefill")),
-              cores="0|0", folder=logs),
-        start("tp2-consumer", path, (*common, *connector_arguments("decode")),
-              cores="1|1", folder=logs),
-    ]  # fmt: skip
-    with running(pair) as (producer, consumer):
-        for length in (1, 128, 129, 1000):
-            prompt = random_prompt(length, 460 + length)
-            expected = producer.complete(prompt, 8)
-            compare(expected, hand_off(producer, consumer, prompt, 8), FLOAT32)
-        for engine in pair:
-            engine.wait_until_at_rest()
-
-
-def test_unequal_tensor_parallel_sizes_are_refused(logs: Path, llama: Trio) -> None:
-    path, common = models.tiny_llama(), (*ARGUMENTS["tiny-llama"], "-tp", "2")
-    producer = start(
-        "tp2",
-        path,
-        (*common, *connector_arguments("prefill", lease_s=5)),
-        cores="0|0",
-        folder=logs,
-    )
-    with running([producer]):
-        prompt = random_prompt(200, 470)
-        before = llama.consumer.metrics()
-        with pytest.raises(httpx.HTTPStatusError):
-            hand_off(producer, llama.consumer, prompt, 4)
-        name = 'pd_handoff_failures_total{reason="peer_incompatible"}'
-        assert llama.consumer.metrics()[name] == before.get(name, 0) + 1
-        producer.wait_until_at_rest(60)
-    llama.consumer.wait_until_at_rest()
-    assert "tensor parallel size is 2, ours is 1" in llama.consumer.log.read_text()

@@ -63,6 +63,21 @@ def test_twenty_requests_share_a_pool_that_holds_two(engines: dict[str, Engine])
         engine.wait_until_at_rest()
 
 
+def test_a_preempted_consumer_still_answers_right(engines: dict[str, Engine], llama: Trio) -> None:
+    """Eight requests that grow to four blocks each, where 19 are."""
+    producer, small = engines["producer"], engines["small"]
+    prompts = [random_prompt(250 + 13 * i, 440 + i) for i in range(8)]
+    expected = [llama.alone.complete(prompt, 160) for prompt in prompts]
+    before = small.metrics()["vllm:num_preemptions_total"]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda p: hand_off(producer, small, p, 160), prompts))
+    for one, other in zip(expected, answers, strict=True):
+        compare(one, other, FLOAT32)
+    assert small.metrics()["vllm:num_preemptions_total"] > before
+    for engine in (producer, small):
+        engine.wait_until_at_rest()
+
+
 def test_a_prompt_larger_than_the_pool_is_refused_at_once(engines: dict[str, Engine]) -> None:
     started = time.monotonic()
     _, consume = at_once(engines["producer"])

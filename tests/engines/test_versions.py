@@ -21,37 +21,23 @@ from tests.engine import (
 )
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
 from tests.parity import FLOAT32, compare
+from tests.substitution import ASLEEP, Changes, substituting
 from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 NEXT = PROTOCOL_VERSION + 1
 
-_NEXT_RELEASE = """
-import importlib.abc, importlib.util, re, sys
 
-VERSIONS = {{"PROTOCOL_VERSION": {newest}, "OLDEST_VERSION": {oldest}}}
-
-class Next(importlib.abc.MetaPathFinder):
-    # What the next release says in its source: another version, and perhaps no knowledge of ours.
-    def find_spec(self, name, path, target=None):
-        if name != "vllm_pd_plugin.protocol.wire":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        file = spec.loader.get_filename(name)
-        def get_code(_):
-            text = spec.loader.get_data(file).decode()
-            for constant, version in VERSIONS.items():
-                line = rf"(?m)^{{constant}} = \\d+$"
-                text, times = re.subn(line, f"{{constant}} = {{version}}", text)
-                assert times == 1, constant
-            return compile(text, file, "exec")
-        spec.loader.get_code = get_code
-        return spec
-
-sys.meta_path.insert(0, Next())
-"""
+def next_release(oldest: int) -> Changes:
+    """What the next release says in its source: another version, and perhaps no knowledge of
+    ours."""
+    return {
+        "vllm_pd_plugin.protocol.wire": {
+            rf"(?m)^{constant} = \d+$": f"{constant} = {version}"
+            for constant, version in (("PROTOCOL_VERSION", NEXT), ("OLDEST_VERSION", oldest))
+        }
+    }
 
 
 class Site:
@@ -68,11 +54,7 @@ class Site:
             ("old", "decode"): llama.consumer,
         }
         for role, oldest in (("prefill", NEXT), ("decode", PROTOCOL_VERSION)):
-            folder = logs / f"next-release-{oldest}"
-            folder.mkdir()
-            code = _NEXT_RELEASE.format(newest=NEXT, oldest=oldest)
-            (folder / "sitecustomize.py").write_text(code)
-            self.environs["new"] = {"PYTHONPATH": str(folder)}
+            self.environs["new"] = substituting(ASLEEP, next_release(oldest))
             port = free_port()
             self.engines["new", role] = start(
                 f"new-{role}",

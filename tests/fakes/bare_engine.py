@@ -14,6 +14,7 @@ from typing import Any
 from tests.fakes.engines import make_kv
 from vllm_pd_plugin.codecs.codec import Part
 from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.memory.layout import EngineLayout, Group
 from vllm_pd_plugin.net.nixl_transport import NixlTransport
 
@@ -56,6 +57,14 @@ class _Identity:
     """In place of ``LocalIdentity``: there are no weights."""
 
     kv = make_kv()
+
+    def changing(self) -> KvIdentity:
+        self.kv = make_kv(weights=Weights("unknown:being changed"))
+        return self.kv
+
+    def changed(self) -> KvIdentity:
+        self.kv = make_kv(weights=Weights("unknown:changed"))
+        return self.kv
 
     def hash_fully(self, on_done: Any) -> None: ...
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_pd_plugin.codecs.codec import CodecChoice
+from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
@@ -105,15 +105,18 @@ class Consumer:
         reason: Reason | None = None,
         valid_tokens: int = 0,
         sampled: int | None = None,
+        codec: Codec = Codec.RAW,
     ) -> None:
         """All ranks report the request's fetch as ended, for good."""
         name = request.request_id
         ended = {name}
         report = None
+        codecs = {} if codec is Codec.RAW else {name: codec}
         if reason is not None:
-            report = FetchReport({name: reason}, {name: valid_tokens}, {name: 0}, {}, {})
-        elif sampled is not None:
-            report = FetchReport({}, {}, {}, {name: sampled}, {})
+            report = FetchReport({name: reason}, {name: valid_tokens}, {name: 0}, {}, codecs)
+        elif sampled is not None or codecs:
+            tokens = {} if sampled is None else {name: sampled}
+            report = FetchReport({}, {}, {}, tokens, codecs)
         output = SimpleNamespace(
             kv_connector_worker_meta=report,
             finished_recving=ended,

@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 
 from tests.engine import Engine, running
-from tests.engines.openai_api.servers import Servers
+from tests.engines.conftest import Trio, TrioOf
+from tests.engines.openai_api.servers import start_frontends
 
 
 @pytest.fixture(scope="package")
-def servers(logs: Path) -> Iterator[dict[str, Engine]]:
-    servers = Servers(logs)
-    with running([servers.alone, servers.up]):
-        local = servers.start_local(logs)
-        with running([local]):
-            yield {"alone": servers.alone, "handed off": servers.up, "local": local}
+def trio(trio_of: TrioOf) -> Trio:
+    return trio_of("smollm2")
+
+
+@pytest.fixture(scope="package")
+def servers(trio: Trio, logs: Path) -> Iterator[dict[str, Engine]]:
+    frontends = start_frontends(trio, logs)
+    with running(list(frontends.values())):
+        yield {"alone": trio.alone.engine, **frontends}
 
 
 @pytest.fixture(params=["handed off", "local"])

@@ -7,35 +7,20 @@ from pathlib import Path
 from openai import OpenAI
 
 from tests import models
-from tests.engine import Engine, engine_urls, start, start_frontend
-from tests.engines.conftest import ARGUMENTS
+from tests.engine import Engine, start_frontend
+from tests.engines.conftest import API, Trio
 
 
-class Servers:
-    """A plain server, and the same model behind a frontend: handed off, and not."""
-
-    def __init__(self, logs: Path) -> None:
-        model = models.smollm2()
-        api = (
-            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-            *("--enable-prompt-tokens-details",),
-        )
-        # Room for fifty prompts in one step: vLLM's CPU backend dies of a seeded prompt that needs
-        # several.
-        common = (*ARGUMENTS["smollm2"], *api, "--max-num-batched-tokens", "8192")
-        self.alone = start("alone", model, common, cores="0", folder=logs)
-        self.up = start_frontend("up", model, (*common, "--local-below", "0"), folder=logs)
-
-    def start_local(self, logs: Path) -> Engine:
-        """Start another frontend over the same engines, that hands nothing off."""
-        pool = engine_urls(self.up)
-        arguments = (
-            *("--prefill", pool["prefill-0"], "--decode", pool["decode-0"]),
-            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-            *("--max-model-len", "4096", "--local-below", "100000"),
-            *("--enable-prompt-tokens-details",),
-        )
-        return start_frontend("serve", models.smollm2(), arguments, folder=logs)
+def start_frontends(trio: Trio, logs: Path) -> dict[str, Engine]:
+    """Start a frontend that hands everything off, and one that hands off nothing."""
+    model = models.smollm2()
+    pool = ("--prefill", trio.producer.url, "--decode", trio.consumer.url)
+    tools = [word for word in API if word not in ("--max-num-batched-tokens", "8192")]
+    words = (*pool, *tools, "--max-model-len", "4096", "--local-below")
+    return {
+        "handed off": start_frontend("serve", model, (*words, "0"), folder=logs),
+        "local": start_frontend("serve", model, (*words, "100000"), folder=logs),
+    }
 
 
 def client_of(server: Engine) -> OpenAI:

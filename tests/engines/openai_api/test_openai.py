@@ -11,7 +11,8 @@ import openai
 import pytest
 
 from tests import models
-from tests.engine import Engine, engine_urls, free_port, running, start_frontend
+from tests.engine import Engine, free_port, running, start_frontend
+from tests.engines.conftest import Trio
 from tests.engines.openai_api.cases import (
     CASES,
     STORY,
@@ -143,25 +144,22 @@ def test_fifty_at_once_get_what_each_would_get_alone(alone: Engine, frontend: En
         assert got == expected
 
 
-def test_a_client_that_leaves_frees_every_engine(servers: dict[str, Engine]) -> None:
+def test_a_client_that_leaves_frees_every_engine(servers: dict[str, Engine], trio: Trio) -> None:
     frontend = servers["handed off"]
-    engines = engine_urls(frontend)
     for tokens in (0, 1, 3):
         chunks = complete(client_of(frontend), frontend.model, max_tokens=2000, stream=True)
         for _ in zip(range(tokens), chunks, strict=False):
             pass
         chunks.close()
-    for name, url in engines.items():
-        Engine(name, url, frontend.model, frontend.process, frontend.log).wait_until_at_rest()
+    trio.assert_at_rest()
 
 
 def test_a_frontend_ends_what_is_under_way_when_it_is_told_to_stop(
-    servers: dict[str, Engine], logs: Path
+    servers: dict[str, Engine], trio: Trio, logs: Path
 ) -> None:
-    pool = engine_urls(servers["handed off"])
     arguments = (
         "--decode",
-        pool["decode-0"],
+        trio.consumer.url,
         "--shutdown-timeout",
         "30",
         "--max-model-len",

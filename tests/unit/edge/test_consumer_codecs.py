@@ -7,10 +7,37 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.errors import Reason
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from tests.fakes.consumer import Consumer, new_source
+
+
+def noted_by(consumer: Consumer) -> list[Codec]:
+    """Return what the prefix cache is told from now on."""
+    noted: list[Codec] = []
+    provenance: Any = SimpleNamespace(arrived=lambda _request, _token, codec: noted.append(codec))
+    consumer.requests._provenance = provenance
+    return noted
+
+
+def test_the_codec_that_kv_came_through_is_noted() -> None:
+    consumer = Consumer()
+    noted = noted_by(consumer)
+    for name, codec in (("r", Codec.INT4), ("s", Codec.RAW)):
+        consumer.collect(consumer.fetching(name, new_source()), codec=codec)
+    assert noted == [Codec.INT4]
+
+
+def test_it_is_noted_of_what_is_kept_of_a_fetch_that_failed() -> None:
+    """vLLM caches that much of it as any other."""
+    consumer = Consumer(recomputes=True)
+    noted = noted_by(consumer)
+    for name, valid_tokens in (("r", 32), ("s", 0)):
+        request = consumer.fetching(name, new_source())
+        consumer.collect(request, Reason.PEER_UNREACHABLE, valid_tokens, codec=Codec.INT4)
+    assert noted == [Codec.INT4]
 
 
 def test_kv_of_a_narrower_codec_than_its_prefix_goes_by_a_hash_of_its_own() -> None:
@@ -18,9 +45,7 @@ def test_kv_of_a_narrower_codec_than_its_prefix_goes_by_a_hash_of_its_own() -> N
     consumer = Consumer()
     consumer.fetching("r", new_source())
     (consuming,) = consumer.requests._open.values()
-    noted: list[Codec] = []
-    provenance: Any = SimpleNamespace(arrived=lambda _request, _token, codec: noted.append(codec))
-    consumer.requests._provenance = provenance
+    noted = noted_by(consumer)
     consuming.lossy = Codec.INT8
     for codec in (Codec.RAW, Codec.INT8, Codec.INT4, Codec.INT4, Codec.INT8):
         consumer.requests._note_codec(consuming, codec)

@@ -147,9 +147,9 @@ class Pair:
 
     def __init__(self) -> None:
         quick = {
-            "lease_s": 1.0,
-            "peer_timeout_s": 0.5,
-            "fetch_timeout_s": 1.5,
+            "lease_s": 1.5,
+            "peer_timeout_s": 1.0,
+            "fetch_timeout_s": 2.0,
             "queue_timeout_s": 4.0,
         }
         self.producer = BareEngine("prefill", **quick, stretch_bytes=1)
@@ -176,7 +176,7 @@ class Pair:
         self.producer.add(name, prompt, {"do_remote_decode": True, "handoff_id": handoff_id})
         return name
 
-    def settle(self, names: list[str], timeout_s: float = 12.0) -> None:
+    def settle(self, names: list[str], timeout_s: float = 20.0) -> None:
         """Step both engines until these handoffs are over, and nothing is held any more."""
         deadline = time.monotonic() + timeout_s
         while not self._is_over(names):
@@ -213,6 +213,8 @@ class Pair:
         )
         if exact:
             assert torch.equal(got, wanted)
+        else:  # int8's error is at most a 254th of a row's largest number
+            assert torch.allclose(got, wanted, rtol=0.01)
 
     def close(self) -> None:
         self.consumer.close()

@@ -73,8 +73,24 @@ def test_temperatures_are_not_rounded() -> None:
     assert expand(temperatures, torch.tensor([1, 3]), 3).tolist() == [0.25, 0.75, 0.75]
 
 
+def test_a_step_without_logits_is_left_as_it_is() -> None:
+    def of_none(*_: Any) -> torch.Tensor:
+        raise RuntimeError("the largest of no top-k")
+
+    unless_empty = sampling._unless_empty(of_none)
+    nothing = torch.empty(0, 5)
+    assert unless_empty(nothing, torch.empty(0), None) is nothing
+    with pytest.raises(RuntimeError, match="largest"):
+        unless_empty(torch.zeros(1, 5), torch.ones(1), None)
+
+
 def test_vllm_is_wrapped_once() -> None:
-    sampling.mend()
-    before = GPUModelRunner.sample_tokens, rejection_sampler.expand_batch_to_tokens
-    sampling.mend()
-    assert (GPUModelRunner.sample_tokens, rejection_sampler.expand_batch_to_tokens) == before
+    for _ in range(2):
+        sampling.mend()
+    for function in (
+        GPUModelRunner.sample_tokens,
+        rejection_sampler.expand_batch_to_tokens,
+        rejection_sampler.apply_top_k_top_p,
+    ):
+        assert function.__code__.co_filename == sampling.__file__
+        assert function.__wrapped__.__code__.co_filename != sampling.__file__  # type: ignore[attr-defined]

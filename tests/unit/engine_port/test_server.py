@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.fakes.engines import make_kv
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_incarnation
+from vllm_pd_plugin.memory.identity import Weights
 from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION, Header
 
 with warnings.catch_warnings():
@@ -30,6 +32,19 @@ def test_a_frontend_that_attaches_learns_what_the_engine_is(engine: ServingEngin
     load = messages.EngineLoad(3, 2, 0, 0.25)
     assert attached == messages.Attached(engine.server.description, load)
     assert frontend.senders == [engine.incarnation]
+
+
+def test_a_frontend_hears_of_kv_that_has_become_another(
+    engine: ServingEngine, frontend: FakeFrontend
+) -> None:
+    other = make_kv(weights=Weights("unknown:boot, changed 1 times"))
+    engine.server.identify(other)
+    (attached,) = frontend.received
+    assert isinstance(attached, messages.Attached)
+    assert attached.description.kv == engine.server.description.kv == other
+    late = engine.frontend("late")
+    late.attach()
+    assert late.received[0].description.kv == other
 
 
 def test_frontends_are_told_apart_and_not_taken_for_clients_of_vllm(engine: ServingEngine) -> None:

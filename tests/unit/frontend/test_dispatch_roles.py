@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from tests.fakes.engine_core import describe
     from tests.fakes.links import FakeLink, link_of, make_member, output_of
+    from vllm_pd_plugin.frontend.pool.fitness import Requirement
     from vllm_pd_plugin.frontend.pool.membership import Wanted
     from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Policy, Role
 
@@ -168,6 +169,26 @@ def test_what_is_under_way_on_an_engine_that_becomes_unfit_stays_there() -> None
         world.dispatch.attached(world.dispatch.pool["e"].link, EngineLoad())
         assert "weights" in world.dispatch.pool["e"].problem
         assert e.aborted == []
+
+    run(story)
+
+
+def test_a_pool_of_several_kinds_hands_off_within_each() -> None:
+    """On Ray, while an update replaces one model by another."""
+
+    async def story(world: World) -> None:
+        any_of = describe()
+        requirement = Requirement(
+            any_of.max_model_len, any_of.vocab_size, several_kinds=True,
+            vllm_version=any_of.vllm_version,
+        )  # fmt: skip
+        world.dispatch.require(requirement)
+        d1 = world.engine("d1", Role.DECODE)
+        d2 = come_up_with(world, "d2", Role.DECODE, OTHER_KV)
+        p2 = come_up_with(world, "p2", Role.PREFILL, OTHER_KV)
+        assert [world.dispatch.pool[key].problem for key in ("d1", "d2", "p2")] == [""] * 3
+        world.add("r")
+        assert (d1.sent, d2.sent, p2.sent) == ([], ["r-1d"], ["r-1p"])
 
     run(story)
 

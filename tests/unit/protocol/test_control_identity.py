@@ -10,7 +10,7 @@ import pytest
 from tests.fakes.cluster import FakeCluster
 from tests.fakes.engines import FakeEngine, Surroundings, make_kv
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import Source, new_handoff_id
+from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.events import Lost
@@ -155,14 +155,16 @@ def test_what_only_waits_goes_on_when_kv_becomes_another(cluster: FakeCluster) -
 def test_engines_speak_the_newest_version_that_both_know(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one of the next release would: it understands ours, and says hello in it."""
-    hello = wire.Hello("engine", wire.PROTOCOL_VERSION + 1)
-    frames = wire.encode(hello, cluster.consumer.identity.incarnation, "")  # type: ignore[arg-type]
+    """A release ahead of us says hello in the oldest version that it knows; we know a newer."""
+    ours = wire.PROTOCOL_VERSION
+    monkeypatch.setattr(wire, "PROTOCOL_VERSION", ours + 1)
+    hello, nobody = wire.Hello("engine", ours + 2), Incarnation("")
+    frames = wire.encode(hello, cluster.consumer.identity.incarnation, nobody, ours)
     answers: list[list[bytes]] = []
     cluster.producer.control._answer = lambda who, frames: answers.append(frames)
     cluster.producer.control.receive(b"next", frames)
     header, welcome = wire.decode(answers[0])
-    assert header.version == wire.PROTOCOL_VERSION
+    assert header.version == ours + 1
     assert isinstance(welcome, wire.Welcome)
 
 

@@ -94,8 +94,8 @@ def test_three_hundred_peers_over_real_sockets_exhaust_nothing(port: int) -> Non
         loop.call(lambda: table.tick() and None)
         wait_until(lambda: anyone.let_go == set(peers) - kept)
         wait_until(lambda: descriptors() - before < 10 * len(kept) + 10)
-        loop.call(lambda: [table.get(address) for address in peers] and None)
         anyone.ready.clear()
+        loop.call(lambda: [table.get(address) for address in peers] and None)
         wait_until(lambda: len(anyone.ready) >= NUM_PEERS - len(kept))
     finally:
         loop.call(table.close)
