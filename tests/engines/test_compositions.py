@@ -124,8 +124,8 @@ def test_a_first_token_that_cannot_be_had_ends_its_request(
     prompt = random_prompt(300, 830)
     _, consume = at_once(example)  # and the producer never hears of it
     consume |= {"remote_incarnation": "0" * 16}
+    seeded = {**consume, "seed_first_token": True}
     with pytest.raises(httpx.HTTPStatusError) as error:
-        seeded = {**consume, "seed_first_token": True}
         lmcache.complete(prompt, 8, kv_transfer_params=seeded, timeout_s=60)
     assert error.value.response.status_code == 500
     answer = lmcache.complete(prompt, 8, kv_transfer_params=consume, timeout_s=60)
