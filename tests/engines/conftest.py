@@ -13,7 +13,7 @@ import pytest
 from tests import models
 from tests.alone import Alone
 from tests.engine import Engine, connector_arguments, free_port, running, start
-from tests.substitution import ASLEEP, substituting
+from tests.engine_site import PATIENT, environ_of
 
 FLOAT32 = (
     *("--dtype", "float32", "--enforce-eager"),
@@ -59,10 +59,10 @@ class Trio:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _asleep() -> Iterator[None]:
+def _patient() -> Iterator[None]:
     """All that is started here inherits it."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in substituting(ASLEEP).items():
+        for name, value in environ_of(PATIENT).items():
             patch.setenv(name, value)
         yield
 

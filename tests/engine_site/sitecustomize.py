@@ -1,11 +1,14 @@
-"""Changes lines of modules as they are imported, in every process of an engine.
+"""In every process of the tests' engines: importing is made cheaper, and lines of modules are
+changed as they are imported.
 
-``PD_TEST_SUBSTITUTE`` says which: ``{module: {regular expression: new text}}``. Each expression
-must be found once.
+``PD_TEST_SUBSTITUTE``: JSON, ``{module: {regular expression: new text}}``; each to be found once.
+``PD_TEST_DISTRIBUTIONS``: a file with what ``importlib.metadata.packages_distributions`` returns.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -13,6 +16,7 @@ import re
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -49,4 +53,13 @@ class Substitution(MetaPathFinder):
         return spec
 
 
+def packages_distributions() -> dict[str, list[str]]:
+    """Asked by transformers. Python looks through the files of all packages: a second each time."""
+    found: dict[str, list[str]] = json.loads(Path(os.environ["PD_TEST_DISTRIBUTIONS"]).read_text())
+    return found
+
+
+importlib.metadata.packages_distributions = packages_distributions
+# Importing vLLM makes millions of objects that stay: looking for others takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 sys.meta_path.insert(0, Substitution(json.loads(os.environ["PD_TEST_SUBSTITUTE"])))
