@@ -76,7 +76,9 @@ class Keeper:
             and not misfit(member.link.description, member.role, self._requirement)
         ]
         there = [member for member in known if member.link.is_attached]
-        return next((member.kv for member in (*there, *known)), None)
+        # One whose weights are nobody else's, as after a change in place, speaks for itself only.
+        shared = [m for m in there if m.kv is not None and m.kv.weights.is_known]
+        return next((member.kv for member in (*shared, *there, *known)), None)
 
     def _set_role(self, member: Member, role: Role) -> None:
         """Sort an engine in elsewhere; what is under way on it stays there, if it can do both."""

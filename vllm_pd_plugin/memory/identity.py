@@ -30,6 +30,11 @@ class Weights(msgspec.Struct, frozen=True):
     files: str = ""
     full: str = ""
 
+    @property
+    def is_known(self) -> bool:
+        """Say whether another engine can have them."""
+        return not self.sampled.startswith(UNKNOWN)
+
     def is_like(self, other: Weights) -> bool:
         """Say whether they are the same, as far as both know."""
         if self.full and other.full:

@@ -173,6 +173,23 @@ def test_what_is_under_way_on_an_engine_that_becomes_unfit_stays_there() -> None
     run(story)
 
 
+def test_an_engine_that_is_changed_in_place_does_not_speak_for_the_pool() -> None:
+    async def story(world: World) -> None:
+        first = world.engine("d1", Role.DECODE)
+        second = world.engine("d2", Role.DECODE)
+        p = world.engine("p", Role.PREFILL)
+        changed = make_kv(weights=Weights("unknown:boot, being changed"))
+        first.description = describe(role="decode", kv=changed)
+        world.come_back(first)
+        problems = [world.dispatch.pool[key].problem for key in ("d1", "d2", "p")]
+        assert "weights are unknown:boot" in problems[0]
+        assert problems[1:] == ["", ""]
+        world.add("r")
+        assert (first.sent, second.sent, p.sent) == ([], ["r-1d"], ["r-1p"])
+
+    run(story)
+
+
 def test_a_pool_of_several_kinds_hands_off_within_each() -> None:
     """On Ray, while an update replaces one model by another."""
 
