@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,6 +22,14 @@ import httpx
 import psutil
 
 START_TIMEOUT_S = 240.0
+
+HTTP = httpx.Client(
+    verify=ssl.create_default_context(),
+    trust_env=False,
+    limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+)
+"""For every question of the tests: ``httpx.get`` reads certificates each time, and takes 40 ms.
+Servers come and go, so connections are not kept."""
 
 PRODUCE = {"do_remote_decode": True}
 """What a router sends to a producer."""
@@ -65,7 +74,7 @@ class Engine:
     ) -> Completion:
         """Ask for a completion. Raises httpx.HTTPStatusError when the engine refuses."""
         body = self.body(prompt, max_tokens, kv_transfer_params, **sampling)
-        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout_s)
+        answer = HTTP.post(f"{self.url}/v1/completions", json=body, timeout=timeout_s)
         answer.raise_for_status()
         return parse_completion(answer.json())
 
@@ -93,7 +102,7 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """Return every Prometheus sample: ``name{label="value"}`` without engine and model."""
         samples: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+        for line in HTTP.get(f"{self.url}/metrics", timeout=30).text.splitlines():
             if line.startswith("#") or " " not in line:
                 continue
             key, value = line.rsplit(" ", 1)
@@ -109,7 +118,7 @@ class Engine:
     def forget_prefixes(self) -> None:
         """Empty the prefix cache; for an engine with VLLM_SERVER_DEV_MODE and nothing to do."""
         self.wait_until_at_rest()
-        httpx.post(f"{self.url}/reset_prefix_cache", timeout=30).raise_for_status()
+        HTTP.post(f"{self.url}/reset_prefix_cache", timeout=30).raise_for_status()
 
     def is_at_rest(self) -> bool:
         """Say whether no KV block is used, no request is known and no handoff is open."""
@@ -184,7 +193,7 @@ class Engine:
                     f"{self.name} ended with status {self.process.returncode}:\n{self.log_tail()}"
                 )
             try:
-                answer = httpx.get(f"{self.url}/health", timeout=5)
+                answer = HTTP.get(f"{self.url}/health", timeout=5)
                 if answer.status_code == 200:
                     return
                 problem = f"status {answer.status_code}"

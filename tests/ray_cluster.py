@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.engine import free_port, spawn
+from tests.engine import HTTP, free_port, spawn
 
 START_TIMEOUT_S = 120.0
 
@@ -98,13 +98,13 @@ class RayCluster:
 
     def deploy(self, config: Mapping[str, Any]) -> None:
         """Do what ``serve deploy`` does with a file that says this."""
-        answer = httpx.put(f"{self._api}/", json=dict(config), timeout=60)
+        answer = HTTP.put(f"{self._api}/", json=dict(config), timeout=60)
         assert answer.status_code == 200, answer.text
 
     def application(self, name: str = "default") -> dict[str, Any]:
         """Return what Serve says of an application; empty when it does not."""
         try:
-            answer = httpx.get(f"{self._api}/", timeout=10)
+            answer = HTTP.get(f"{self._api}/", timeout=10)
             answer.raise_for_status()
         except httpx.HTTPError:
             return {}
@@ -146,7 +146,7 @@ class RayCluster:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self._api}/", timeout=5).status_code == 200
+            return HTTP.get(f"{self._api}/", timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -39,6 +39,10 @@ class Reason(enum.StrEnum):
     INTERNAL = "internal"
 
 
+OTHER_KV = frozenset({Reason.KV_CHANGED, Reason.PEER_INCOMPATIBLE})
+"""What was fetched before such a failure is not kept: it may be no KV of this engine's model."""
+
+
 class PdError(Exception):
     """Root of every error that this package raises on purpose."""
 

@@ -28,7 +28,8 @@ API = (
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     # In bfloat16 it would answer many times slower on a CPU without AVX512-BF16.
     "smollm2": (*FLOAT32, *API),
-    "tiny-llama": FLOAT32,
+    # 256 MiB of KV: what vLLM would take otherwise is a GiB for each engine.
+    "tiny-llama": (*FLOAT32, "--num-gpu-blocks-override", "1024"),
     # vLLM's CPU kernel for rotary embeddings is wrong for MLA's strided queries; and where there is
     # a matrix unit (AMX), vLLM takes a backend for MLA that cannot do float32.
     "tiny-mla": (

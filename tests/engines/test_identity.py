@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests import models
-from tests.engine import Engine, connector_arguments, hand_off, running, start, start_frontend
+from tests.engine import HTTP, Engine, connector_arguments, hand_off, running, start, start_frontend
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
 from tests.parity import FLOAT32, compare
 
@@ -57,7 +57,7 @@ class Pool:
         return done.stdout
 
     def problem(self, engine: Engine) -> str:
-        pool = httpx.get(f"{self.frontend.url}/pd/v1/pool", timeout=10).json()
+        pool = HTTP.get(f"{self.frontend.url}/pd/v1/pool", timeout=10).json()
         found: dict[str, Any] = {each["url"]: each["problem"] for each in pool["engines"]}
         return str(found[engine.url])
 

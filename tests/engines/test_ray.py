@@ -17,7 +17,7 @@ import yaml
 
 from tests import models
 from tests.alone import Alone
-from tests.engine import Engine
+from tests.engine import HTTP, Engine
 from tests.engines.conftest import random_prompt
 from tests.engines.frontend_failures.cluster import stream
 from tests.ray_cluster import RayCluster, kill_family, wait_until
@@ -26,7 +26,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_serve.yaml"
 ADMIN_KEY = secrets.token_hex(16)
-ENGINE_ARGS = {"dtype": "float32", "enforce-eager": True, "max-model-len": 4096}
+ENGINE_ARGS = {
+    "dtype": "float32",
+    "enforce-eager": True,
+    "max-model-len": 4096,
+    "num-gpu-blocks-override": 1024,
+}
 NUM_TOKENS = 300
 HEAL_S = 240.0
 
@@ -105,7 +110,7 @@ class Site:
     def pool(self) -> list[dict[str, Any]]:
         """Return the engines that take requests, as the frontend sees them."""
         try:
-            answer = httpx.get(
+            answer = HTTP.get(
                 f"{self.cluster.url}/pd/v1/pool",
                 headers={"Authorization": f"Bearer {ADMIN_KEY}"},
                 timeout=10,
@@ -168,7 +173,7 @@ def chat(url: str, model: str, question: str) -> str:
         "temperature": 0,
         "max_tokens": 24,
     }
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    answer = HTTP.post(f"{url}/v1/chat/completions", json=body, timeout=120)
     answer.raise_for_status()
     text: str = answer.json()["choices"][0]["message"]["content"]
     return text
@@ -188,7 +193,7 @@ def test_what_the_example_deploys_answers_like_one_engine(site: Site) -> None:
 
 
 def test_who_has_no_key_does_not_see_the_pool(site: Site) -> None:
-    assert httpx.get(f"{site.cluster.url}/pd/v1/pool", timeout=10).status_code == 401
+    assert HTTP.get(f"{site.cluster.url}/pd/v1/pool", timeout=10).status_code == 401
 
 
 def test_engines_are_reached_at_their_node_s_address_and_have_no_open_api(site: Site) -> None:
@@ -196,8 +201,8 @@ def test_engines_are_reached_at_their_node_s_address_and_have_no_open_api(site: 
         assert "127.0.0.1" not in engine["url"]
         body = {"model": site.model.name, "prompt": [5, 6, 7], "max_tokens": 1}
         for path in ("/v1/completions", "/invocations", "/inference/v1/generate"):
-            assert httpx.post(f"{engine['url']}{path}", json=body).status_code == 403
-        assert httpx.get(f"{engine['url']}/health").status_code == 200
+            assert HTTP.post(f"{engine['url']}{path}", json=body).status_code == 403
+        assert HTTP.get(f"{engine['url']}/health").status_code == 200
 
 
 def test_a_pool_grows_and_shrinks_under_load_and_loses_nothing(site: Site) -> None:

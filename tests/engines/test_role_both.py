@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests import models
-from tests.engine import PRODUCE, Engine, hand_off, running, start, start_frontend
+from tests.engine import HTTP, PRODUCE, Engine, hand_off, running, start, start_frontend
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
 from tests.engines.frontend_failures.cluster import stream
 from tests.parity import FLOAT32, compare
@@ -53,10 +53,10 @@ class Site:
     def set_role(self, engine: Engine, role: str) -> None:
         body = {"url": engine.url, "role": role}
         url = f"{self.frontend.url}/pd/v1/engines"
-        httpx.post(url, json=body, timeout=10).raise_for_status()
+        HTTP.post(url, json=body, timeout=10).raise_for_status()
 
     def pool(self) -> dict[str, dict[str, Any]]:
-        answer = httpx.get(f"{self.frontend.url}/pd/v1/pool", timeout=10).json()
+        answer = HTTP.get(f"{self.frontend.url}/pd/v1/pool", timeout=10).json()
         return {engine["url"]: engine for engine in answer["engines"]}
 
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.engine import (
+    HTTP,
     Completion,
     Engine,
     free_port,
@@ -51,7 +52,7 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) ->
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+            if HTTP.get(f"{url}/health", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.2)
@@ -60,7 +61,7 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) ->
 
 def ask_router(router: str, engine: Engine, prompt: list[int], max_tokens: int) -> Completion:
     body = engine.body(prompt, max_tokens)
-    answer = httpx.post(f"{router}/v1/completions", json=body, timeout=120)
+    answer = HTTP.post(f"{router}/v1/completions", json=body, timeout=120)
     answer.raise_for_status()
     return parse_completion(answer.json())
 
@@ -95,7 +96,7 @@ def test_a_streamed_chat_through_vllm_router_equals_one_engines(llama: Trio, rou
 
 def streamed_text(url: str, body: dict[str, object]) -> str:
     text = ""
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+    with HTTP.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
         for line in answer.iter_lines():
             for choice in (parse_event(line) or {}).get("choices", ()):
                 text += choice["delta"].get("content") or ""
@@ -121,7 +122,7 @@ def choices_of(
 ) -> list[list[int]]:
     """Return the tokens of every choice."""
     body = engine.body(prompt, 8, params, **sampling)
-    answer = httpx.post(f"{engine.url}/v1/completions", json=body, timeout=60)
+    answer = HTTP.post(f"{engine.url}/v1/completions", json=body, timeout=60)
     answer.raise_for_status()
     return [choice["token_ids"] for choice in answer.json()["choices"]]
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests import models
 from tests.engine import (
+    HTTP,
     Engine,
     connector_arguments,
     free_port,
@@ -128,7 +129,7 @@ def test_a_frontend_keeps_to_engines_of_its_own_release(
     with running([site.frontend(release)]) as (frontend,):
         states = {
             engine["url"]: (engine["state"], engine["problem"])
-            for engine in httpx.get(f"{frontend.url}/pd/v1/pool", timeout=10).json()["engines"]
+            for engine in HTTP.get(f"{frontend.url}/pd/v1/pool", timeout=10).json()["engines"]
         }
         for role in ("prefill", "decode"):
             assert states[site.engines[release, role].url] == ("up", "")

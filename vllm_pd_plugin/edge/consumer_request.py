@@ -48,6 +48,10 @@ class ConsumingRequest:
     """It is to go on after the token that the producer has sampled."""
     lossy: Codec = Codec.RAW
     """The narrowest codec that its hashes in the prefix cache tell of."""
+    plain_tokens: int = 0
+    """Of so many tokens at the beginning the hashes do not tell of it."""
+    is_void: bool = False
+    """What is being fetched is no KV of this engine's model any more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from vllm_pd_plugin.edge.metadata import FetchReport
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.prompts import prompt_fingerprint
 from vllm_pd_plugin.edge.provenance import Provenance
-from vllm_pd_plugin.errors import HandoffError, Reason
+from vllm_pd_plugin.errors import OTHER_KV, HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId, RequestId, Source
 from vllm_pd_plugin.protocol.control import CallControl
 from vllm_pd_plugin.protocol.events import Lost, Offered
@@ -101,8 +101,8 @@ class ConsumingRequests:
             if self._is_led(consuming):
                 return None, False
             if not consuming.seeds:
-                self._look_for_lossy(consuming)  # its leader may have brought it
-                return 0, False
+                # Its leader may have brought it. vLLM has looked by the plain hashes just now.
+                return (None if self._look_for_lossy(consuming) else 0), False
             # Its leader is gone, and with it the token that it was to go on after.
             self._fail(request.request_id, Reason.PRODUCER_ENDED, "the first token is not known")
         if consuming.stage is Stage.FAILED:
@@ -198,6 +198,7 @@ class ConsumingRequests:
             return
         if consuming.stage is Stage.FETCHING:
             self._cancels[lost.request_id] = lost.reason
+            consuming.is_void = lost.reason in OTHER_KV
         elif consuming.stage in (Stage.WANTED, Stage.OFFERED, Stage.WANTED_ELSEWHERE):
             self._lose(consuming, lost.reason, lost.message)
 
@@ -234,6 +235,12 @@ class ConsumingRequests:
             return
         if consuming.stage is Stage.FINISHED and reason is Reason.INTERNAL:
             reason = Reason.ABORTED  # it was refused for that, see ``finish``
+        if consuming.is_void:
+            if not failed and consuming.stage is Stage.FETCHING:  # it had come before that
+                self._stats.record_failure(Reason.KV_CHANGED)
+                self._end_uncollected(ended)
+                return
+            valid_tokens = 0
         if not failed or valid_tokens:
             self._note_codec(consuming, codec)
         if not failed and consuming.seeds and consuming.stage is Stage.FETCHING:
@@ -288,22 +295,30 @@ class ConsumingRequests:
         request.num_prompt_tokens += 1
         request.update_block_hashes()
 
-    def _look_for_lossy(self, consuming: ConsumingRequest) -> None:
-        """Let a request that allows a lossy codec find what came through one before."""
+    def _look_for_lossy(self, consuming: ConsumingRequest) -> bool:
+        """Let a request that allows a lossy codec find what came through one before; say whether
+        there is such."""
         allows = (
             consuming.codec.codec is not Codec.RAW and consuming.codec.narrowest is not Codec.RAW
         )
-        if self._provenance is not None and allows and consuming.lossy is Codec.RAW:
-            consuming.lossy = self._provenance.look_for(consuming.request, consuming.codec)
+        if self._provenance is None or not allows or consuming.lossy is not Codec.RAW:
+            return False
+        found = self._provenance.look_for(consuming.request, consuming.codec)
+        consuming.lossy, consuming.plain_tokens = found
+        return consuming.lossy is not Codec.RAW
 
     def _note_codec(self, consuming: ConsumingRequest, codec: Codec) -> None:
         """KV has arrived that vLLM is about to cache."""
-        if codec.rank <= consuming.lossy.rank:
+        if codec is Codec.RAW:
             return
         assert self._provenance is not None
         assert consuming.spec is not None
-        self._provenance.arrived(consuming.request, consuming.spec.first_token, codec)
-        consuming.lossy = codec
+        first_token = consuming.spec.first_token
+        # A plain prefix that was there may have been evicted since, and fetched with the rest.
+        if codec.rank <= consuming.lossy.rank and first_token >= consuming.plain_tokens:
+            return
+        self._provenance.arrived(consuming.request, first_token, codec)
+        consuming.lossy, consuming.plain_tokens = codec, first_token
 
     def _is_led(self, consuming: ConsumingRequest) -> bool:
         return self._leaders.get(consuming.sources[0].handoff_id) in self._open
@@ -336,6 +351,7 @@ class ConsumingRequests:
             consuming.stage = Stage.WANTED_ELSEWHERE if has_blocks else Stage.WANTED
             address = consuming.sources.pop(0).address
             consuming.attempt += 1
+            consuming.is_void = False  # all of it is fetched again
             self._stats.record_retry(reason)
             text = "handoff of request %s: no use of %s:%d (%s): %s; asking %s:%d"
             logger.warning(
@@ -368,13 +384,9 @@ class ConsumingRequests:
             self._hopeless.append(request_id)
         self._open[request_id].stage = Stage.FAILED
         self._stats.record_failure(reason)
-        logger.warning(
-            "handoff of request %s failed (%s): %s; %s",
-            request_id,
-            reason,
-            message,
-            "computing its prompt here" if recomputes else "failing the request",
-        )
+        then = "computing its prompt here" if recomputes else "failing the request"
+        text = "handoff of request %s failed (%s): %s; %s"
+        logger.warning(text, request_id, reason, message, then)
 
     def _forget(self, request_id: RequestId, cancel: bool) -> None:
         for source in self._open.pop(request_id).sources:

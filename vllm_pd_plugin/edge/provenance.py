@@ -30,42 +30,50 @@ class Provenance:
         self._pool = kv_cache_manager.block_pool
         self._groups = list(range(kv_cache_manager.num_kv_cache_groups))
 
-    def look_for(self, request: Request, choice: CodecChoice) -> Codec:
+    def look_for(self, request: Request, choice: CodecChoice) -> tuple[Codec, int]:
         """Let a request that allows lossy codecs find what came through one of them, where more of
-        its prompt is there that way: all of it, or what follows a plain prefix. Returns the codec.
+        its prompt is there that way: all of it, or what follows a plain prefix. Returns the codec,
+        and of how many tokens the hashes are plain before those that tell of it.
 
         To be called before vLLM looks for its prefix."""
         allowed = _allowed(choice)
         if not allowed or not request.block_hashes:
-            return Codec.RAW
+            return Codec.RAW, 0
         plain_salt, plain = request.cache_salt, list(request.block_hashes)
         num_plain = found = self._num_cached(plain)
-        best, best_salt, best_codec = plain, plain_salt, Codec.RAW
-        for codec in allowed:
-            for num_kept in sorted({0, num_plain}):
-                _rehash(request, num_kept, codec, plain_salt)
-                # What was kept is there by its own hash; only what follows goes by another.
-                request.block_hashes[:num_kept] = plain[:num_kept]
-                if (num_cached := self._num_cached(request.block_hashes)) > found:
-                    best, best_salt = list(request.block_hashes), request.cache_salt
-                    best_codec, found = codec, num_cached
-                request.block_hashes[:], request.cache_salt = plain, plain_salt
-        request.block_hashes[:], request.cache_salt = best, best_salt
-        return best_codec
+        best, best_salt, told = plain, plain_salt, (Codec.RAW, 0)
+        try:
+            for codec in allowed:
+                for num_kept in sorted({0, num_plain}):
+                    _rehash(request, num_kept, codec, plain_salt)
+                    # What was kept is there by its own hash; only what follows goes by another.
+                    request.block_hashes[:num_kept] = plain[:num_kept]
+                    if (num_cached := self._num_cached(request.block_hashes)) > found:
+                        best, best_salt = list(request.block_hashes), request.cache_salt
+                        told, found = (codec, num_kept * self._pool.hash_block_size), num_cached
+                    request.block_hashes[:], request.cache_salt = plain, plain_salt
+        finally:
+            request.block_hashes[:], request.cache_salt = best, best_salt
+        return told
 
     def arrived(self, request: Request, first_token: int, codec: Codec) -> None:
         """A request's KV from ``first_token`` on came through a lossy codec.
 
-        To be called before vLLM caches it."""
-        if request.block_hashes:
+        To be called before vLLM caches it. A prompt of less than a block has no hash yet: the one
+        that it gets, with tokens of its answer, tells of the codec too."""
+        if request._block_hasher is not None:
             block_tokens = self._pool.hash_block_size
             _rehash(request, first_token // block_tokens, codec, request.cache_salt)
 
     def disown(self, request: Request) -> None:
         """It is not known what a request's KV is: let nobody find what vLLM caches of it."""
+        if request._block_hasher is None:
+            return
         request.cache_salt = f"{_SALT}{os.urandom(16).hex()}"
-        hashes = request.block_hashes
-        hashes[:] = [type(each)(os.urandom(len(each))) for each in hashes]
+        # As many as vLLM counts on, also where hashing them anew has just failed.
+        num_blocks = request.num_tokens // self._pool.hash_block_size
+        hashes: Any = [os.urandom(32) for _ in range(num_blocks)]
+        request.block_hashes[:] = hashes
 
     def _num_cached(self, hashes: Sequence[Any]) -> int:
         """Return how many leading blocks are there."""

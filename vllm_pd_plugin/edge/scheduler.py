@@ -146,6 +146,8 @@ class SchedulerSide:
         divert_outputs(core, server, StepStatistics(time.monotonic))
         server.watch_prefix_cache()
         self._tokens = server
+        # More may have become known of it since.
+        self._loop.call(lambda: server.identify(self._local.kv))
 
     def describe_engine(self) -> dict[str, Any]:
         """Return what a frontend has to know before it can attach."""

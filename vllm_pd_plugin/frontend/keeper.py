@@ -15,7 +15,7 @@ from vllm_pd_plugin.frontend.pool.fitness import Requirement, misfit
 from vllm_pd_plugin.frontend.pool.members import Member, Pool
 from vllm_pd_plugin.frontend.pool.membership import Engines
 from vllm_pd_plugin.frontend.routing.choice import EngineKey, Role
-from vllm_pd_plugin.memory.identity import KvIdentity
+from vllm_pd_plugin.memory.identity import KvIdentity, difference
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,26 @@ class Keeper:
             )
             if member.mismatch and member.mismatch != before:
                 logger.error("engine %s is not used: %s", member.key, member.mismatch)
+        self._tell_kinds_apart()
+
+    def _tell_kinds_apart(self) -> None:
+        """Give engines that can hand KV to each other a kind in common, as far as is known now."""
+        first_of: list[tuple[Member, KvIdentity]] = []
+        for member in self._pool:
+            if not member.link.is_attached:
+                continue
+            kv = member.link.description.kv
+            like = next(
+                (
+                    first
+                    for first, its_kv in first_of
+                    if first.generation == member.generation and difference(its_kv, kv) is None
+                ),
+                member,
+            )
+            if like is member:
+                first_of.append((member, kv))
+            member.kind = str(like.key)
 
     def _reference(self) -> KvIdentity | None:
         """Return what the pool's KV is: that of the decode engine that was named first, of those
@@ -76,7 +96,9 @@ class Keeper:
             and not misfit(member.link.description, member.role, self._requirement)
         ]
         there = [member for member in known if member.link.is_attached]
-        return next((member.kv for member in (*there, *known)), None)
+        # One whose weights are nobody else's, as after a change in place, speaks for itself only.
+        shared = [m for m in there if m.kv is not None and m.kv.weights.is_known]
+        return next((member.kv for member in (*shared, *there, *known)), None)
 
     def _set_role(self, member: Member, role: Role) -> None:
         """Sort an engine in elsewhere; what is under way on it stays there, if it can do both."""

@@ -7,8 +7,6 @@ other files, or split over other ranks, is the same model.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 
 import msgspec
 
@@ -29,6 +27,11 @@ class Weights(msgspec.Struct, frozen=True):
     sampled: str
     files: str = ""
     full: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        """Say whether another engine can have them."""
+        return not self.sampled.startswith(UNKNOWN)
 
     def is_like(self, other: Weights) -> bool:
         """Say whether they are the same, as far as both know."""
@@ -90,14 +93,6 @@ _REMEDIES = {
     "kv_cache_dtype": "give both the same --kv-cache-dtype",
     "quantization": "give both the same --quantization and checkpoint",
 }
-
-
-@functools.lru_cache(maxsize=256)
-def kind_of(kv: KvIdentity) -> str:
-    """Return a short name that engines of equal KV have in common, as far as was known of their
-    weights when they started."""
-    known = msgspec.structs.replace(kv, weights=Weights(kv.weights.sampled))
-    return hashlib.blake2b(msgspec.json.encode(known), digest_size=8).hexdigest()
 
 
 def difference(ours: KvIdentity, theirs: KvIdentity) -> Difference | None:

@@ -91,7 +91,8 @@ class Loop:
         with self._lock:
             if not self._stopping:
                 self._calls.append(function)
-                os.eventfd_write(self._wake, 1)
+                # The call is made all the same, when the loop wakes the next time.
+                self.contain.run("waking", lambda: os.eventfd_write(self._wake, 1), None)
 
     def add(self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
         """Hand a socket's messages to ``on_message``; on the loop's thread, or before start."""

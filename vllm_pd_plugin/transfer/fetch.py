@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 from vllm_pd_plugin.codecs.codec import Codec
-from vllm_pd_plugin.errors import HandoffError, PeerError, Reason
+from vllm_pd_plugin.errors import OTHER_KV, HandoffError, PeerError, Reason
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.peers import Peer
 from vllm_pd_plugin.transfer.rank import FetchConnections, Rank
@@ -360,13 +360,14 @@ class Fetch:
         self.state = FetchState.ENDED
         spec = self.spec
         reading = self._reading or self._before
+        kept = 0 if reason in OTHER_KV else self._vouched_tokens
         result = FetchResult(
             spec.request_id,
             reason,
             reading.counts if reading else FetchCounts(),
             reading.codec if reading else Codec.RAW,
             self._clock() - self._started_at,
-            spec.num_tokens if reason is None else self._vouched_tokens,
+            spec.num_tokens if reason is None else kept,
             spec.attempt,
             spec.is_last,
             self._sampled,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 
 from tests import models
 from tests.engine import (
+    HTTP,
     PRODUCE,
     Completion,
     Engine,
@@ -177,11 +178,9 @@ def leave_after(
 ) -> None:
     """Send a request and drop the connection after a while, as an impatient client does."""
     body = engine.body(prompt, max_tokens, params)
-    with httpx.Client(timeout=httpx.Timeout(delay_s + 0.01, connect=5)) as client:
-        try:
-            client.post(f"{engine.url}/v1/completions", json=body)
-        except httpx.TimeoutException:
-            return
+    limit = httpx.Timeout(delay_s + 0.01, connect=5)
+    with suppress(httpx.TimeoutException):
+        HTTP.post(f"{engine.url}/v1/completions", json=body, timeout=limit)
 
 
 def address_of(producer: Engine) -> dict[str, Any]:

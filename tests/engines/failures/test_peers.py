@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.engine import (
+    HTTP,
     PRODUCE,
     at_once,
     hand_off,
@@ -86,7 +87,7 @@ def test_a_preempted_producer_computes_afresh_and_nothing_stale_is_used(cluster:
     name = "pd_withdrawals_total"
     before = cluster.producer.metrics()[name]
     reset = f"{cluster.producer.url}/reset_prefix_cache?reset_running_requests=true"
-    httpx.post(reset, timeout=30).raise_for_status()  # it knows the prompts by now
+    HTTP.post(reset, timeout=30).raise_for_status()  # it knows the prompts by now
     with ThreadPoolExecutor(8) as pool:
         answers = [
             pool.submit(hand_off_at_once, cluster.producer, cluster.failing, prompt, 4)
@@ -94,7 +95,7 @@ def test_a_preempted_producer_computes_afresh_and_nothing_stale_is_used(cluster:
         ]
         for _ in range(20):
             time.sleep(0.1)
-            httpx.post(reset, timeout=30)  # preempts, and says so with an error if KV is held
+            HTTP.post(reset, timeout=30)  # preempts, and says so with an error if KV is held
     for one, other in zip(expected, answers, strict=True):
         compare(one, other.result(), FLOAT32)
     assert cluster.producer.metrics()[name] > before

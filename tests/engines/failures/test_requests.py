@@ -6,10 +6,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.engine import (
+    HTTP,
     PRODUCE,
     Engine,
     at_once,
@@ -64,7 +64,7 @@ def test_parameters_that_are_no_object_do_not_kill_the_engine(
 ) -> None:
     body = cluster.failing.body(random_prompt(50, 26), 2)
     body["vllm_xargs"] = {"kv_transfer_params": value}
-    answer = httpx.post(f"{cluster.failing.url}/v1/completions", json=body, timeout=60)
+    answer = HTTP.post(f"{cluster.failing.url}/v1/completions", json=body, timeout=60)
     assert answer.status_code in (200, 400, 500)
     cluster.assert_at_rest()
     cluster.assert_healthy(27)

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from tests import models
 from tests.alone import Alone
-from tests.engine import Engine, engine_urls, parse_event, start_frontend
+from tests.engine import HTTP, Engine, engine_urls, parse_event, start_frontend
 from tests.engines.conftest import ARGUMENTS
 
 NAMES = ("prefill-0", "decode-0", "decode-1")
@@ -57,12 +56,12 @@ class Cluster:
         return start_frontend("serve", model, (*pool, *limits), folder=self._logs, environ=environ)
 
     def pool(self) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(f"{self.frontend.url}/pd/v1/pool", timeout=10).json()
+        answer: dict[str, Any] = HTTP.get(f"{self.frontend.url}/pd/v1/pool", timeout=10).json()
         return answer
 
     def tell(self, path: str, **body: Any) -> None:
         """Call the admin API."""
-        httpx.post(f"{self.frontend.url}/pd/v1{path}", json=body, timeout=10).raise_for_status()
+        HTTP.post(f"{self.frontend.url}/pd/v1{path}", json=body, timeout=10).raise_for_status()
 
     def wait_until_whole(self) -> None:
         """Wait until every engine is up again, and holds nothing."""
@@ -114,7 +113,7 @@ def stream(
     body.pop("logprobs")
     got: list[Any] = []
     url = f"{server.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=timeout_s) as answer:
+    with HTTP.stream("POST", url, json=body, timeout=timeout_s) as answer:
         for line in answer.iter_lines():
             if not (part := parse_event(line)):
                 continue

@@ -11,12 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.engine import Engine, running
+from tests.engine import HTTP, Engine, running
 from tests.engines.conftest import random_prompt
 from tests.engines.frontend_failures.cluster import (
     Cluster,
@@ -71,21 +70,21 @@ def test_without_an_engine_requests_are_turned_away_in_time(cluster: Cluster) ->
     environ = {"VLLM_PD_ADMIN_KEY": "secret"}
     other = cluster.serve("--queue-timeout", "1", environ=environ)
     with running([other]):
-        assert httpx.get(f"{other.url}/pd/v1/pool").status_code == 401
+        assert HTTP.get(f"{other.url}/pd/v1/pool").status_code == 401
         key = {"Authorization": "Bearer secret"}
         url = cluster.urls["decode-0"]
         drain = {"url": url, "timeout_s": 0}
-        httpx.post(f"{other.url}/pd/v1/engines/drain", json=drain, headers=key).raise_for_status()
+        HTTP.post(f"{other.url}/pd/v1/engines/drain", json=drain, headers=key).raise_for_status()
         started = time.monotonic()
-        answer = httpx.post(f"{other.url}/v1/completions", json=other.body("A", 2), timeout=30)
+        answer = HTTP.post(f"{other.url}/v1/completions", json=other.body("A", 2), timeout=30)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert time.monotonic() - started < 10
-        assert httpx.get(f"{other.url}/health").status_code == 503
+        assert HTTP.get(f"{other.url}/health").status_code == 503
         add = {"url": url, "role": "decode"}
-        httpx.post(f"{other.url}/pd/v1/engines", json=add, headers=key).raise_for_status()
+        HTTP.post(f"{other.url}/pd/v1/engines", json=add, headers=key).raise_for_status()
         assert other.complete("A", 2).finish_reason == "length"
         body, short = other.body("A", 2000), {"X-Request-Timeout": "0.5"}
-        late = httpx.post(f"{other.url}/v1/completions", json=body, headers=short, timeout=30)
+        late = HTTP.post(f"{other.url}/v1/completions", json=body, headers=short, timeout=30)
         assert late.status_code == 504
 
 
@@ -95,7 +94,7 @@ def test_workers_share_a_port_and_what_they_know_of_the_engines(cluster: Cluster
 
     def states() -> set[str]:
         """Ask often enough that both workers have answered."""
-        pools = [httpx.get(f"{other.url}/pd/v1/pool", timeout=10).json() for _ in range(16)]
+        pools = [HTTP.get(f"{other.url}/pd/v1/pool", timeout=10).json() for _ in range(16)]
         return {e["state"] for pool in pools for e in pool["engines"] if e["url"] == url}
 
     with running([other]):
@@ -161,7 +160,7 @@ def test_a_request_leaves_a_trace_of_its_way(cluster: Cluster) -> None:
     with running([other]):
         parent = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
         body = other.body(random_prompt(300, 9), 8)
-        httpx.post(f"{other.url}/v1/completions", json=body, headers=parent).raise_for_status()
+        HTTP.post(f"{other.url}/v1/completions", json=body, headers=parent).raise_for_status()
         wanted = {"pd.route", "pd.prefill", "pd.transfer", "pd.first_token", "pd.decode"}
         wait_until(lambda: wanted <= set(collector.spans))
     collector.close()
@@ -179,7 +178,7 @@ def test_more_requests_than_may_wait_are_turned_away(cluster: Cluster) -> None:
 
     def ask(index: int) -> tuple[int, str | None]:
         body = other.body(random_prompt(100, index), 300)
-        answer = httpx.post(f"{other.url}/v1/completions", json=body, timeout=60)
+        answer = HTTP.post(f"{other.url}/v1/completions", json=body, timeout=60)
         return answer.status_code, answer.headers.get("retry-after")
 
     with running([other]), ThreadPoolExecutor(8) as pool:

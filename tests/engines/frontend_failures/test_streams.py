@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from random import Random
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.engine import running
+from tests.engine import HTTP, running
 from tests.engines.conftest import random_prompt
 from tests.engines.frontend_failures.cluster import (
     NAMES,
@@ -108,11 +109,9 @@ def test_a_storm_of_requests_deaths_and_impatient_clients_loses_and_leaks_nothin
 
     def leave(prompt: list[int], delay_s: float) -> None:
         body = cluster.frontend.body(prompt, 500)
-        with httpx.Client(timeout=httpx.Timeout(delay_s, connect=5)) as client:
-            try:
-                client.post(f"{cluster.frontend.url}/v1/completions", json=body)
-            except httpx.TimeoutException:
-                return
+        url, limit = f"{cluster.frontend.url}/v1/completions", httpx.Timeout(delay_s, connect=5)
+        with suppress(httpx.TimeoutException):
+            HTTP.post(url, json=body, timeout=limit)
 
     def kill() -> None:
         for name in ("decode-0", "prefill-0"):

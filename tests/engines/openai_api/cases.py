@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 from openai import OpenAI
+
+from tests.engine import HTTP
 
 TOOLS = [
     {
@@ -200,4 +201,4 @@ def the_models(client: OpenAI, model: str) -> Any:
 @case
 def tokens_of_a_chat(client: OpenAI, model: str) -> Any:
     root = str(client.base_url).removesuffix("v1/")
-    return httpx.post(f"{root}tokenize", json={"model": model, "messages": QUESTION}).json()
+    return HTTP.post(f"{root}tokenize", json={"model": model, "messages": QUESTION}).json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from openai import OpenAI
@@ -24,4 +25,9 @@ def start_frontends(trio: Trio, logs: Path) -> dict[str, Engine]:
 
 
 def client_of(server: Engine) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return _client_at(f"{server.url}/v1")
+
+
+@functools.cache
+def _client_at(base_url: str) -> OpenAI:
+    return OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120)

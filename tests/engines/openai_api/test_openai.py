@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from tests import models
-from tests.engine import Engine, free_port, running, start_frontend
+from tests.engine import HTTP, Engine, free_port, running, start_frontend
 from tests.engines.conftest import Trio
 from tests.engines.openai_api.cases import (
     CASES,
@@ -102,7 +101,7 @@ def test_what_one_server_refuses_is_refused_the_same(
 def test_a_client_cannot_speak_to_the_connector(servers: dict[str, Engine], params: object) -> None:
     server = servers["handed off"]
     body = server.body("A king", 2) | {"vllm_xargs": {"kv_transfer_params": params}}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    answer = HTTP.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert 400 <= answer.status_code <= 502
     assert server.complete("A king", 2).finish_reason == "length"
 

@@ -6,12 +6,14 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.errors import Reason
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
-    from tests.fakes.consumer import Consumer, new_source
+    from tests.fakes.consumer import TOKENS, Consumer, new_source
+
+INT8 = CodecChoice(Codec.INT8, Codec.INT2)
 
 
 def noted_by(consumer: Consumer) -> list[Codec]:
@@ -38,6 +40,37 @@ def test_it_is_noted_of_what_is_kept_of_a_fetch_that_failed() -> None:
         request = consumer.fetching(name, new_source())
         consumer.collect(request, Reason.PEER_UNREACHABLE, valid_tokens, codec=Codec.INT4)
     assert noted == [Codec.INT4]
+
+
+def test_a_plain_prefix_that_was_evicted_and_fetched_through_the_codec_is_not_plain_any_more() -> (
+    None
+):
+    """What follows it was found as int8's; vLLM looked again, and the prefix was gone."""
+    consumer = Consumer()
+    noted = noted_by(consumer)
+    for name, plain_tokens in (("r", 16), ("s", 0)):
+        request = consumer.fetching(name, new_source())  # from its first token on
+        consuming = consumer.requests._open[name]
+        consuming.lossy, consuming.plain_tokens = Codec.INT8, plain_tokens
+        consumer.collect(request, codec=Codec.INT8)
+    assert noted == [Codec.INT8]
+
+
+def test_a_choice_that_follows_another_is_looked_up_again_by_the_codec_s_hashes() -> None:
+    """vLLM has looked by the plain ones before it asks."""
+    consumer, source = Consumer(), new_source()
+    provenance: Any = SimpleNamespace(
+        look_for=lambda _request, _choice: (Codec.INT8, 0), arrived=lambda *_: None
+    )
+    first, second = (consumer.add(name, source, codec=INT8) for name in ("0_r", "1_r"))
+    consumer.requests._provenance = provenance
+    consumer.offer(first)
+    assert consumer.match(second) == (None, False)  # its leader is under way
+    consumer.match(first)
+    consumer.allocate(first, TOKENS)
+    consumer.collect(first, codec=Codec.INT8)
+    assert consumer.match(second) == (None, False)
+    assert consumer.match(second) == (0, False)
 
 
 def test_kv_of_a_narrower_codec_than_its_prefix_goes_by_a_hash_of_its_own() -> None:

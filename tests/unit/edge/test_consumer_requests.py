@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
-from vllm_pd_plugin.errors import ParamsError, Reason
+from vllm_pd_plugin.errors import OTHER_KV, ParamsError, Reason
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.protocol.events import Lost, Offered
 
@@ -144,6 +146,44 @@ def test_what_arrived_of_a_failed_fetch_is_kept_where_the_rest_is_computed_here(
     assert consumer.stats.data["kept_tokens"] == 32
     consumer.allocate(request, 0)
     assert len(consumer.requests) == 0
+
+
+@pytest.mark.parametrize("change", sorted(OTHER_KV))
+def test_nothing_is_kept_that_is_no_kv_of_this_model_any_more(change: Reason) -> None:
+    """Whatever the rank says that heard of it last."""
+    consumer = Consumer(recomputes=True)
+    request = consumer.fetching()
+    consumer.requests.lost(Lost("r", change, "other weights"))
+    consumer.collect(request, Reason.PEER_UNREACHABLE, valid_tokens=32)
+    assert request.num_computed_tokens == 0
+    assert consumer.stats.data["kept_tokens"] == 0
+
+
+def test_what_had_come_before_the_weights_were_changed_is_not_used() -> None:
+    """Its commit was granted, and the engine has not heard of it yet."""
+    consumer = Consumer(recomputes=True)
+    disowned: list[Any] = []
+    provenance: Any = SimpleNamespace(disown=disowned.append)
+    consumer.requests._provenance = provenance
+    request = consumer.fetching()
+    consumer.requests.lost(Lost("r", Reason.KV_CHANGED, "other weights"))
+    consumer.collect(request)
+    assert consumer.requests.take_hopeless() == ["r"]
+    assert disowned == [request]
+    assert consumer.stats.data["failures"] == {"kv_changed": 1}
+    assert len(consumer.requests) == 0
+
+
+def test_what_is_fetched_anew_from_another_producer_is_kept() -> None:
+    consumer = Consumer(recomputes=True)
+    first, second = elsewhere()
+    request = consumer.fetching("r", first, second)
+    consumer.requests.lost(Lost("r", Reason.PEER_INCOMPATIBLE, "other weights"))
+    consumer.fail_on_a_rank(request, Reason.PEER_INCOMPATIBLE, attempt=0)
+    consumer.offer(request)
+    consumer.collect(request)
+    assert consumer.requests.take_hopeless() == []
+    assert consumer.stats.data["failures"] == {}
 
 
 def test_nothing_is_kept_where_the_request_fails(consumer: Consumer) -> None:

@@ -128,7 +128,7 @@ def test_it_is_found_by_those_that_allow_its_codec(
 ) -> None:
     cache.fetch(cache.request("a"), codec)
     request = cache.request("b")
-    assert cache.provenance.look_for(request, choice) is (codec if found else Codec.RAW)
+    assert cache.provenance.look_for(request, choice)[0] is (codec if found else Codec.RAW)
     assert cache.found(request) == found
 
 
@@ -136,7 +136,7 @@ def test_what_is_more_there_as_it_is_is_used_as_it_is(cache: Cache) -> None:
     cache.fetch(cache.request("a", PROMPT[: 2 * BLOCK + 1]), Codec.INT8)
     cache.compute(cache.request("b"))
     request = cache.request("c")
-    assert cache.provenance.look_for(request, INT8) is Codec.RAW
+    assert cache.provenance.look_for(request, INT8)[0] is Codec.RAW
     assert cache.found(request) == WHOLE
 
 
@@ -152,9 +152,12 @@ def test_what_follows_a_plain_prefix_is_found_by_those_that_allow_its_codec(cach
     """A system prompt that is there as it is, and turns that came through a codec."""
     cache.compute(cache.request("a", PROMPT[: 2 * BLOCK]))
     cache.fetch(cache.request("b"), Codec.INT4)
-    for choice, codec, found in ((INT2, Codec.INT4, WHOLE), (INT8, Codec.RAW, 2 * BLOCK)):
+    for choice, told, found in (
+        (INT2, (Codec.INT4, 2 * BLOCK), WHOLE),
+        (INT8, (Codec.RAW, 0), 2 * BLOCK),
+    ):
         request = cache.request("c")
-        assert cache.provenance.look_for(request, choice) is codec
+        assert cache.provenance.look_for(request, choice) == told
         assert cache.found(request) == found
 
 
@@ -168,6 +171,43 @@ def test_what_nobody_knows_the_codec_of_is_found_by_nobody(cache: Cache) -> None
         assert cache.found(again) == 0
 
 
+def test_what_nobody_knows_has_a_hash_for_each_block_where_hashing_it_has_failed(
+    cache: Cache,
+) -> None:
+    """vLLM counts on as many."""
+    request = cache.request("a")
+    del request.block_hashes[1:]
+    cache.provenance.disown(request)
+    assert len(set(request.block_hashes)) == len(PROMPT) // BLOCK
+
+
+def test_looking_for_it_leaves_a_request_s_hashes_as_they_were_where_that_fails(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = cache.request("a")
+    before = list(request.block_hashes)
+    monkeypatch.setattr(request, "update_block_hashes", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cache.provenance.look_for(request, INT8)
+    assert (request.block_hashes, request.cache_salt) == (before, None)
+
+
+def test_a_prompt_of_less_than_a_block_becomes_a_block_of_its_own(cache: Cache) -> None:
+    """With tokens of its answer; another's prompt may begin with these."""
+    short = PROMPT[: BLOCK - 5]
+    request = cache.request("a", short)
+    cache.fetch(request, Codec.INT2)
+    answer = list(range(900, 900 + BLOCK))
+    request.num_computed_tokens = len(short)
+    request.append_output_token_ids(answer)
+    assert cache.manager.allocate_slots(request, len(answer)) is not None
+    turn = [*short, *answer, 7]
+    assert cache.found(cache.request("b", turn)) == 0
+    again = cache.request("c", turn)
+    assert cache.provenance.look_for(again, INT2) == (Codec.INT2, 0)
+    assert cache.found(again) == BLOCK
+
+
 def test_what_is_computed_on_top_of_it_goes_with_it(cache: Cache) -> None:
     first = cache.request("a")
     cache.fetch(first, Codec.INT4)
@@ -178,7 +218,7 @@ def test_what_is_computed_on_top_of_it_goes_with_it(cache: Cache) -> None:
     turn = [*PROMPT, *answer, 7]
     assert cache.found(cache.request("b", turn)) == 0
     request = cache.request("c", turn)
-    assert cache.provenance.look_for(request, INT2) is Codec.INT4
+    assert cache.provenance.look_for(request, INT2)[0] is Codec.INT4
     assert cache.found(request) == len(turn) // BLOCK * BLOCK
 
 
@@ -189,7 +229,7 @@ def test_it_stays_apart_by_salt(cache: Cache) -> None:
         request.block_hashes.clear()
         request.update_block_hashes()
     cache.fetch(mine, Codec.INT8)
-    assert cache.provenance.look_for(others, INT8) is Codec.RAW
+    assert cache.provenance.look_for(others, INT8)[0] is Codec.RAW
     assert cache.found(others) == 0
     assert others.cache_salt == "others"
 
@@ -213,6 +253,6 @@ def test_nobody_is_told_of_it_as_of_plain_text(cache: Cache) -> None:
 def test_without_a_prefix_cache_there_is_nothing_to_do() -> None:
     cache = Cache()
     request = Request("a", list(PROMPT), SamplingParams(max_tokens=8), None)
-    assert cache.provenance.look_for(request, INT8) is Codec.RAW
+    assert cache.provenance.look_for(request, INT8)[0] is Codec.RAW
     cache.provenance.arrived(request, 0, Codec.INT8)
     assert request.cache_salt is None

@@ -173,6 +173,23 @@ def test_what_is_under_way_on_an_engine_that_becomes_unfit_stays_there() -> None
     run(story)
 
 
+def test_an_engine_that_is_changed_in_place_does_not_speak_for_the_pool() -> None:
+    async def story(world: World) -> None:
+        first = world.engine("d1", Role.DECODE)
+        second = world.engine("d2", Role.DECODE)
+        p = world.engine("p", Role.PREFILL)
+        changed = make_kv(weights=Weights("unknown:boot, being changed"))
+        first.description = describe(role="decode", kv=changed)
+        world.come_back(first)
+        problems = [world.dispatch.pool[key].problem for key in ("d1", "d2", "p")]
+        assert "weights are unknown:boot" in problems[0]
+        assert problems[1:] == ["", ""]
+        world.add("r")
+        assert (first.sent, second.sent, p.sent) == ([], ["r-1d"], ["r-1p"])
+
+    run(story)
+
+
 def test_a_pool_of_several_kinds_hands_off_within_each() -> None:
     """On Ray, while an update replaces one model by another."""
 
@@ -189,6 +206,32 @@ def test_a_pool_of_several_kinds_hands_off_within_each() -> None:
         assert [world.dispatch.pool[key].problem for key in ("d1", "d2", "p2")] == [""] * 3
         world.add("r")
         assert (d1.sent, d2.sent, p2.sent) == ([], ["r-1d"], ["r-1p"])
+
+    run(story)
+
+
+def test_kinds_that_only_the_full_hash_tells_apart_are_told_apart_when_it_is_there() -> None:
+    def kv(full: str) -> KvIdentity:
+        return make_kv(weights=Weights("sampled:1", full=full))
+
+    async def story(world: World) -> None:
+        any_of = describe()
+        requirement = Requirement(
+            any_of.max_model_len, any_of.vocab_size, several_kinds=True,
+            vllm_version=any_of.vllm_version,
+        )  # fmt: skip
+        world.dispatch.require(requirement)
+        come_up_with(world, "d1", Role.DECODE, kv("full:1"))
+        d2 = come_up_with(world, "d2", Role.DECODE, kv(""))
+        p2 = come_up_with(world, "p2", Role.PREFILL, kv("full:2"))
+        world.lose(world.dispatch.pool["d1"].link)  # type: ignore[arg-type]
+        world.add("r")
+        assert (d2.sent, p2.sent) == (["r-1d"], ["r-1p"])  # as far as is known
+        world.give(d2, output_of("r-1d", 51))
+        d2.description = describe(role="decode", kv=kv("full:3"))
+        world.dispatch.attached(world.dispatch.pool["d2"].link, EngineLoad())
+        world.add("s")
+        assert d2.sent[-1] == "s-1w"
 
     run(story)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 
@@ -94,6 +95,23 @@ def test_a_host_that_is_not_of_this_machine_is_refused_by_name() -> None:
             Listener(loop, ("192.0.2.1", 0), None, lambda *_: None)
     finally:
         loop.close()
+
+
+def test_a_call_is_made_where_the_loop_cannot_be_woken_for_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make_engine()
+    made: list[str] = []
+
+    def fail(*_: int) -> None:
+        raise OSError("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd_write", fail)
+        here.loop.call(lambda: made.append("first"))
+    here.on_thread(lambda: made.append("second"))
+    assert made == ["first", "second"]
+    assert here.loop.contain.faults == 1
 
 
 def test_many_messages_arrive_in_order(make_engine: MakeEngine) -> None:

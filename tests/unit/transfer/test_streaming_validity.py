@@ -7,7 +7,7 @@ import pytest
 from tests.fakes.engines import PEER_TIMEOUT_S
 from tests.fakes.streaming import ELSEWHERE, LEASE_S, THERE, TOKENS, VOUCH_S, StreamingCluster
 from vllm_pd_plugin.codecs.codec import Codec
-from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.errors import OTHER_KV, PeerError, Reason
 from vllm_pd_plugin.protocol import wire
 
 
@@ -44,6 +44,18 @@ def test_what_was_vouched_for_is_kept_when_the_producer_dies(cluster: StreamingC
     result = cluster.consumer.result("c")
     assert (result.reason, result.valid_tokens) == (Reason.PEER_UNREACHABLE, 8)
     assert cluster.has_arrived(8)
+
+
+@pytest.mark.parametrize("reason", sorted(OTHER_KV))
+def test_nothing_is_kept_where_it_may_be_another_model_s(
+    cluster: StreamingCluster, reason: Reason
+) -> None:
+    vouched(cluster)
+    (fetch,) = cluster.consumer.plane._fetches.values()
+    fetch.fail(reason)
+    cluster.settle()
+    result = cluster.consumer.result("c")
+    assert (result.reason, result.valid_tokens) == (reason, 0)
 
 
 def test_what_is_kept_of_a_connection_that_was_closed_is_told_with_its_codec(

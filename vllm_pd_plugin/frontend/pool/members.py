@@ -11,7 +11,7 @@ from vllm_pd_plugin.engine_port.messages import EngineLoad
 from vllm_pd_plugin.frontend.requests.course import Leg
 from vllm_pd_plugin.frontend.requests.legs import LegKind
 from vllm_pd_plugin.frontend.routing.choice import Engine, EngineKey, Role
-from vllm_pd_plugin.memory.identity import KvIdentity, kind_of
+from vllm_pd_plugin.memory.identity import KvIdentity
 
 _FAILURES_TO_OPEN = 3
 _COOL_DOWN_S = 5.0
@@ -54,6 +54,8 @@ class Member:
     drain_until: float | None = None
     """Set when it gets nothing new: when what is left on it goes on elsewhere; see ``Wanted``."""
     mismatch: str = ""
+    kind: str = ""
+    """What engines of its generation whose KV is the same have in common."""
     """Why it cannot be used though it is there."""
     kv: KvIdentity | None = None
     """What its KV is, as it has said last; None while it was never there."""
@@ -141,7 +143,7 @@ class Member:
             others_running + self.own_running,
             max(1, self.link.description.max_num_seqs),
             min(1.0, max(0.0, 1.0 - kv_usage)),
-            f"{self.generation} {kind_of(self.link.description.kv)}",
+            self.kind,
         )
 
 
