@@ -13,11 +13,12 @@ import pytest
 from tests import models
 from tests.alone import Alone
 from tests.engine import Engine, connector_arguments, free_port, running, start
-from tests.engine_site import PATIENT, environ_of
+from tests.engine_site import ONE_PROCESS, environ_of
 
 FLOAT32 = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "4096", "--max-num-batched-tokens", "4096"),
+    *ONE_PROCESS,
 )
 
 # What `openai_api` asks for: tools, and fifty prompts in one step.
@@ -37,7 +38,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
         *("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}'),
         *("--attention-backend", "CPU_MLA"),
     ),
-    "tiny-gemma3": FLOAT32,
+    # As vLLM has it on a CPU: another process computes.
+    "tiny-gemma3": (*FLOAT32, "--distributed-executor-backend", "mp"),
 }
 # For a producer, after the above: longer prompts are computed in several steps. MLA cannot do that.
 CHUNKED = ("--max-num-batched-tokens", "768")
@@ -60,10 +62,10 @@ class Trio:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patient() -> Iterator[None]:
+def _environ() -> Iterator[None]:
     """All that is started here inherits it."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environ_of(PATIENT).items():
+        for name, value in environ_of().items():
             patch.setenv(name, value)
         yield
 

@@ -15,6 +15,9 @@ from tests import models
 pytestmark = pytest.mark.engine
 
 REPO = Path(__file__).resolve().parents[2]
+AS_USERS_HAVE_IT = {
+    "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}  # fmt: skip
 PDPLUGIN = ("--kv-connector", "pdplugin")
 OPTION = "--kv-transfer-config.kv_connector_extra_config"
 
@@ -27,7 +30,7 @@ def run(*command: str, stdin: str | None = None) -> tuple[int, str, str]:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={**os.environ, **AS_USERS_HAVE_IT},
         cwd=REPO,
     )
     return done.returncode, done.stdout, done.stderr

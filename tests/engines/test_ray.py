@@ -31,6 +31,7 @@ ENGINE_ARGS = {
     "enforce-eager": True,
     "max-model-len": 4096,
     "num-gpu-blocks-override": 1024,
+    "distributed-executor-backend": "uni",
 }
 NUM_TOKENS = 300
 HEAL_S = 240.0

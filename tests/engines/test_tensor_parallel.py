@@ -22,7 +22,7 @@ def pair(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[
     producer_files = models.tiny_llama()
     consumer_files = tmp_path_factory.mktemp("tp2") / "model"
     models.reshard(producer_files, consumer_files)
-    words = (*ARGUMENTS["tiny-llama"], "-tp", "2")
+    words = (*ARGUMENTS["tiny-llama"], "-tp", "2", "--distributed-executor-backend", "mp")
     # Both ranks of an engine on one core: vLLM's workers yield in a loop while their engine steps,
     # and an engine steps while it holds blocks. On every core at once that starves the machine.
     started = [

@@ -20,7 +20,7 @@ from tests.engine import (
     start,
     start_frontend,
 )
-from tests.engine_site import PATIENT, Changes, environ_of
+from tests.engine_site import Changes, environ_of
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
 from tests.parity import FLOAT32, compare
 from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION
@@ -55,7 +55,7 @@ class Site:
             ("old", "decode"): llama.consumer,
         }
         for role, oldest in (("prefill", NEXT), ("decode", PROTOCOL_VERSION)):
-            self.environs["new"] = environ_of(PATIENT, next_release(oldest))
+            self.environs["new"] = environ_of(next_release(oldest))
             port = free_port()
             self.engines["new", role] = start(
                 f"new-{role}",
