@@ -128,14 +128,19 @@ class RayCluster:
         wait_until(is_running, timeout_s, f"the application runs, see {self.folder}")
 
     def stop(self) -> None:
-        """End everything, the head last."""
-        for name in sorted(self._nodes, key="head".__eq__):
-            family = self.processes(name) if psutil.pid_exists(self._nodes[name].pid) else []
-            self._nodes[name].terminate()
-            _, left = psutil.wait_procs(family, timeout=20)
-            for process in left:
-                with_signal(process, signal.SIGKILL)
-            self._nodes[name].wait(30)
+        """End everything."""
+        families = [
+            self.processes(name)
+            for name, node in self._nodes.items()
+            if psutil.pid_exists(node.pid)
+        ]
+        for node in self._nodes.values():
+            node.terminate()
+        _, left = psutil.wait_procs([each for family in families for each in family], timeout=20)
+        for process in left:
+            with_signal(process, signal.SIGKILL)
+        for node in self._nodes.values():
+            node.wait(30)
         self._nodes.clear()
         if "PD_KEEP_RAY_LOGS" not in os.environ:
             shutil.rmtree(self.folder, ignore_errors=True)
