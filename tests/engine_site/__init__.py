@@ -31,8 +31,8 @@ processes look for each other's messages in a loop then."""
 _FORKED: Changes = {
     "vllm.platforms.cpu": {r'os\.environ\["VLLM_WORKER_MULTIPROC_METHOD"\] = "spawn"': "pass"}
 }
-"""Where a user of a GPU may choose ``fork``, vLLM's CPU backend chooses ``spawn``. OpenMP is why, of
-which engines of tests have one thread."""
+"""Where a user of a GPU may choose ``fork``, vLLM's CPU backend chooses ``spawn``. OpenMP is why,
+of which engines of tests have one thread."""
 
 
 @functools.cache
