@@ -30,6 +30,8 @@ def outcome(arguments: Sequence[str]) -> tuple[int, str]:
                 os.dup2(printed.fileno(), 2)
                 status = _run(arguments)
             finally:
+                if sys.exc_info()[0] is not None:
+                    traceback.print_exc()
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
@@ -46,9 +48,6 @@ def _run(arguments: Sequence[str]) -> int:
             print(end.code, file=sys.stderr)
             return 1
         return end.code or 0
-    except ValueError:
-        traceback.print_exc()
-        return 1
     return 0
 
 

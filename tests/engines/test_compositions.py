@@ -80,6 +80,8 @@ def engines(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
         cores = str(len(started))
         environ = {
             "LMCACHE_TRACK_USAGE": "false", "PYTHONHASHSEED": "0", "VLLM_SERVER_DEV_MODE": "1",
+            # A fork would have LMCache's modules, and vLLM does not start where it finds these.
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }  # fmt: skip
         started.append(
             start(

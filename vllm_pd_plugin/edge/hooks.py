@@ -209,11 +209,9 @@ def _own_of(core: Any) -> Any:
 
 
 def log_like_vllm() -> None:
-    """Send this package's log records where vLLM's own go, at vLLM's level."""
-    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_pd_plugin")
-    ours.handlers = theirs.handlers
-    ours.setLevel(theirs.level)
-    ours.propagate = theirs.propagate
+    """Send this package's log records where vLLM's own go, at the level that vLLM has then: it is
+    another while plug-ins are loaded."""
+    logging.getLogger("vllm_pd_plugin").parent = logging.getLogger("vllm")
 
 
 def admit_frontends() -> None:
