@@ -156,6 +156,7 @@ class Site:
                 index = (index + 1) % len(self.prompts)
                 assert self.ask(index) == self.expected[index]
                 answered.append(index)
+                stop.wait(0.3)  # engines that start want the machine, too
 
         with ThreadPoolExecutor(num_clients) as pool:
             clients = [pool.submit(client, number) for number in range(num_clients)]
