@@ -189,12 +189,13 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     # --- in the worker ---------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        layout = geometry.describe(self._vllm_config, self._kv_cache_config, kv_caches)
+        caches = geometry.block_views(self._kv_cache_config, kv_caches)
+        layout = geometry.describe(self._vllm_config, self._kv_cache_config, caches)
         geometry.refuse_unencodable(layout, self._worker.narrowest)
-        device = next(iter(kv_caches.values())).device
+        device = next(iter(caches.values())).device
         kind = "DRAM" if device.type == "cpu" else "VRAM"
         transport = NixlTransport(kind, device.index or 0)
-        self._handshake = self._worker.register(transport, layout, kv_caches)
+        self._handshake = self._worker.register(transport, layout, caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._handshake

@@ -99,10 +99,56 @@ def refuse_unsupported_cache(config: KVCacheConfig) -> None:
             _kind(spec)
 
 
+def block_views(
+    config: KVCacheConfig, caches: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return each layer's KV cache with one block of vLLM's block tables in each row of its first
+    dimension.
+
+    caches: as vLLM's attention backends see them, ``[blocks, heads, tokens, channels]``. Their
+        kernels may have smaller blocks than the tables, some of which then make one: side by side
+        in memory, as ``create_kv_cache_views`` in vLLM demands. A view of a whole one has more
+        tokens, or, where a head's tokens lie together in each small one, more heads.
+
+    Raises:
+        UnsupportedError: the blocks of a table are not made of them so.
+    """
+    num_blocks = {
+        layer: config.num_blocks_of(tensor)
+        for tensor in config.kv_cache_tensors
+        for layer in tensor.layers
+    }
+    # A layer that shares another's cache has no tensor of its own.
+    return {
+        layer: _block_view(layer, cache, num_blocks.get(layer, config.num_blocks))
+        for layer, cache in caches.items()
+    }
+
+
+def _block_view(layer: str, cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    ratio, rest = divmod(cache.shape[0], num_blocks)
+    if not rest and ratio == 1:
+        return cache
+    if not rest and ratio and cache.dim() == 4:
+        _, heads, tokens, channels = cache.shape
+        of_block, of_head, of_token, of_channel = cache.stride()
+        strides = (ratio * of_block, of_head, of_token, of_channel)
+        if of_block == tokens * of_token:
+            return cache.as_strided((num_blocks, heads, ratio * tokens, channels), strides)
+        if of_block == heads * of_head:
+            return cache.as_strided((num_blocks, ratio * heads, tokens, channels), strides)
+    raise UnsupportedError(
+        f"the KV cache of {layer} has shape {tuple(cache.shape)} and strides {cache.stride()} for "
+        f"{num_blocks} blocks; use a --block-size that the attention backend's kernels have"
+    )
+
+
 def describe(
     vllm_config: VllmConfig, config: KVCacheConfig, caches: Mapping[str, torch.Tensor]
 ) -> EngineLayout:
     """Return this engine's layout, one group for each of vLLM's KV cache groups.
+
+    caches: see ``block_views``.
 
     Raises:
         UnsupportedError: a group mixes blocks of several shapes.
@@ -187,6 +233,8 @@ def _parts(vllm_config: VllmConfig, spec: KVCacheSpec, cache: torch.Tensor) -> t
     backend takes only the size from that.
     """
     channels, stride = cache.shape[-1], cache.stride(-2)
+    if cache.shape[-2] != spec.block_size:
+        return ()  # it is not known which row is which token's
     if isinstance(spec, MLAAttentionSpec):
         rank = getattr(vllm_config.model_config.hf_text_config, "kv_lora_rank", None)
         if not rank or not 0 < rank < channels:
