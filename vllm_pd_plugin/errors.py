@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     FETCH_TIMEOUT = "fetch_timeout"
     QUEUE_TIMEOUT = "queue_timeout"
     NOT_LOADED = "not_loaded"
+    NOT_REGISTERED = "not_registered"
     LEASE_EXPIRED = "lease_expired"
     CANCELLED = "cancelled"
     PRODUCER_ENDED = "producer_ended"

@@ -71,6 +71,7 @@ class WorkerSide:
         self, transport: Transport, layout: EngineLayout, caches: Mapping[str, torch.Tensor]
     ) -> RankHandshake:
         """Make the KV caches readable, start the transfer thread, and describe the memory."""
+        _use_device(self._loop, next(iter(caches.values())).device)
         order = layout.forward_order()
         self._places = {layout.layers[region]: place for place, region in enumerate(order)}
         if next(iter(caches.values())).is_cuda:
@@ -242,6 +243,18 @@ class WorkerSide:
         self._loop.call(lambda: self._plane.close())
         self._loop.call(self._announcer.close)
         self._loop.close()
+
+
+def _use_device(loop: Loop, device: torch.device) -> None:
+    """Let the loop's thread use a rank's GPU, before anything else that it does.
+
+    CUDA's current device is one for each thread, and the first GPU where nobody has said another:
+    there UCX would register memory without NVLink, and asking for an event make a context.
+    """
+    if device.type == "cuda":
+        import torch
+
+        loop.call(lambda: torch.cuda.set_device(device))
 
 
 def _mark_nothing() -> Callable[[], bool]:

@@ -69,8 +69,12 @@ class NixlTransport:
 
     def add_peer(self, metadata: bytes) -> PeerName:
         try:
-            device, agent_metadata = msgspec.msgpack.decode(metadata, type=tuple[int, bytes])
             agent = self._new_agent()
+        except Exception as error:
+            text = f"NIXL cannot register this engine's own KV cache for another peer: {error}"
+            raise PeerError(Reason.NOT_REGISTERED, text) from error
+        try:
+            device, agent_metadata = msgspec.msgpack.decode(metadata, type=tuple[int, bytes])
             name = agent.add_remote_agent(agent_metadata)
         except Exception as error:
             raise PeerError(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.net.transport import ReadPlan, ReadState, Transport
 
 MEMORY_BYTES = 64 * 2**20
@@ -115,3 +116,22 @@ def test_nothing_is_written_once_a_peer_is_removed_in_the_middle_of_a_read(
     assert written == 0
     if wire == "tcp,self":  # over shared memory one side reads it all by itself, at once
         assert state is (ReadState.FAILED if fate == "killed" else ReadState.PENDING)
+
+
+def test_what_fails_of_our_own_is_not_said_of_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_pd_plugin.net.nixl_transport import NixlTransport
+
+    def fail() -> None:
+        raise RuntimeError("no locked memory")
+
+    transport = NixlTransport("DRAM", 0)
+    memory = np.ones(4096, np.uint8)
+    metadata = transport.register([(memory.ctypes.data, memory.nbytes)])
+    with pytest.raises(PeerError) as theirs:
+        transport.add_peer(b"nonsense")
+    assert theirs.value.reason is Reason.PEER_INCOMPATIBLE
+    monkeypatch.setattr(transport, "_new_agent", fail)
+    with pytest.raises(PeerError, match="no locked memory") as ours:
+        transport.add_peer(metadata)
+    assert ours.value.reason is Reason.NOT_REGISTERED
+    transport.close()
