@@ -37,7 +37,8 @@ class PdConfig:
         which chooses for each handoff from what was measured.
     lossy_max: the narrowest codec that "auto", or a request, may choose; "none" allows raw only.
     packing: whether blocks that lie scattered are packed by the producer and read as one piece:
-        "always", "never", or "auto", whichever has been faster.
+        "always", "never", or "auto", whichever has been faster. Empty: "auto" on a CPU, and "never"
+        on a GPU, where packing has not been measured.
     staging_bytes: memory of one rank for packed pieces, in halves for what it packs and for what
         it reads; 0 packs nothing, and sends and fetches raw KV only.
     weights_id: what the operator calls these weights, instead of what their files say; needed where
@@ -56,7 +57,7 @@ class PdConfig:
     integrity: str = "none"
     codec: str = "raw"
     lossy_max: str = "none"
-    packing: str = "auto"
+    packing: str = ""
     staging_bytes: int = 64 * 2**20
     weights_id: str = ""
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
@@ -164,7 +165,9 @@ def _bytes(options: Mapping[str, Any], name: str, default: int, least: int = 1) 
 
 
 def _one_of(options: Mapping[str, Any], name: str, default: str, allowed: Sequence[str]) -> str:
-    value = options.get(name, default)
+    if name not in options:
+        return default
+    value = options[name]
     if value not in allowed:
         *others, last = allowed
         raise ConfigError(

@@ -90,7 +90,7 @@ class Tracked:
 class BareEngine:
     """role: ``prefill`` or ``decode``. options: of ``PdConfig``."""
 
-    def __init__(self, role: str, **options: Any) -> None:
+    def __init__(self, role: str, steps_alone: bool = True, **options: Any) -> None:
         config = PdConfig.parse(options, {})
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=HEADS, head_size=WIDTH, dtype=torch.float32
@@ -106,7 +106,11 @@ class BareEngine:
         }
         produces = role == "prefill"
         self.scheduler = SchedulerSide(
-            config, role, EngineRole(produces, not produces, recomputes=False), _identify
+            config,
+            role,
+            EngineRole(produces, not produces, recomputes=False),
+            _identify,
+            steps_alone,
         )
         self.worker = WorkerSide(config, role, 0)
         handshake = self.worker.register(NixlTransport("DRAM", 0), LAYOUT, self.caches)

@@ -72,7 +72,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             recomputes = transfer.kv_load_failure_policy == "recompute"
             engine_role = EngineRole(transfer.is_kv_producer, transfer.is_kv_consumer, recomputes)
             identify = partial(LocalIdentity, vllm_config, config.weights_id)
-            self._scheduler = SchedulerSide(config, engine_id, engine_role, identify)
+            steps_alone = vllm_config.parallel_config.data_parallel_size == 1
+            self._scheduler = SchedulerSide(config, engine_id, engine_role, identify, steps_alone)
             self.update_failed = False
             """Whether the last change of the weights broke off; see ``hooks.watch_weights``."""
             self.receiving: set[RequestId] = set()

@@ -59,8 +59,10 @@ class SchedulerSide:
         engine_id: EngineId,
         role: EngineRole,
         identify: Callable[[Incarnation], LocalIdentity],
+        steps_alone: bool = True,
     ) -> None:
-        """identify: says what the KV of the engine with this boot id is."""
+        """identify: says what the KV of the engine with this boot id is.
+        steps_alone: no other data parallel rank waits for this one's steps."""
         self._contain = Containment("scheduler")
         self._config = config
         self._role = role
@@ -80,6 +82,7 @@ class SchedulerSide:
         self._events: deque[Event] = deque()
         self._has_news = threading.Event()
         self._rest_s = _MIN_REST_S
+        self._may_rest = steps_alone
         self._stats = PdStats()
         self._consuming = ConsumingRequests(role.recomputes, self._call, self._stats, adapters)
         self._producing = ProducingRequests(config.stretch_bytes, self._call, self._stats, adapters)
@@ -366,8 +369,10 @@ class SchedulerSide:
         """Sleep a little in a step that computes nothing, unless there is news.
 
         vLLM steps an engine that only waits as often as it can: others need the core. Events and
-        new requests end a rest; an abort waits for its end."""
-        waits = is_empty and (len(self._consuming) > 0 or self._producing.holds_blocks)
+        new requests end a rest; an abort waits for its end. Data parallel ranks step together: one
+        that rests holds up all others."""
+        has_to_wait = len(self._consuming) > 0 or self._producing.holds_blocks
+        waits = is_empty and self._may_rest and has_to_wait
         if waits and not self._has_news.wait(self._rest_s):
             self._rest_s = min(2 * self._rest_s, _MAX_REST_S)
         else:

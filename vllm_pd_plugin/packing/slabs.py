@@ -27,6 +27,8 @@ class Slabs:
     coder: BlockCoder
     outgoing: Span
     incoming: Span
+    device: str
+    """``cpu`` or ``cuda``."""
 
     @classmethod
     def allocate(
@@ -48,7 +50,8 @@ class Slabs:
         device = caches[0].device
         outgoing, incoming = (torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2))
         coder = BlockCoder(layout, pieces, caches, outgoing, incoming)
-        return cls(pieces, coder, *(Span(t.data_ptr(), half) for t in (outgoing, incoming)))
+        spans = (Span(t.data_ptr(), half) for t in (outgoing, incoming))
+        return cls(pieces, coder, *spans, device.type)
 
     def packer(self) -> Packer:
         return Packer(self.pieces, Staging(self.outgoing.num_bytes), self.coder)
@@ -59,9 +62,8 @@ class Slabs:
         lossy = [c for c in Codec if 0 < c.rank <= config.narrowest.rank]
         coding: dict[Codec, float] = {codec: self.coder.speed(codec) for codec in lossy}
         staging = Staging(self.incoming.num_bytes)
-        return Incoming(
-            self.incoming, staging, self.pieces, self.coder, Packing(config.packing), coding
-        )
+        packing = Packing(config.packing or ("auto" if self.device == "cpu" else "never"))
+        return Incoming(self.incoming, staging, self.pieces, self.coder, packing, coding)
 
 
 def _check_room(layout: EngineLayout, pieces: Pieces, half: int, narrowest: Codec) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 import torch
@@ -74,6 +76,18 @@ def test_reads_are_packed_as_configured(packing: Packing) -> None:
     incoming = slabs.for_reads(config)
     assert (incoming.packing, incoming.span, incoming.coding) == (packing, slabs.incoming, {})
     assert incoming.staging.max_piece_bytes == slabs.incoming.num_bytes // 4
+
+
+@pytest.mark.parametrize(("device", "packing"), [("cpu", Packing.AUTO), ("cuda", Packing.NEVER)])
+def test_nothing_is_packed_where_that_was_not_measured_and_nobody_asks_for_it(
+    device: str, packing: Packing
+) -> None:
+    config = PdConfig.parse({}, {})
+    slabs = Slabs.allocate(config, LAYOUT, caches())
+    assert slabs is not None
+    assert dataclasses.replace(slabs, device=device).for_reads(config).packing is packing
+    asked = PdConfig.parse({"packing": "always"}, {})
+    assert dataclasses.replace(slabs, device=device).for_reads(asked).packing is Packing.ALWAYS
 
 
 @pytest.mark.parametrize(
