@@ -6,6 +6,7 @@
 #   make tools   what tests and benchmarks need that pip does not install, with apt-get
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
+#   make compatibility  which KV caches of vLLM's attention backends can be handed off: docs/compatibility.md
 #   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
 #
 # PYTHON       interpreter that .venv is made with (3.11 or later)
@@ -24,7 +25,7 @@ SETUP := .venv/.done
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit check format bench quality lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit check format bench quality compatibility lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -111,6 +112,11 @@ bench: setup
 quality: setup
 	@$(BIN)/python -m tests.models smollm2
 	$(BIN)/python -m benchmarks.quality --json benchmarks/results/quality.json --page docs/codecs.md
+
+compatibility: setup
+	@mkdir -p build
+	$(BIN)/python -m tests.kv_caches > build/compatibility.md
+	mv build/compatibility.md docs/compatibility.md
 
 lock:
 	$(PYTHON) requirements/lock.py

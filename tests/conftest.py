@@ -16,7 +16,7 @@ ENGINES = ROOT / "tests" / "engines"
 GROUPS = {
     "ray": ("test_ray",),
     "frontend_failures": ("frontend_failures/test_streams", "frontend_failures/test_pool"),
-    "failures": ("failures/test_requests", "failures/test_peers"),
+    "smollm2": ("test_parity[smollm2]", "openai_api/test_openai"),
     "llama": (
         # First: it wants engines that have just started.
         "test_parity[tiny-llama]",
@@ -30,7 +30,7 @@ GROUPS = {
         "test_versions",
         "test_role_both",
     ),
-    "smollm2": ("test_parity[smollm2]", "openai_api/test_openai"),
+    "failures": ("failures/test_requests", "failures/test_peers"),
     "tiny-mla": ("test_parity[tiny-mla]", "test_codecs[tiny-mla]"),
     "tiny-gemma3": ("test_parity[tiny-gemma3]",),
 }

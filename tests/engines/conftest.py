@@ -37,6 +37,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
         *FLOAT32,
         *("--compilation-config", '{"custom_ops": ["-rotary_embedding"]}'),
         *("--attention-backend", "CPU_MLA"),
+        # Its kernels have blocks of 16.
+        *("--block-size", "64"),
     ),
     # As vLLM has it on a CPU: another process computes.
     "tiny-gemma3": (*FLOAT32, "--distributed-executor-backend", "mp"),
@@ -45,7 +47,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 CHUNKED = ("--max-num-batched-tokens", "768")
 # Less than one layer's KV of a chunk: each layer is announced.
 STRETCH_BYTES = 50_000
-BLOCK_TOKENS = {"smollm2": 128, "tiny-llama": 128, "tiny-mla": 16, "tiny-gemma3": 128}
+BLOCK_TOKENS = {"smollm2": 128, "tiny-llama": 128, "tiny-mla": 64, "tiny-gemma3": 128}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
