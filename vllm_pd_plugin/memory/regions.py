@@ -45,7 +45,7 @@ def region_of(layer: str, cache: Tensor) -> Region:
     if not _is_one_stretch(block):
         raise UnsupportedError(
             f"the KV cache of {layer} keeps a block in several pieces; "
-            "use an attention backend whose KV cache has the block as its first dimension"
+            "set VLLM_KV_CACHE_LAYOUT=LBHNC, or use an attention backend that can have that layout"
         )
     return Region(
         base=cache.data_ptr(),
