@@ -71,12 +71,8 @@ class SchedulerSide:
         adapters = self._adapters = AdapterFingerprints(self._identity.incarnation)
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
         self._loop = Loop("pd-control", self._turn)
-        self._listener = Listener(
-            self._loop,
-            (config.host, config.port),
-            self._keys,
-            self._receive,
-        )
+        address = (config.host, config.port)
+        self._listener = Listener(self._loop, address, self._keys, self._receive)
         self._tokens: TokenServer | None = None
         self._control: ControlPlane
         self._events: deque[Event] = deque()
