@@ -50,8 +50,8 @@ class Slabs:
         device = caches[0].device
         outgoing, incoming = (torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2))
         coder = BlockCoder(layout, pieces, caches, outgoing, incoming)
-        spans = (Span(t.data_ptr(), half) for t in (outgoing, incoming))
-        return cls(pieces, coder, *spans, device.type)
+        ours, theirs = (Span(t.data_ptr(), half) for t in (outgoing, incoming))
+        return cls(pieces, coder, ours, theirs, device.type)
 
     def packer(self) -> Packer:
         return Packer(self.pieces, Staging(self.outgoing.num_bytes), self.coder)
