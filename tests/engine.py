@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -14,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -353,11 +355,21 @@ def parse_completion(answer: Mapping[str, Any]) -> Completion:
     )
 
 
+_FIRST_PORT, _NUM_PORTS = 20_000, 6_000
+"""Of a worker of the tests. Below those that the system gives out: an engine must find its own
+still free when it has started."""
+_ports = itertools.count(random.randrange(_NUM_PORTS))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Return a port on which nobody listens, and which no other worker of the tests is given."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in _ports:
+        port = _FIRST_PORT + worker * _NUM_PORTS + number % _NUM_PORTS
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 def engine_urls(up: Engine) -> dict[str, str]:
