@@ -55,7 +55,7 @@ FLAGS = (
 )
 NUM_PROMPTS = 64
 PROMPT_TOKENS, ANSWER_TOKENS = (100, 400), 8
-CLIENTS, CHURNED_TOKENS = 10, (1, 400, 600, 600)
+CLIENTS, CHURNED_TOKENS = 10, (1, 1, 500, 500)
 """Handoffs under way at any time, and how long the answers are that only the producer gives: short
 ones use freed blocks at once, long ones leave few for all others, and preempt."""
 
