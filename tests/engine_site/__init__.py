@@ -15,15 +15,6 @@ Changes = dict[str, dict[str, str]]
 """By module: what to look for (a regular expression, to be found once) and what to put there."""
 
 
-@functools.cache
-def _distributions() -> str:
-    """Return a file that says which distributions have which packages."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-        json.dump(packages_distributions(), file)
-    atexit.register(os.unlink, file.name)
-    return file.name
-
-
 ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """An engine of one rank computes in the process that schedules, as vLLM has it on a GPU. Nor do its
 processes look for each other's messages in a loop then."""

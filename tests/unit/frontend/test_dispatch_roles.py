@@ -173,6 +173,16 @@ def test_what_is_under_way_on_an_engine_that_becomes_unfit_stays_there() -> None
     run(story)
 
 
+def allow_several_kinds(world: World) -> None:
+    """As on Ray."""
+    any_of = describe()
+    requirement = Requirement(
+        any_of.max_model_len, any_of.vocab_size, several_kinds=True,
+        vllm_version=any_of.vllm_version,
+    )  # fmt: skip
+    world.dispatch.require(requirement)
+
+
 def test_an_engine_that_is_changed_in_place_does_not_speak_for_the_pool() -> None:
     async def story(world: World) -> None:
         first = world.engine("d1", Role.DECODE)
@@ -194,12 +204,7 @@ def test_a_pool_of_several_kinds_hands_off_within_each() -> None:
     """On Ray, while an update replaces one model by another."""
 
     async def story(world: World) -> None:
-        any_of = describe()
-        requirement = Requirement(
-            any_of.max_model_len, any_of.vocab_size, several_kinds=True,
-            vllm_version=any_of.vllm_version,
-        )  # fmt: skip
-        world.dispatch.require(requirement)
+        allow_several_kinds(world)
         d1 = world.engine("d1", Role.DECODE)
         d2 = come_up_with(world, "d2", Role.DECODE, OTHER_KV)
         p2 = come_up_with(world, "p2", Role.PREFILL, OTHER_KV)
@@ -215,12 +220,7 @@ def test_kinds_that_only_the_full_hash_tells_apart_are_told_apart_when_it_is_the
         return make_kv(weights=Weights("sampled:1", full=full))
 
     async def story(world: World) -> None:
-        any_of = describe()
-        requirement = Requirement(
-            any_of.max_model_len, any_of.vocab_size, several_kinds=True,
-            vllm_version=any_of.vllm_version,
-        )  # fmt: skip
-        world.dispatch.require(requirement)
+        allow_several_kinds(world)
         come_up_with(world, "d1", Role.DECODE, kv("full:1"))
         d2 = come_up_with(world, "d2", Role.DECODE, kv(""))
         p2 = come_up_with(world, "p2", Role.PREFILL, kv("full:2"))
