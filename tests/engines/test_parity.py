@@ -30,13 +30,11 @@ def trio(model: str, trio_of: TrioOf) -> Trio:
     return trio_of(model)
 
 
-def lengths(model: str, case: str) -> list[int]:
+def lengths(model: str) -> list[int]:
     block = BLOCK_TOKENS[model]
     # Where a window of 256 begins at the last token of a block.
     window = [255, 639] if model == "tiny-gemma3" else []
-    # The largest model computes for ten seconds: in one of the cases is enough.
-    long = [] if model == "smollm2" and "serial" in case else [3000]
-    return [1, block - 1, block, block + 1, *window, 1000, *long]
+    return [1, block - 1, block, block + 1, *window, 1000, 3000]
 
 
 def test_adjacent_blocks_become_one_descriptor_a_layer(trio: Trio, model: str) -> None:
@@ -52,7 +50,7 @@ def test_adjacent_blocks_become_one_descriptor_a_layer(trio: Trio, model: str) -
 @pytest.mark.parametrize("case", CASES)
 def test_answers_equal_for_prompts_around_block_borders(trio: Trio, model: str, case: str) -> None:
     ask, sampling = CASES[case]
-    for seed, length in enumerate(lengths(model, case)):
+    for seed, length in enumerate(lengths(model)):
         prompt = random_prompt(length, 1000 * len(case) + seed)
         expected = trio.alone.complete(prompt, **sampling)
         answer = ask(trio.producer, trio.consumer, prompt, **sampling)
