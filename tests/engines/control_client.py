@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_incarnation
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 
 class ControlClient:
@@ -38,9 +38,9 @@ class ControlClient:
 
     def ask(self, message: wire.Request) -> wire.Message:
         """Send a message and return the answer; fails the test when none comes in 10 s."""
-        self._socket.send_multipart(wire.encode(message, self._me, self._them))
+        self._socket.send_multipart(framing.encode(message, self._me, self._them))
         assert self._socket.poll(10_000), "the engine does not answer"
-        return wire.decode(self._socket.recv_multipart())[1]
+        return framing.decode(self._socket.recv_multipart())[1]
 
     def send_frames(self, frames: list[bytes]) -> None:
         self._socket.send_multipart(frames)

@@ -23,7 +23,7 @@ from tests.engine import (
 from tests.engine_site import Changes, environ_of
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
 from tests.parity import FLOAT32, compare
-from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION
+from vllm_pd_plugin.protocol.framing import PROTOCOL_VERSION
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -34,7 +34,7 @@ def next_release(oldest: int) -> Changes:
     """What the next release says in its source: another version, and perhaps no knowledge of
     ours."""
     return {
-        "vllm_pd_plugin.protocol.wire": {
+        "vllm_pd_plugin.protocol.framing": {
             rf"(?m)^{constant} = \d+$": f"{constant} = {version}"
             for constant, version in (("PROTOCOL_VERSION", NEXT), ("OLDEST_VERSION", oldest))
         }

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
-from vllm_pd_plugin.edge.prompts import prompt_fingerprint
+from vllm_pd_plugin.edge.prompts import PromptFingerprint
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.protocol.control import ControlPlane
@@ -84,7 +84,7 @@ class Consumer:
         return self.requests.match(request, num_computed_tokens)  # type: ignore[arg-type]
 
     def offer(self, request: FakeRequest | Request, num_tokens: int = TOKENS) -> None:
-        prompt = prompt_fingerprint(request, num_tokens)  # type: ignore[arg-type]
+        prompt = PromptFingerprint(request).of(num_tokens)  # type: ignore[arg-type]
         self.requests.offered(Offered(request.request_id, PINNED, num_tokens, prompt))
 
     def allocate(self, request: FakeRequest | Request, num_external_tokens: int) -> None:

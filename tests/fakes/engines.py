@@ -20,7 +20,7 @@ from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, RankM
 from vllm_pd_plugin.packing.incoming import Incoming, Packing
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
-from vllm_pd_plugin.packing.staging import Staging
+from vllm_pd_plugin.packing.staging import Room, Staging
 from vllm_pd_plugin.protocol.control import ControlPlane, LocalEngine
 from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Released
 from vllm_pd_plugin.protocol.handoff import Advance
@@ -32,6 +32,7 @@ from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec
 
 PEER_TIMEOUT_S = 5.0
 STAGING_BYTES = 4096
+MOMENT_S = 0.002
 BIT_FOR_BIT = CodecChoice()
 
 
@@ -126,6 +127,7 @@ class FakeEngine(FakeMemory):
         pieces = Pieces(settings.layout, self.regions)
         self.coder = FakeCoder(self, settings.staging_bytes)
         self.outgoing, self.incoming = (Staging(settings.staging_bytes) for _ in range(2))
+        self.room = Room(self.incoming)
         spans = [*self.spans(), *self.coder.spans()]
         staging = Span(*self.coder.spans()[0]) if settings.packing else None
         memory = RankMemory(self.regions, self.transport.register(spans), staging)
@@ -139,6 +141,7 @@ class FakeEngine(FakeMemory):
         )
         self.control = self._make_control_plane(settings, memory)
         around.network.listen(address, self.control.receive)
+        around.network.senders.append(self.control.send)
         if settings.packing:
             self._connect_announcer()
 
@@ -146,11 +149,23 @@ class FakeEngine(FakeMemory):
         self.control.turn()
         self.announcer.set_lending(len(self.control._producing) > 0)
         self.announcer.turn()
-        self.plane.turn()
+        self.look_at_reads()
+
+    def look_at_reads(self) -> float | None:
+        """Let the transfer thread do what it has to, and wake up for the reads that are under way;
+        for those that do not end by themselves once. A moment passes."""
+        looks = 1 if self.transport.holds_reads else 1000
+        wait_s = self.plane.turn()
+        while wait_s is not None and self.transport.reads and looks:
+            looks -= 1
+            self._around.clock.advance(min(wait_s, MOMENT_S))
+            wait_s = self.plane.turn()
+        return wait_s
 
     def kill(self) -> None:
         """Die without a word: nobody listens, and the memory can no longer be read."""
         self._around.network.silence(self.address)
+        self._around.network.senders.remove(self.control.send)
         self.transport.close()
 
     def open_handoffs(self) -> dict[str, int]:
@@ -193,7 +208,10 @@ class FakeEngine(FakeMemory):
         running = self.running[request_id]
         running.blocks = self._tables(blocks)
         self._steps += 1
-        advance = Advance(running.source.handoff_id, running.epoch, num_tokens, running.blocks)
+        every_layer = tuple(range(1, self.num_layers + 1))
+        advance = Advance(
+            running.source.handoff_id, running.epoch, num_tokens, running.blocks, every_layer
+        )
         self.control.advance(self._steps, [advance])
         return self._steps
 
@@ -305,7 +323,7 @@ class FakeEngine(FakeMemory):
         incoming = None
         if settings.packing:
             span = Span(*self.coder.spans()[1])
-            incoming = Incoming(span, self.incoming, pieces, self.coder, settings.packing, {})
+            incoming = Incoming(span, self.room, pieces, self.coder, settings.packing, {})
         rank = Rank(
             LocalRank(0, self.layout, self.regions, incoming),
             self.transport,

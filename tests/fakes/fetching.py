@@ -47,7 +47,7 @@ class FetchingCluster(FakeCluster):
         """Start a fetch whose read has ended, and whose commit is under way."""
         source = self.start_reading(request_id)
         self.consumer.transport.finish_reads()
-        self.consumer.plane.turn()
+        self.consumer.look_at_reads()
         assert [packet.kind for packet in self.network.in_flight] == ["commit"]
         return source
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from vllm_pd_plugin.ids import Address
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -23,7 +23,7 @@ class Packet:
 
     @property
     def message(self) -> wire.Message:
-        return wire.decode(self.frames)[1]
+        return framing.decode(self.frames)[1]
 
 
 class FakeLink:
@@ -66,8 +66,21 @@ class FakeNetwork:
     def __init__(self) -> None:
         self.listeners: dict[Address, Callable[[bytes, list[bytes]], None]] = {}
         self.links: dict[bytes, FakeLink] = {}
-        self.in_flight: list[Packet] = []
+        self.senders: list[Callable[[], None]] = []
+        """Of each engine: what has gathered in its turn is sent."""
+        self._in_flight: list[Packet] = []
         self.delivered: list[str] = []
+
+    @property
+    def in_flight(self) -> list[Packet]:
+        """Messages that are under way, once everybody's turn has ended."""
+        for send in self.senders:
+            send()
+        return self._in_flight
+
+    @in_flight.setter
+    def in_flight(self, packets: list[Packet]) -> None:
+        self._in_flight = packets
 
     def listen(self, address: Address, receive: Callable[[bytes, list[bytes]], None]) -> None:
         assert address not in self.listeners, f"{address} is in use"
@@ -90,8 +103,8 @@ class FakeNetwork:
     def post(
         self, lane: tuple[bytes, str], frames: list[bytes], deliver: Callable[[], None]
     ) -> None:
-        header, _ = wire.decode(frames)
-        self.in_flight.append(Packet(header.kind, lane, frames, deliver))
+        header, _ = framing.decode(frames)
+        self._in_flight.append(Packet(header.kind, lane, frames, deliver))
 
     def deliver_one(self, index: int = 0) -> None:
         packet = self.in_flight.pop(index)

@@ -8,7 +8,7 @@ from tests.fakes.network import FakeNetwork
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, Incarnation, new_incarnation
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory, Region, check_compatible
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.peers import IDLE_S, Identity, Peer, PeerTable
 
 ADDRESS: Address = ("127.0.0.1", 7000)
@@ -35,14 +35,14 @@ class Remote:
         """Send to whoever spoke last."""
         assert self._who is not None
         identity, consumer = self._who
-        frames = wire.encode(message, self.incarnation, consumer if target is None else target)
+        frames = framing.encode(message, self.incarnation, consumer if target is None else target)
         self._network.answer(identity, frames)
 
     def welcome(self) -> wire.Welcome:
         return wire.Welcome("remote", self.layout, self.kv, self.revision, self.ranks, 30.0)
 
     def _receive(self, identity: bytes, frames: list[bytes]) -> None:
-        header, message = wire.decode(frames)
+        header, message = framing.decode(frames)
         self._who = (identity, header.sender)
         self.got.append(message)
         self.targets.append(header.target)

@@ -81,7 +81,9 @@ class Producer:
     ) -> int:
         """Begin a step; return its number."""
         self.steps += 1
-        self.table.advance(self.steps, [Advance(handoff, epoch, num_tokens, blocks)])
+        every_layer = tuple(range(1, LAYERS + 1))
+        advance = Advance(handoff, epoch, num_tokens, blocks, every_layer)
+        self.table.advance(self.steps, [advance])
         return self.steps
 
     def compute(

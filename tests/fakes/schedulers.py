@@ -61,6 +61,8 @@ class Schedulers:
 
     checks_bytes = False
     packing: Packing | None = None
+    max_read_bytes = 2**20
+    codes_slowly = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +77,9 @@ class Schedulers:
         )
         self.consumer = self.cluster.consumer
         self.consumer.transport.holds_reads = True
+        self.consumer.transport.max_read_bytes = self.max_read_bytes
+        for engine in (self.producer, self.consumer):
+            engine.coder.holds = self.codes_slowly
         self.computing: dict[str, Computing] = {}
         self.held: dict[str, Computing] = {}
         """Sealed; the producer keeps their blocks."""
@@ -276,12 +281,27 @@ class Schedulers:
 
     def restart_producer(self) -> None:
         self.look()
-        self.cluster.restart_producer()
+        self.cluster.restart_producer().coder.finish()
+        self.producer.coder.holds = self.codes_slowly
         self.seen_events = 0
         self.computing.clear()
         self.held.clear()
         self.free = {group: list(range(1, 40)) for group in GROUPS}
         self.look()
+
+    # --- packing
+
+    def finish_coding(self, index: int) -> None:
+        """The device of either side has come to what it was given first."""
+        under_way = (self.producer, self.consumer)[index % 2].coder.under_way
+        if under_way:
+            under_way[0].wait()
+
+    def let_coders_finish(self) -> None:
+        """From now on nothing takes its time."""
+        for engine in (self.producer, self.consumer):
+            engine.coder.holds = False
+            engine.coder.finish()
 
     # --- what comes of it ------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ class FakeTransport:
     failed_reads_write: a FAILED read may still write until its peer is removed, as with RDMA.
     """
 
+    max_read_bytes = 2**20
+
     def __init__(self, fabric: FakeFabric, name: str) -> None:
         self._fabric = fabric
         self.name = PeerName(name)

@@ -14,6 +14,8 @@ from vllm_pd_plugin.transfer.specs import FetchSpec
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from vllm_pd_plugin.edge.prompts import PromptFingerprint
+
 
 class Stage(enum.Enum):
     FOLLOWING = enum.auto()
@@ -50,6 +52,8 @@ class ConsumingRequest:
     """The narrowest codec that its hashes in the prefix cache tell of."""
     plain_tokens: int = 0
     """Of so many tokens at the beginning the hashes do not tell of it."""
+    prompt: PromptFingerprint | None = None
+    """None where nothing is fetched."""
     is_void: bool = False
     """What is being fetched is no KV of this engine's model any more."""
 

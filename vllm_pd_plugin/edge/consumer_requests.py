@@ -15,7 +15,7 @@ from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.edge.consumer_request import ConsumingRequest, FetchOrders, Stage
 from vllm_pd_plugin.edge.metadata import FetchReport
 from vllm_pd_plugin.edge.metrics import PdStats
-from vllm_pd_plugin.edge.prompts import prompt_fingerprint
+from vllm_pd_plugin.edge.prompts import PromptFingerprint
 from vllm_pd_plugin.edge.provenance import Provenance
 from vllm_pd_plugin.errors import OTHER_KV, HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId, RequestId, Source
@@ -76,7 +76,10 @@ class ConsumingRequests:
 
         seeds: go on after the token that the producer has sampled.
         """
-        consuming = ConsumingRequest(request, list(sources), codec=codec, seeds=seeds)
+        prompt = PromptFingerprint(request, self._adapters)
+        consuming = ConsumingRequest(
+            request, list(sources), codec=codec, seeds=seeds, prompt=prompt
+        )
         self._open[request.request_id] = consuming
         self._look_for_lossy(consuming)
         if self._is_led(consuming):
@@ -84,6 +87,7 @@ class ConsumingRequests:
         else:
             self._leaders[sources[0].handoff_id] = request.request_id
             self._want(consuming)
+            self._call(lambda _: prompt.hash_ahead())
 
     def add_failed(self, request: Request, error: HandoffError, seeds: bool = False) -> None:
         """Take a request that cannot even begin to be handed off."""
@@ -177,10 +181,8 @@ class ConsumingRequests:
         fits = offer.num_tokens <= request.num_tokens
         if consuming.seeds:  # the token that it brings must be the next one
             fits = offer.num_tokens == request.num_tokens
-        if (
-            not fits
-            or prompt_fingerprint(request, offer.num_tokens, self._adapters) != offer.prompt
-        ):
+        prompt = consuming.prompt
+        if not fits or prompt is None or prompt.of(offer.num_tokens) != offer.prompt:
             self._close(request.request_id, cancel=False)
             text = "the handoff is of another prompt"
             self._lose(consuming, Reason.PROMPT_MISMATCH, text)

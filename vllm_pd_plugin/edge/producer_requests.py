@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.edge.metrics import PdStats
-from vllm_pd_plugin.edge.prompts import prompt_fingerprint
+from vllm_pd_plugin.edge.prompts import PromptFingerprint
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import HandoffId, RequestId, new_handoff_id
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
@@ -40,7 +40,6 @@ class _Producing:
 
     request: Request
     handoff_id: HandoffId
-    is_open: bool = False
     epoch: int = 0
     ending: ProducerState = ProducerState.CANCELLED
 
@@ -72,7 +71,9 @@ class ProducingRequests:
         self._call = call
         self._stats = stats
         self._open: dict[RequestId, _Producing] = {}
-        self._handoff_ids: set[HandoffId] = set()
+        self._started: dict[RequestId, _Producing] = {}
+        """Those of them that have been scheduled: as many as vLLM runs, however many wait."""
+        self._by_handoff: dict[HandoffId, _Producing] = {}
         self._sealed: set[RequestId] = set()
         self._released: list[RequestId] = []
         self._abandoned: list[RequestId] = []
@@ -110,8 +111,8 @@ class ProducingRequests:
             ParamsError: the chosen id is malformed, or in use for another prompt.
         """
         handoff_id = parse_handoff_id(request.kv_transfer_params)
-        if handoff_id in self._handoff_ids:
-            leader = next(p for p in self._open.values() if p.handoff_id == handoff_id)
+        leader = self._by_handoff.get(handoff_id) if handoff_id else None
+        if leader is not None:
             if leader.request.prompt_token_ids != request.prompt_token_ids:
                 raise ParamsError(f"handoff_id={handoff_id} is in use for another prompt")
             return None
@@ -120,17 +121,20 @@ class ProducingRequests:
     def add(self, request: Request, handoff_id: HandoffId) -> None:
         """The request has arrived."""
         request_id, num_tokens = request.request_id, request.num_prompt_tokens
-        self._open[request_id] = _Producing(request, handoff_id)
-        self._handoff_ids.add(handoff_id)
-        prompt = prompt_fingerprint(request, num_tokens, self._adapters)
-        self._call(lambda control: control.enqueue(handoff_id, request_id, num_tokens, prompt))
+        self._open[request_id] = self._by_handoff[handoff_id] = _Producing(request, handoff_id)
+        prompt = PromptFingerprint(request, self._adapters)
+        self._call(
+            lambda control: control.enqueue(
+                handoff_id, request_id, num_tokens, prompt.of(num_tokens)
+            )
+        )
 
     def scheduled(self, request_id: RequestId) -> None:
         """The request has blocks; the first time it starts to produce."""
         producing = self._open.get(request_id)
-        if producing is None or producing.is_open:
+        if producing is None or request_id in self._started:
             return
-        producing.is_open = True
+        self._started[request_id] = producing
         handoff_id = producing.handoff_id
         self._call(lambda control: control.open(handoff_id))
 
@@ -138,30 +142,33 @@ class ProducingRequests:
         """Tell the control thread what becomes of the handoffs in this step; return what the
         workers are to announce."""
         advances: list[Advance] = []
-        computed = 0
 
         def advance(producing: _Producing) -> None:
-            nonlocal computed
             request = producing.request
-            if request.num_preemptions != producing.epoch:
-                self._withdraw(producing)
-            scheduled = num_scheduled_tokens.get(request.request_id, 0)
+            scheduled = num_scheduled_tokens[request.request_id]
             start, end = request.num_computed_tokens, request.num_prompt_tokens
             if scheduled and (start < end or self._has_windows):
                 num_tokens = min(start + scheduled, end)
                 blocks = self._kv_cache_manager.get_block_ids(request.request_id)
-                advances.append(Advance(producing.handoff_id, producing.epoch, num_tokens, blocks))
-                computed += max(0, num_tokens - start)
+                after = self._after_layers(max(0, num_tokens - start))
+                handoff_id, epoch = producing.handoff_id, producing.epoch
+                advances.append(Advance(handoff_id, epoch, num_tokens, blocks, after))
 
-        self._contain.each("advancing", self._open.values(), advance, self._break_off)
+        scheduled = [p for i in num_scheduled_tokens if (p := self._open.get(i)) is not None]
+        self._contain.each("advancing", self._started.values(), self._withdraw, self._break_off)
+        self._contain.each("advancing", scheduled, advance, self._break_off)
         if not advances:
             return None
         self._step += 1
         step = self._step
         self._call(lambda control: control.advance(step, advances))
-        layer_bytes = int(computed * self._layer_bytes_per_token)
-        after = layers_worth_a_message(self._num_layers, layer_bytes, self._stretch_bytes)
-        return Announcement(step, after)
+        after_layers = {self._num_layers}.union(*(a.after_layers for a in advances))
+        return Announcement(step, tuple(sorted(after_layers)))
+
+    def _after_layers(self, num_tokens: int) -> tuple[int, ...]:
+        """Return when a consumer is told in a step that computes so many tokens of its prompt."""
+        layer_bytes = int(num_tokens * self._layer_bytes_per_token)
+        return layers_worth_a_message(self._num_layers, layer_bytes, self._stretch_bytes)
 
     def finish(self, request: Request, blocks: Sequence[list[int]]) -> SealedHandoff | None:
         """The request has ended; returns the handoff whose blocks are to be held, if any."""
@@ -170,7 +177,8 @@ class ProducingRequests:
         if producing is None:
             return None
         handoff_id = producing.handoff_id
-        self._handoff_ids.discard(handoff_id)
+        self._started.pop(request_id, None)
+        self._by_handoff.pop(handoff_id, None)
         if request.status not in _HANDED_OFF or not any(blocks):
             self._call(lambda control: control.drop(handoff_id))
             self._stats.record_ended(producing.ending)
@@ -212,7 +220,10 @@ class ProducingRequests:
         self._abandoned.append(producing.request.request_id)
 
     def _withdraw(self, producing: _Producing) -> None:
+        """Where its request was preempted, what was announced is no longer true."""
         handoff_id, epoch = producing.handoff_id, producing.request.num_preemptions
+        if epoch == producing.epoch:
+            return
         producing.epoch = epoch
         self._call(lambda control: control.withdraw(handoff_id, epoch))
         self._stats.record_withdrawal()

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_pd_plugin.edge.identity import AdapterFingerprints
 
+_TOKENS_AT_ONCE = 4096
+"""A thread that hashes so many lets others run: the interpreter is free while it does."""
 
-def prompt_fingerprint(
-    request: Request, num_tokens: int, adapters: AdapterFingerprints | None = None
-) -> bytes:
-    """Return 16 bytes that stand for all that the KV of the first ``num_tokens`` depends on.
+
+class PromptFingerprint:
+    """All that the KV of a request's first tokens depends on, in 16 bytes.
 
     They cover the token ids, what the LoRA adapter contains and the multi-modal inputs, so that KV
-    can never be used for another prompt, whoever mixed the two up.
+    can never be used for another prompt, whoever mixed the two up. Made on the engine's own thread;
+    a long prompt takes a millisecond or more, so that another one may hash it.
     """
-    tokens = np.asarray(request.all_token_ids[:num_tokens], dtype=np.int64)
-    digest = hashlib.blake2b(tokens.tobytes(), digest_size=16)
-    lora = request.lora_request
-    if lora:
-        assert adapters is not None
-        digest.update(adapters.of(lora).encode())
-    for feature in request.mm_features or ():
-        position = feature.mm_position
-        digest.update(repr((feature.identifier, position.offset, position.length)).encode())
-    return digest.digest()
+
+    def __init__(self, request: Request, adapters: AdapterFingerprints | None = None) -> None:
+        self._tokens = request.all_token_ids[:]
+        self._context: list[bytes] = []
+        if lora := request.lora_request:
+            assert adapters is not None
+            self._context.append(adapters.of(lora).encode())
+        for feature in request.mm_features or ():
+            position = feature.mm_position
+            facts = (feature.identifier, position.offset, position.length)
+            self._context.append(repr(facts).encode())
+        self._last: tuple[int, bytes] = (-1, b"")
+
+    def hash_ahead(self) -> None:
+        """Do the work now for the whole prompt: it is asked for soon, and somewhere else."""
+        self.of(len(self._tokens))
+
+    def of(self, num_tokens: int) -> bytes:
+        """Return the fingerprint of the first ``num_tokens``; any thread may ask."""
+        known, fingerprint = self._last
+        if known == num_tokens:
+            return fingerprint
+        digest = hashlib.blake2b(digest_size=16)
+        tokens = self._tokens[:num_tokens]
+        for start in range(0, len(tokens), _TOKENS_AT_ONCE):
+            digest.update(array.array("q", tokens[start : start + _TOKENS_AT_ONCE]))
+        for facts in self._context:
+            digest.update(facts)
+        self._last = num_tokens, digest.digest()
+        return self._last[1]

@@ -23,7 +23,7 @@ from vllm_pd_plugin.ids import Incarnation, RequestId
 from vllm_pd_plugin.net.async_channel import AsyncDealer, Context
 from vllm_pd_plugin.net.channel import CurveKeys
 from vllm_pd_plugin.net.hosts import is_loopback
-from vllm_pd_plugin.protocol.wire import WireError
+from vllm_pd_plugin.protocol.framing import WireError
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """What a frontend and an engine say to each other on the engine's control channel.
 
 A frontend attaches to an engine, adds requests as vLLM's own API server would, and receives what
-the engine's steps give out. The header is that of ``wire``; the body is one of the structs below;
-what is vLLM's own (a request, the outputs of a step) follows as further frames, in vLLM's own
-MessagePack. Nothing is ever unpickled.
+the engine's steps give out. The header is that of ``framing``; the body is one of the structs
+below; what is vLLM's own (a request, the outputs of a step) follows as further frames, in vLLM's
+own MessagePack. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from vllm_pd_plugin.errors import PdError
 from vllm_pd_plugin.ids import EngineId, Incarnation, RequestId
 from vllm_pd_plugin.memory.identity import KvIdentity
-from vllm_pd_plugin.protocol.wire import (
+from vllm_pd_plugin.protocol.framing import (
     MAX_BODY_BYTES,
     MAX_HEADER_BYTES,
     PROTOCOL_VERSION,

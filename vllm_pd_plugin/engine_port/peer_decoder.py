@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.v1.serial_utils import CUSTOM_TYPE_RAW_VIEW, MsgpackDecoder
 
-from vllm_pd_plugin.protocol.wire import WireError
+from vllm_pd_plugin.protocol.framing import WireError
 
 
 class PeerDecoder(MsgpackDecoder):  # type: ignore[misc]

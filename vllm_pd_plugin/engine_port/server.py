@@ -36,7 +36,7 @@ from vllm_pd_plugin.engine_port.peer_decoder import PeerDecoder
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.ids import Incarnation, RequestId
 from vllm_pd_plugin.memory.identity import KvIdentity
-from vllm_pd_plugin.protocol.wire import VersionError, WireError
+from vllm_pd_plugin.protocol.framing import VersionError, WireError
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVEventBatch

@@ -39,12 +39,49 @@ class ReadPlan:
     def total_bytes(self) -> int:
         return int(self.num_bytes.sum())
 
+    def split(self, max_descriptors: int, max_bytes: int) -> list[ReadPlan]:
+        """Return the same reads in several plans; one descriptor may be larger than ``max_bytes``,
+        and is cut."""
+        if self.num_descriptors <= max_descriptors and self.total_bytes <= max_bytes:
+            return [self]
+        whole = self._cut(max_bytes)
+        ends = np.cumsum(whole.num_bytes)
+        plans, start = [], 0
+        while start < whole.num_descriptors:
+            before = ends[start - 1] if start else np.uint64(0)
+            fits = int(np.searchsorted(ends, before + np.uint64(max_bytes), side="right"))
+            stop = min(fits, start + max_descriptors)
+            plans.append(whole._rows(start, stop))
+            start = stop
+        return plans
+
+    def _cut(self, max_bytes: int) -> ReadPlan:
+        """Return the same with no descriptor larger than that."""
+        counts = -(-self.num_bytes.astype(np.int64) // max_bytes)
+        if not len(counts) or counts.max() == 1:
+            return self
+        of = np.repeat(np.arange(len(counts)), counts)
+        nth = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        offsets = (nth * max_bytes).astype(np.uint64)
+        sizes = np.minimum(self.num_bytes[of] - offsets, np.uint64(max_bytes))
+        return ReadPlan(self.local[of] + offsets, self.remote[of] + offsets, sizes)
+
+    def _rows(self, start: int, stop: int) -> ReadPlan:
+        rows = slice(start, stop)
+        return ReadPlan(self.local[rows], self.remote[rows], self.num_bytes[rows])
+
 
 class Transport(Protocol):
     """One rank's end of the data plane; used from one thread only.
 
     Only reads exist: nobody writes into a peer's memory.
+
+    max_read_bytes: how much one read may move and still be started at once. Within one host's
+        memory, starting a read may be copying.
     """
+
+    @property
+    def max_read_bytes(self) -> int: ...
 
     def register(self, spans: Sequence[tuple[int, int]]) -> bytes:
         """Make local memory readable; ``spans`` are (address, bytes). Returns what

@@ -11,7 +11,9 @@ from vllm_pd_plugin.codecs import ops
 from vllm_pd_plugin.codecs.codec import Codec, Encoding, encoding_of
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
 from vllm_pd_plugin.packing.digests import slab_digest
+from vllm_pd_plugin.packing.packer import Coding
 from vllm_pd_plugin.packing.pieces import Piece, Pieces, Slice, blocks_at
+from vllm_pd_plugin.packing.streams import stream_of
 
 _TRIAL_BYTES = 4 * 2**20
 _TRIALS = 3
@@ -42,26 +44,30 @@ class BlockCoder:
         ]
         self._outgoing = outgoing
         self._incoming = incoming
+        self._stream = stream_of(incoming.device)
 
-    def encode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> None:
+    def encode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> Coding:
         slab = self._outgoing[offset : offset + piece.num_bytes]
-        for part, blocks, memory in self._places(piece, codec, tables, slab):
-            if codec is Codec.RAW:
-                ops.pack_blocks([self._planes[layer] for layer in part.layers], blocks, memory)
-                continue
-            for encoding, parts, stripes in self._stripes(part, codec, memory):
-                ops.encode_blocks(parts, blocks, part.tokens, encoding, part.sinks, stripes)
-        self._finish()
+        with self._stream.entered() as coding:
+            for part, blocks, memory in self._places(piece, codec, tables, slab):
+                if codec is Codec.RAW:
+                    ops.pack_blocks([self._planes[layer] for layer in part.layers], blocks, memory)
+                    continue
+                for encoding, parts, stripes in self._stripes(part, codec, memory):
+                    ops.encode_blocks(parts, blocks, part.tokens, encoding, part.sinks, stripes)
+        return coding
 
-    def decode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> None:
+    def decode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> Coding:
         slab = self._incoming[offset : offset + piece.num_bytes]
-        for part, blocks, memory in self._places(piece, codec, tables, slab):
-            if codec is Codec.RAW:
-                ops.unpack_blocks(memory, blocks, [self._planes[layer] for layer in part.layers])
-                continue
-            for encoding, parts, stripes in self._stripes(part, codec, memory):
-                ops.decode_blocks(stripes, blocks, part.tokens, encoding, part.sinks, parts)
-        self._finish()
+        with self._stream.entered() as coding:
+            for part, blocks, memory in self._places(piece, codec, tables, slab):
+                if codec is Codec.RAW:
+                    planes = [self._planes[layer] for layer in part.layers]
+                    ops.unpack_blocks(memory, blocks, planes)
+                    continue
+                for encoding, parts, stripes in self._stripes(part, codec, memory):
+                    ops.decode_blocks(stripes, blocks, part.tokens, encoding, part.sinks, parts)
+        return coding
 
     def digest_outgoing(self, offset: int, num_bytes: int) -> bytes:
         return slab_digest(self._outgoing[offset : offset + num_bytes])
@@ -86,9 +92,9 @@ class BlockCoder:
         best_s = float("inf")
         for _ in range(_TRIALS if fits else 0):
             began = time.perf_counter()
-            self.encode(piece, codec, tables, 0)
+            self.encode(piece, codec, tables, 0).wait()
             self._incoming[: piece.num_bytes].copy_(self._outgoing[: piece.num_bytes])
-            self.decode(piece, codec, tables, 0)
+            self.decode(piece, codec, tables, 0).wait()
             best_s = min(best_s, time.perf_counter() - began)
         return piece.kv_bytes / best_s
 
@@ -118,8 +124,3 @@ class BlockCoder:
             parts = [self._parts[layer][index] for layer in part.layers]
             yield encoding, parts, memory[start : start + size]
             start += size
-
-    def _finish(self) -> None:
-        """A peer may read, or the engine use, what is there when a call returns."""
-        if self._outgoing.is_cuda:
-            torch.cuda.current_stream(self._outgoing.device).synchronize()

@@ -9,7 +9,7 @@ from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.memory.layout import Span
 from vllm_pd_plugin.packing.packer import Coder
 from vllm_pd_plugin.packing.pieces import Pieces
-from vllm_pd_plugin.packing.staging import Staging
+from vllm_pd_plugin.packing.staging import Room
 
 
 class Packing(enum.StrEnum):
@@ -28,7 +28,7 @@ class Incoming:
     """
 
     span: Span
-    staging: Staging
+    room: Room
     pieces: Pieces
     coder: Coder
     packing: Packing

@@ -16,7 +16,7 @@ from vllm_pd_plugin.packing.coder import BlockCoder
 from vllm_pd_plugin.packing.incoming import Incoming, Packing
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
-from vllm_pd_plugin.packing.staging import ALIGNMENT, Staging, max_piece_bytes
+from vllm_pd_plugin.packing.staging import ALIGNMENT, Room, Staging, max_piece_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ class Slabs:
         cache, which must not be in use yet."""
         lossy = [c for c in Codec if 0 < c.rank <= config.narrowest.rank]
         coding: dict[Codec, float] = {codec: self.coder.speed(codec) for codec in lossy}
-        staging = Staging(self.incoming.num_bytes)
+        room = Room(Staging(self.incoming.num_bytes))
         packing = Packing(config.packing or ("auto" if self.device == "cpu" else "never"))
-        return Incoming(self.incoming, staging, self.pieces, self.coder, packing, coding)
+        return Incoming(self.incoming, room, self.pieces, self.coder, packing, coding)
 
 
 def _check_room(layout: EngineLayout, pieces: Pieces, half: int, narrowest: Codec) -> None:

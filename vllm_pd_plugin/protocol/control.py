@@ -23,10 +23,11 @@ from vllm_pd_plugin.memory.layout import (
     RankMemory,
     check_compatible,
 )
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.events import Abandoned, Event, Nudged, Released
 from vllm_pd_plugin.protocol.handoff import Advance, Answer, ReturnAddress
 from vllm_pd_plugin.protocol.handoffs import ProducerTable
+from vllm_pd_plugin.protocol.outbox import Outbox
 from vllm_pd_plugin.protocol.peers import Identity, MakePeers
 from vllm_pd_plugin.protocol.wanting import Wanting
 
@@ -67,11 +68,12 @@ class ControlPlane:
     ) -> None:
         self._contain = Containment("control")
         self._incarnation = local.identity.incarnation
+        self._outbox = Outbox(self._incarnation, answer, self._contain)
         self._welcome = wire.Welcome(
             local.identity.engine_id, local.layout, local.kv, 0, tuple(local.ranks), lease_s
         )
+        self._encoded_welcome = framing.Encoded.of(self._welcome)
         self._workers = frozenset(local.workers)
-        self._answer = answer
         self._emit = emit
         self._clock = clock
         self._producing = ProducerTable(
@@ -106,6 +108,7 @@ class ControlPlane:
         """More is known of what this engine's KV is; peers that do not fit are lost."""
         revision = self._producing.revision = self._welcome.revision + 1
         self._welcome = msgspec.structs.replace(self._welcome, kv=kv, revision=revision)
+        self._encoded_welcome = framing.Encoded.of(self._welcome)
         self._wanting.look_again()
 
     def void(self, kv: KvIdentity) -> None:
@@ -158,16 +161,24 @@ class ControlPlane:
 
     def receive(self, identity: bytes, frames: list[bytes]) -> None:
         """Handle a message from a consumer."""
+        self._receive(identity, frames)
+        self.send()
+
+    def send(self) -> None:
+        """Send what has gathered since the last turn."""
+        self._outbox.flush()
+
+    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
         try:
-            header, message = wire.decode(frames)
-        except wire.VersionError as error:
+            header, message = framing.decode(frames)
+        except framing.VersionError as error:
             # Answered in our own version: the header tells the peer what is wrong.
             logger.warning("refused a peer: %s", error)
             self._dropped_requests += 1
-            nobody = ReturnAddress(identity, Incarnation(""), wire.PROTOCOL_VERSION)
+            nobody = ReturnAddress(identity, Incarnation(""), framing.PROTOCOL_VERSION)
             self._reply(nobody, wire.Alive({}))
             return
-        except wire.WireError as error:
+        except framing.WireError as error:
             logger.warning("dropped a message: %s", error)
             self._dropped_requests += 1
             return
@@ -177,11 +188,11 @@ class ControlPlane:
             self._reply(who, reply)
 
     def _respond(
-        self, who: ReturnAddress, header: wire.Header, message: wire.Message
+        self, who: ReturnAddress, header: framing.Header, message: wire.Message
     ) -> wire.Reply | None:
         if isinstance(message, wire.Hello):
-            version = min(max(message.newest, header.version), wire.PROTOCOL_VERSION)
-            self._reply(who._replace(version=version), self._welcome)
+            version = min(max(message.newest, header.version), framing.PROTOCOL_VERSION)
+            self._outbox.add(who._replace(version=version), self._encoded_welcome)
             return None
         if header.target != self._incarnation:
             return wire.Alive({})  # its header says who is here now
@@ -265,12 +276,14 @@ class ControlPlane:
     # --- the thread's -------------------------------------------------------------------------
 
     def turn(self) -> float | None:
-        """Do what is due; return for how many seconds nothing needs to be done."""
+        """Do what is due, and send what has gathered; return for how many seconds nothing needs to
+        be done."""
         again = self._clock() + LOOK_AGAIN_S
         due = (
             self._contain.run("leases", self._producing.tick, again),
             self._contain.run("what is wanted", self._wanting.turn, again),
         )
+        self.send()
         now = self._clock()
         waits = [max(0.0, at - now) for at in due if at is not None]
         return min(waits) if waits else None
@@ -279,9 +292,7 @@ class ControlPlane:
         self._wanting.shut_down()
 
     def _reply(self, who: ReturnAddress, message: wire.Reply) -> None:
-        frames = wire.encode(message, self._incarnation, who.incarnation, who.version)
-        # What cannot be sent is a message lost, and whoever waits for it asks again.
-        self._contain.run("answering", lambda: self._answer(who.identity, frames), None)
+        self._outbox.add(who, message)
 
 
 CallControl = Callable[[Callable[[ControlPlane], None]], None]

@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation, RequestId
-from vllm_pd_plugin.memory.layout import BlockTables
-from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.lease import Lease
+from vllm_pd_plugin.memory.layout import BlockTables, Group
+from vllm_pd_plugin.protocol import framing, wire
 
 _REMEMBERED_STEPS = 64
 _REMEMBERED_ENDINGS = 4096
@@ -30,7 +29,7 @@ class ReturnAddress(NamedTuple):
 
     identity: bytes
     incarnation: Incarnation
-    version: int = wire.PROTOCOL_VERSION
+    version: int = framing.PROTOCOL_VERSION
 
 
 class ProducerState(enum.Enum):
@@ -68,12 +67,17 @@ Answer = tuple[ReturnAddress, wire.Reply]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Advance:
-    """What one engine step adds to a handoff: KV up to ``num_tokens``, in these block tables."""
+    """What one engine step adds to a handoff: KV up to ``num_tokens``, in these block tables.
+
+    after_layers: numbers of layers, in the order of the forward pass, after which its consumer is
+        told; besides that of all layers.
+    """
 
     handoff_id: HandoffId
     epoch: int
     num_tokens: int
     blocks: BlockTables
+    after_layers: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +105,6 @@ class Produced:
     request_id: RequestId
     num_tokens: int
     prompt: bytes
-    lease: Lease
     blocks: BlockTables
     state: ProducerState = ProducerState.QUEUED
     wanted_by: ReturnAddress | None = None
@@ -124,6 +127,26 @@ class Produced:
     def is_final(self, rank: int) -> bool:
         """Whether one rank's KV is complete, sealed or not."""
         return self.is_sealed or self.written.get(rank, Written()).base_tokens >= self.num_tokens
+
+    def keeps(self, groups: Sequence[Group], blocks: BlockTables) -> bool:
+        """Whether these tables still have all that a consumer was told of."""
+        for group, before, now in zip(groups, self.blocks, blocks, strict=True):
+            needed = group.needed_blocks(0, self.num_tokens)
+            told = slice(needed.start, min(needed.stop, len(before)))
+            if list(before[told]) != list(now[told]):
+                return False
+        return True
+
+    def offer(self, revision: int) -> wire.Offer:
+        return wire.Offer(self.handoff_id, self.num_tokens, self.prompt, revision)
+
+    def tell_anew(self, rank: int) -> wire.Progress | wire.Seal | wire.Refuse:
+        """Say how things stand to a rank that knows of an earlier epoch only."""
+        subscriber = self.subscribers.get(rank)
+        if subscriber is None:
+            return wire.Refuse(self.handoff_id, Reason.MISSING_BLOCKS)
+        subscriber.told = []
+        return self.tell(rank, subscriber)
 
     def tell(self, rank: int, subscriber: Subscriber) -> wire.Progress | wire.Seal:
         """Say how things stand, with what the subscriber does not know of the block tables."""
@@ -158,24 +181,36 @@ class _Step:
     """What one step of the engine computes, and which ranks have finished it."""
 
     advances: Sequence[Advance]
+    after: Mapping[int, Sequence[Advance]]
+    """Those whose consumers are told, by the number of layers that are written."""
     finished_ranks: set[int] = dataclasses.field(default_factory=set)
 
 
 class Steps:
     """The steps of the engine that not every rank has finished; the last of them."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, num_layers: int) -> None:
         self._num_ranks = num_ranks
+        self._num_layers = num_layers
         self._open: OrderedDict[int, _Step] = OrderedDict()
 
     def begin(self, step: int, advances: Sequence[Advance]) -> None:
-        self._open[step] = _Step(advances)
+        after: dict[int, list[Advance]] = {}
+        for advance in advances:
+            for num_layers in advance.after_layers:
+                after.setdefault(num_layers, []).append(advance)
+        self._open[step] = _Step(advances, after)
         while len(self._open) > _REMEMBERED_STEPS:
             self._open.popitem(last=False)
 
-    def advances(self, step: int) -> Sequence[Advance]:
-        """Return what a step computes; nothing of one that is over."""
-        return self._open[step].advances if step in self._open else ()
+    def advances(self, step: int, num_layers: int) -> Sequence[Advance]:
+        """Return of what it is worth to say that so many layers of a step are written; nothing of
+        a step that is over."""
+        if step not in self._open:
+            return ()
+        if num_layers >= self._num_layers:
+            return self._open[step].advances
+        return self._open[step].after.get(num_layers, ())
 
     def finish(self, step: int, rank: int) -> None:
         if step in self._open:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from vllm_pd_plugin.containment import Containment
+from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
+from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import HandoffId, RequestId
+from vllm_pd_plugin.ids import HandoffId, Incarnation, RequestId
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.handoff import (
@@ -24,7 +25,6 @@ from vllm_pd_plugin.protocol.handoff import (
     Subscriber,
     Written,
 )
-from vllm_pd_plugin.protocol.lease import Lease
 
 _MAX_EARLY = 10_000
 
@@ -59,8 +59,10 @@ class ProducerTable:
         self._on_unpacked = on_unpacked
         self._clock = clock
         self._open: dict[HandoffId, Produced] = {}
-        self._early: dict[HandoffId, tuple[ReturnAddress, Lease]] = {}
-        self._steps = Steps(self._num_ranks)
+        self._early: dict[HandoffId, ReturnAddress] = {}
+        """Who wants what this engine has not heard of yet."""
+        self._leases = Deadlines[HandoffId]()
+        self._steps = Steps(self._num_ranks, self._num_layers)
         self._endings = Endings()
 
     def __len__(self) -> int:
@@ -84,11 +86,11 @@ class ProducerTable:
         Whoever sends requests chooses ids; one that was used before is not handed off again."""
         if used := self._open.get(handoff_id):
             self._end(used, ProducerState.CANCELLED)
-        lease = Lease(self._lease_s, self._clock())
-        handoff = Produced(handoff_id, request_id, num_tokens, prompt, lease, self._no_blocks)
+        handoff = Produced(handoff_id, request_id, num_tokens, prompt, self._no_blocks)
         self._open[handoff_id] = handoff
         if early := self._early.pop(handoff_id, None):
-            handoff.wanted_by = early[0]
+            handoff.wanted_by = early
+            self._renew(handoff)
         if (ending := self._endings.pop(handoff_id, None)) is not None:  # cancelled beforehand
             self._abandon(handoff, ending)
 
@@ -100,8 +102,8 @@ class ProducerTable:
         handoff.state = ProducerState.PRODUCING
         if handoff.wanted_by is None:
             return []
-        handoff.lease = handoff.lease.renewed(self._clock())
-        return [(handoff.wanted_by, self._offer(handoff))]
+        self._renew(handoff)
+        return [(handoff.wanted_by, handoff.offer(self.revision))]
 
     def advance(self, step: int, advances: Sequence[Advance]) -> None:
         """An engine step begins that computes KV of these handoffs."""
@@ -115,7 +117,7 @@ class ProducerTable:
         messages that follow."""
         answers: list[Answer] = []
         is_finished = num_layers >= self._num_layers
-        for advance in self._steps.advances(step):
+        for advance in self._steps.advances(step, num_layers):
             handoff = self._open.get(advance.handoff_id)
             if handoff is None or handoff.epoch != advance.epoch or handoff.is_sealed:
                 continue
@@ -159,7 +161,7 @@ class ProducerTable:
         handoff.state = ProducerState.SEALED
         handoff.num_tokens = num_tokens
         self._set_blocks(handoff, blocks)
-        handoff.lease = handoff.lease.renewed(self._clock())
+        self._renew(handoff)
         if handoff.ending:
             self._end(handoff, handoff.ending)
             return []
@@ -190,11 +192,12 @@ class ProducerTable:
                 return handoff
             if len(self._early) >= _MAX_EARLY:
                 return handoff
-            self._early[handoff_id] = (who, Lease(self._lease_s, self._clock()))
+            self._early[handoff_id] = who
+            self._leases.set(handoff_id, self._clock() + self._lease_s)
             return None
         handoff.wanted_by = who
-        handoff.lease = handoff.lease.renewed(self._clock())
-        return None if handoff.state is ProducerState.QUEUED else self._offer(handoff)
+        self._renew(handoff)
+        return None if handoff.state is ProducerState.QUEUED else handoff.offer(self.revision)
 
     def subscribe(
         self, handoff_id: HandoffId, rank: int, who: ReturnAddress
@@ -205,7 +208,7 @@ class ProducerTable:
             return handoff
         if rank >= self._num_ranks:
             return wire.Refuse(handoff_id, Reason.MISSING_BLOCKS)
-        handoff.lease = handoff.lease.renewed(self._clock())
+        self._renew(handoff)
         subscriber = handoff.subscribers[rank] = Subscriber(who, [])
         return handoff.tell(rank, subscriber)
 
@@ -226,10 +229,10 @@ class ProducerTable:
                 elif handoff.wanted_by != who:
                     handoff.wanted_by = who
                     if handoff.state is not ProducerState.QUEUED:
-                        answers.append((who, self._offer(handoff)))
-                handoff.lease = handoff.lease.renewed(self._clock())
-            elif early := self._early.get(handoff_id):
-                self._early[handoff_id] = (who, early[1])
+                        answers.append((who, handoff.offer(self.revision)))
+                self._renew(handoff)
+            elif handoff_id in self._early:
+                self._early[handoff_id] = who
             elif self._ending_of(handoff_id) is not ProducerState.COMMITTED:
                 lost[handoff_id] = handoff.reason
         return [*answers, (who, wire.Alive(lost))]
@@ -261,7 +264,9 @@ class ProducerTable:
         if pack.rank >= self._num_ranks or pack.num_tokens > handoff.num_tokens:
             return wire.Refuse(pack.handoff_id, Reason.MISSING_BLOCKS)
         handoff.packing_ranks.add(pack.rank)
-        return wire.Stage(pack, tuple(tuple(table) for table in handoff.blocks))
+        subscriber = handoff.subscribers.get(pack.rank)
+        consumer = subscriber.who.incarnation if subscriber else Incarnation("")
+        return wire.Stage(pack, tuple(tuple(table) for table in handoff.blocks), consumer)
 
     def staged(self, staged: wire.Staged) -> Answer | None:
         """A rank has packed a piece, or cannot; returns what a consumer's rank is told. None: the
@@ -307,21 +312,27 @@ class ProducerTable:
             if not handoff.ending:
                 self._conclude(handoff, ProducerState.CANCELLED)
         elif handoff_id not in self._endings:
-            self._early.pop(handoff_id, None)
+            if self._early.pop(handoff_id, None):
+                self._leases.remove(handoff_id)
             self._endings.note(handoff_id, ProducerState.CANCELLED)
 
     def tick(self) -> float | None:
         """Expire what nobody asks for any more; return when to call again (absolute), or None."""
-        now = self._clock()
-        overdue = [h for h in self._open.values() if h.is_leased and h.lease.has_expired(now)]
-        self._contain.each("leases", overdue, self._expire)
-        self._early = {i: e for i, e in self._early.items() if not e[1].has_expired(now)}
-        deadlines = [h.lease.deadline for h in self._open.values() if h.is_leased]
-        deadlines += [lease.deadline for _, lease in self._early.values()]
-        return min(deadlines, default=None)
+        leases, now = self._leases, self._clock()
+        again = now + LOOK_AGAIN_S
+        self._contain.each("leases", leases.take(now), self._expire, lambda i: leases.set(i, again))
+        return leases.next()
 
-    def _expire(self, handoff: Produced) -> None:
-        self._conclude(handoff, ProducerState.EXPIRED)
+    def _expire(self, handoff_id: HandoffId) -> None:
+        self._early.pop(handoff_id, None)
+        handoff = self._open.get(handoff_id)
+        if handoff is not None and handoff.is_leased:
+            self._conclude(handoff, ProducerState.EXPIRED)
+
+    def _renew(self, handoff: Produced) -> None:
+        """The consumer has spoken: its lease begins anew, if silence is to end it."""
+        if handoff.is_leased:
+            self._leases.set(handoff.handoff_id, self._clock() + self._lease_s)
 
     def _live(self, handoff_id: HandoffId) -> Produced | wire.Refuse:
         self.tick()  # an answer must never be based on a lease that has already run out
@@ -334,11 +345,7 @@ class ProducerTable:
         handoff = self._live(question.handoff_id)
         if isinstance(handoff, wire.Refuse) or question.epoch == handoff.epoch:
             return handoff
-        subscriber = handoff.subscribers.get(question.rank)
-        if subscriber is None:
-            return wire.Refuse(question.handoff_id, Reason.MISSING_BLOCKS)
-        subscriber.told = []
-        return handoff.tell(question.rank, subscriber)
+        return handoff.tell_anew(question.rank)
 
     def _has_all(self, handoff: Produced, rank: int) -> bool:
         return rank < self._num_ranks and handoff.is_final(rank)
@@ -359,12 +366,9 @@ class ProducerTable:
 
         When a request goes on after its prompt, a sliding window lets go of blocks that a
         consumer may be reading: the handoff is over then."""
-        for group, before, now in zip(self._groups, handoff.blocks, blocks, strict=True):
-            needed = group.needed_blocks(0, handoff.num_tokens)
-            told = slice(needed.start, min(needed.stop, len(before)))
-            if list(before[told]) != list(now[told]) and not handoff.ending:
-                handoff.ending = ProducerState.CANCELLED
-                self._let_go(handoff)
+        if not handoff.ending and not handoff.keeps(self._groups, blocks):
+            handoff.ending = ProducerState.CANCELLED
+            self._let_go(handoff)
         handoff.blocks = blocks
 
     def _conclude(self, handoff: Produced, state: ProducerState) -> None:
@@ -382,7 +386,8 @@ class ProducerTable:
         self._on_abandoned(handoff.request_id, state)
 
     def _let_go(self, handoff: Produced) -> None:
-        """Nothing of it is needed in the staging memory."""
+        """Nothing of it is needed in the staging memory, and silence does not end it any more."""
+        self._leases.remove(handoff.handoff_id)
         for rank in handoff.packing_ranks:
             self._on_unpacked(handoff.handoff_id, rank)
         handoff.packing_ranks.clear()
@@ -393,6 +398,3 @@ class ProducerTable:
         self._endings.note(handoff.handoff_id, state)
         if handoff.is_sealed:
             self._on_released(handoff.request_id, state)
-
-    def _offer(self, handoff: Produced) -> wire.Offer:
-        return wire.Offer(handoff.handoff_id, handoff.num_tokens, handoff.prompt, self.revision)

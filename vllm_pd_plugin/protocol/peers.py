@@ -12,10 +12,11 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from vllm_pd_plugin.containment import Containment
+from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
+from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, EngineId, Incarnation
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,11 @@ class Peer:
 class _Connection:
     """used_at: when somebody last asked for the peer."""
 
+    address: Address
     channel: Channel
     used_at: float
     peer: Peer | None = None
-    version: int = wire.OLDEST_VERSION
+    version: int = framing.OLDEST_VERSION
     """Of the protocol, in which it is spoken to until it has introduced itself."""
     deadline: float | None = None
     """When the answer that is awaited is given up; None while none is."""
@@ -115,6 +117,8 @@ class PeerTable:
         self._clock = clock
         self._listener = listener
         self._connections: dict[Address, _Connection] = {}
+        self._looks = Deadlines[Address]()
+        """When an answer is given up, or it is asked whether anybody needs the connection."""
         self.dropped_messages = 0
         self.num_bytes = 0
         """Of all messages sent and received."""
@@ -144,7 +148,8 @@ class PeerTable:
             logger.warning("peer %s: %s", _spell(address), found)
             self._listener.peer_lost(address, found)
             return None
-        connection = self._connections[address] = _Connection(found, self._clock())
+        connection = _Connection(address, found, self._clock())
+        self._connections[address] = connection
         self._introduce(connection)
         return connection
 
@@ -186,13 +191,14 @@ class PeerTable:
     def tick(self) -> float | None:
         """Give up on silent peers, and let go of those that nobody needs; return when to call again
         (absolute), or None."""
-        self._contain.each("peers", list(self._connections), self._look_after)
-        return min(map(_next_look, self._connections.values()), default=None)
+        self._contain.each("peers", self._looks.take(self._clock()), self._look_after)
+        return self._looks.next()
 
     def _look_after(self, address: Address) -> None:
         connection, now = self._connections.get(address), self._clock()
         if connection is None:
             return
+        self._looks.set(address, now + LOOK_AGAIN_S)  # whatever comes of this
         if connection.deadline is not None:
             if now >= connection.deadline:
                 text = f"no answer from {_spell(address)} within {self._timeout_s:g} s"
@@ -202,6 +208,8 @@ class PeerTable:
                 connection.used_at = now
             else:
                 self._let_go(address)
+        if self._connections.get(address) is connection:
+            self._looks.set(address, _next_look(connection))
 
     def _make_room(self) -> None:
         """Let go of the peer that nobody needs and that was used the longest time ago."""
@@ -212,8 +220,12 @@ class PeerTable:
                 return
 
     def _let_go(self, address: Address) -> None:
-        self._close(self._connections.pop(address))
+        self._close(self._remove(address))
         self._listener.peer_let_go(address)
+
+    def _remove(self, address: Address) -> _Connection:
+        self._looks.remove(address)
+        return self._connections.pop(address)
 
     def drop(self, address: Address, error: PeerError) -> None:
         """Close the connection to a peer that turned out to be unusable."""
@@ -229,13 +241,13 @@ class PeerTable:
 
     def _introduce(self, connection: _Connection) -> None:
         self._expect(connection)
-        hello = wire.Hello(self._identity.engine_id, wire.PROTOCOL_VERSION)
+        hello = wire.Hello(self._identity.engine_id, framing.PROTOCOL_VERSION)
         self._send(connection, hello, Incarnation(""), connection.version)
 
     def _send(
         self, connection: _Connection, message: wire.Request, target: Incarnation, version: int
     ) -> None:
-        frames = wire.encode(message, self._identity.incarnation, target, version)
+        frames = framing.encode(message, self._identity.incarnation, target, version)
         self.num_bytes += sum(map(len, frames))
         # What cannot be sent is a message lost: whoever waits for an answer has a deadline.
         self._contain.run("sending", lambda: connection.channel.send(frames), None)
@@ -243,9 +255,10 @@ class PeerTable:
     def _expect(self, connection: _Connection) -> None:
         if connection.deadline is None:
             connection.deadline = self._clock() + self._timeout_s
+            self._looks.set(connection.address, connection.deadline)
 
     def _lose(self, address: Address, error: PeerError) -> None:
-        self._close(self._connections.pop(address))
+        self._close(self._remove(address))
         logger.warning("peer %s lost: %s", _spell(address), error)
         self._listener.peer_lost(address, error)
 
@@ -255,11 +268,11 @@ class PeerTable:
             return
         self.num_bytes += sum(map(len, frames))
         try:
-            header, message = wire.decode(frames)
-        except wire.VersionError as error:
+            header, message = framing.decode(frames)
+        except framing.VersionError as error:
             self._lose(address, PeerError(Reason.PEER_INCOMPATIBLE, str(error)))
             return
-        except wire.WireError as error:
+        except framing.WireError as error:
             self.dropped_messages += 1
             logger.warning("dropped a message from %s: %s", _spell(address), error)
             return
@@ -276,6 +289,7 @@ class PeerTable:
             self.dropped_messages += 1
             return
         connection.deadline = None
+        self._looks.set(address, _next_look(connection))
         peer = connection.peer
         if isinstance(message, wire.Welcome):
             self._introduced(address, connection, header, message)
@@ -283,11 +297,24 @@ class PeerTable:
             self.dropped_messages += 1
         elif header.sender != peer.incarnation:
             self._lose(address, _restarted(address))
+        elif isinstance(message, wire.Batch):
+            self._contain.each(
+                "an answer", message.messages, lambda one: self._replied(connection, peer, one)
+            )
         else:
             self._listener.peer_replied(peer, message)
 
+    def _replied(self, connection: _Connection, peer: Peer, message: wire.Answer) -> None:
+        """One of several answers; those before it may have led to the peer's loss."""
+        if self._connections.get(peer.address) is connection and connection.peer is peer:
+            self._listener.peer_replied(peer, message)
+
     def _introduced(
-        self, address: Address, connection: _Connection, header: wire.Header, welcome: wire.Welcome
+        self,
+        address: Address,
+        connection: _Connection,
+        header: framing.Header,
+        welcome: wire.Welcome,
     ) -> None:
         try:
             self._listener.check_fit(welcome)

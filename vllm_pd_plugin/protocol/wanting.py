@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
+from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, RequestId, Source
 from vllm_pd_plugin.protocol import wire
@@ -42,8 +43,9 @@ class Wanting:
         self._clock = clock
         self._consuming = ConsumerTable()
         self._peers = make_peers(self)
-        self._next_heartbeat: dict[Address, float] = {}
-        self._cancels: list[Source] = []
+        self._heartbeats = Deadlines[Address]()
+        self._cancels: dict[Address, list[Source]] = {}
+        """What is to be told to who is there, once that is known."""
 
     def __len__(self) -> int:
         return len(self._consuming)
@@ -72,6 +74,8 @@ class Wanting:
         peer = self._peers.get(source.address)
         if peer is None:
             return
+        if source.address not in self._heartbeats:
+            self._heartbeats.set(source.address, self._clock() + _interval_s(peer))
         if source.incarnation in (None, peer.incarnation):
             self._ask(peer)
         else:
@@ -83,18 +87,18 @@ class Wanting:
 
     def close(self, request_id: RequestId, cancel: bool) -> None:
         """The handoff is over for a request; ``cancel`` tells the producer to let go."""
-        wanted = self._consuming.close(request_id)
+        wanted = self._forget(request_id)
         if wanted is None or not cancel:
             return
-        self._cancels.append(wanted.source)
-        peer = self._peers.get(wanted.source.address)
+        source = wanted.source
+        self._cancels.setdefault(source.address, []).append(source)
+        peer = self._peers.get(source.address)
         if peer is None:
             return
-        if wanted.source.incarnation in (None, peer.incarnation):
-            self._cancels.remove(wanted.source)
-            self._cancel(peer, wanted.source)
+        if source.incarnation in (None, peer.incarnation):
+            self._cancel_all(peer)
         else:
-            self._peers.refresh(wanted.source.address)
+            self._peers.refresh(source.address)
 
     def turn(self) -> float | None:
         """Do what is due; return when to call again (absolute), or None."""
@@ -128,17 +132,16 @@ class Wanting:
         self._fits(welcome)
 
     def peer_ready(self, address: Address, peer: Peer) -> None:
-        for source in self._cancels:
-            if source.address == address:
-                self._cancel(peer, source)
-        self._forget_cancels(address)
+        if self._consuming.is_wanted_from(address):
+            self._heartbeats.set(address, self._clock() + _interval_s(peer))
+        self._cancel_all(peer)
         self._ask(peer)
 
     def peer_lost(self, address: Address, error: PeerError) -> None:
         restarted = error.reason is Reason.PEER_RESTARTED
         if not restarted:
-            self._forget_cancels(address)
-        waits = any(source.address == address for source in self._cancels)
+            self._cancels.pop(address, None)
+        waits = address in self._cancels
         for wanted in self._consuming.at(address):
             if restarted and (not wanted.asked or wanted.ask_again()):
                 waits = True
@@ -163,8 +166,7 @@ class Wanting:
                         self._lose(wanted.request_id, reason, text)
 
     def needs_peer(self, address: Address) -> bool:
-        cancels = any(source.address == address for source in self._cancels)
-        return cancels or bool(self._consuming.at(address))
+        return address in self._cancels or self._consuming.is_wanted_from(address)
 
     def peer_let_go(self, address: Address) -> None:
         """Nothing is kept of a peer here."""
@@ -199,30 +201,25 @@ class Wanting:
 
     def _beat(self) -> float | None:
         """Send the heartbeats that are due; return when the next one is."""
-        addresses = self._consuming.addresses()
-        self._next_heartbeat = {a: t for a, t in self._next_heartbeat.items() if a in addresses}
-        self._contain.each("heartbeats", addresses, self._beat_at)
-        return min(self._next_heartbeat.values(), default=None)
+        self._contain.each("heartbeats", self._heartbeats.take(self._clock()), self._beat_at)
+        return self._heartbeats.next()
 
     def _beat_at(self, address: Address) -> None:
         peer = self._peers.get(address)
-        if peer is None:
+        if peer is None:  # until it has introduced itself
             return
-        now = self._clock()
-        interval = min(peer.welcome.lease_s / _HEARTBEATS_PER_LEASE, _MAX_HEARTBEAT_INTERVAL_S)
-        due = self._next_heartbeat.setdefault(address, now + interval)
-        if now >= due:
-            self._next_heartbeat[address] = now + interval
-            held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.asked)
-            if held:
-                self._peers.send(peer, wire.Heartbeat(held))
+        self._heartbeats.set(address, self._clock() + _interval_s(peer))
+        held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.asked)
+        if held:
+            self._peers.send(peer, wire.Heartbeat(held))
 
     def _cancel(self, peer: Peer, source: Source) -> None:
         if source.incarnation in (None, peer.incarnation):
             self._peers.send(peer, wire.Cancel(source.handoff_id), expects_answer=False)
 
-    def _forget_cancels(self, address: Address) -> None:
-        self._cancels = [source for source in self._cancels if source.address != address]
+    def _cancel_all(self, peer: Peer) -> None:
+        for source in self._cancels.pop(peer.address, ()):
+            self._cancel(peer, source)
 
     def _offered(self, peer: Peer, offer: wire.Offer) -> None:
         if offer.revision == peer.welcome.revision:
@@ -242,5 +239,16 @@ class Wanting:
         self._peers.refresh(peer.address)
 
     def _lose(self, request_id: RequestId, reason: Reason, message: str) -> None:
-        self._consuming.close(request_id)
+        self._forget(request_id)
         self._emit(Lost(request_id, reason, message))
+
+    def _forget(self, request_id: RequestId) -> Wanted | None:
+        wanted = self._consuming.close(request_id)
+        if wanted is not None and not self._consuming.is_wanted_from(wanted.source.address):
+            self._heartbeats.remove(wanted.source.address)
+        return wanted
+
+
+def _interval_s(peer: Peer) -> float:
+    """Return how often a peer hears that its handoffs are still wanted."""
+    return min(peer.welcome.lease_s / _HEARTBEATS_PER_LEASE, _MAX_HEARTBEAT_INTERVAL_S)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from vllm_pd_plugin.containment import LOOK_AGAIN_S
+from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId, Source
 
 
@@ -16,8 +18,6 @@ class Wanted:
 
     request_id: RequestId
     source: Source
-    deadline: float | None
-    """When waiting for blocks of its own is given up; None once it has them."""
     accepts_any: bool
     """The source was named without an incarnation."""
     asked: bool = False
@@ -40,6 +40,9 @@ class ConsumerTable:
     def __init__(self) -> None:
         self._wanted: dict[HandoffId, Wanted] = {}
         self._by_request: dict[RequestId, HandoffId] = {}
+        self._by_address: dict[Address, dict[HandoffId, Wanted]] = {}
+        self._deadlines = Deadlines[HandoffId]()
+        """When waiting for blocks of its own is given up; none once it has them."""
 
     def __len__(self) -> int:
         return len(self._wanted)
@@ -48,9 +51,12 @@ class ConsumerTable:
         """Start: WANTED. Returns None when another request already wants the same handoff."""
         if source.handoff_id in self._wanted:
             return None
-        wanted = Wanted(request_id, source, deadline, source.incarnation is None)
-        self._wanted[source.handoff_id] = wanted
-        self._by_request[request_id] = source.handoff_id
+        handoff_id = source.handoff_id
+        wanted = Wanted(request_id, source, source.incarnation is None)
+        self._wanted[handoff_id] = wanted
+        self._by_request[request_id] = handoff_id
+        self._by_address.setdefault(source.address, {})[handoff_id] = wanted
+        self._deadlines.set(handoff_id, deadline)
         return wanted
 
     def offered(self, handoff_id: HandoffId, sender: Incarnation) -> Wanted | None:
@@ -64,20 +70,31 @@ class ConsumerTable:
     def allocated(self, request_id: RequestId) -> None:
         """The request has its blocks: ALLOCATED; from here on the workers keep the deadline."""
         if handoff_id := self._by_request.get(request_id):
-            self._wanted[handoff_id].deadline = None
+            self._deadlines.remove(handoff_id)
 
     def overdue(self, now: float) -> list[Wanted]:
-        """Return what has waited too long for blocks."""
-        return [w for w in self._wanted.values() if w.deadline is not None and now >= w.deadline]
+        """Return what has waited too long for blocks; once more after a while, if it is not closed
+        then."""
+        overdue = self._deadlines.take(now)
+        for handoff_id in overdue:
+            self._deadlines.set(handoff_id, now + LOOK_AGAIN_S)
+        return [self._wanted[handoff_id] for handoff_id in overdue]
 
     def next_deadline(self) -> float | None:
-        deadlines = (w.deadline for w in self._wanted.values())
-        return min((d for d in deadlines if d is not None), default=None)
+        return self._deadlines.next()
 
     def close(self, request_id: RequestId) -> Wanted | None:
         """The handoff is over for this request, whatever the outcome."""
         handoff_id = self._by_request.pop(request_id, None)
-        return None if handoff_id is None else self._wanted.pop(handoff_id)
+        if handoff_id is None:
+            return None
+        wanted = self._wanted.pop(handoff_id)
+        self._deadlines.remove(handoff_id)
+        there = self._by_address[wanted.source.address]
+        del there[handoff_id]
+        if not there:
+            del self._by_address[wanted.source.address]
+        return wanted
 
     def get(self, handoff_id: HandoffId) -> Wanted | None:
         return self._wanted.get(handoff_id)
@@ -87,7 +104,8 @@ class ConsumerTable:
 
     def at(self, address: Address) -> list[Wanted]:
         """Return what is wanted from one peer."""
-        return [w for w in self._wanted.values() if w.source.address == address]
+        return list(self._by_address.get(address, {}).values())
 
-    def addresses(self) -> set[Address]:
-        return {w.source.address for w in self._wanted.values()}
+    def is_wanted_from(self, address: Address) -> bool:
+        """Say whether anything is."""
+        return address in self._by_address

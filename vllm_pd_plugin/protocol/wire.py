@@ -1,63 +1,23 @@
-"""The control channel's messages, and how they are told apart.
+"""The control channel's messages: what engines say to each other, and ranks to their own engine.
 
-A message is two frames. The *header* has the same form in every protocol version, so that two
-versions can tell each other why they do not talk; the *body* is decoded only when the header's
-version and kind are known. Both are MessagePack; nothing is ever unpickled.
+How they travel is in ``framing``.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 
 from vllm_pd_plugin.codecs.codec import Codec
-from vllm_pd_plugin.errors import PdError, Reason
+from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
 from vllm_pd_plugin.memory.identity import KvIdentity
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
 
-PROTOCOL_VERSION = 5
-OLDEST_VERSION = 5
-"""The oldest version that is still understood; two engines speak the newest that both know. Within
-a version, fields are only added, at the end and with a default."""
-
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 MIN_LEASE_S = 0.05
-MAX_BODY_BYTES = 64 * 2**20
-MAX_HEADER_BYTES = 512
-
-
-class WireError(PdError):
-    """A message is malformed, too large, or of an unknown kind; it is dropped and counted."""
-
-
-class VersionError(WireError):
-    """The peer speaks another version of the protocol."""
-
-    def __init__(self, theirs: int) -> None:
-        ours = f"{OLDEST_VERSION} to {PROTOCOL_VERSION}"
-        if OLDEST_VERSION == PROTOCOL_VERSION:
-            ours = str(PROTOCOL_VERSION)
-        super().__init__(
-            f"the peer speaks version {theirs} of the control protocol, this engine version "
-            f"{ours}; run the same release of vllm-pd-plugin on both"
-        )
-        self.theirs = theirs
-
-
-class Header(msgspec.Struct, frozen=True, array_like=True):
-    """First frame of every message.
-
-    sender: the sending engine's incarnation.
-    target: the incarnation that the sender means to reach; empty while it is not known.
-    """
-
-    version: int
-    kind: str
-    sender: Incarnation
-    target: Incarnation
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
@@ -93,7 +53,7 @@ class Want(msgspec.Struct, frozen=True, array_like=True, tag="want"):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
-    """The handoff has started: its size, its prompt (see ``prompt_fingerprint``), and which
+    """The handoff has started: its size, its prompt (see ``PromptFingerprint``), and which
     ``Welcome.revision`` its KV is of."""
 
     handoff_id: HandoffId
@@ -261,6 +221,15 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
     lost: dict[HandoffId, Reason]
 
 
+Answer = Offer | Progress | Seal | Packed | Checked | Committed | Refuse | Alive
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
+    """Several answers at once, in the order in which they would have been sent."""
+
+    messages: tuple[Answer, ...]
+
+
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     """The consumer no longer wants the handoff; not answered."""
 
@@ -295,10 +264,11 @@ class Examined(msgspec.Struct, frozen=True, array_like=True, tag="examined"):
 
 class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
     """Inside one engine, the control plane to a worker rank: a piece is wanted; answered by Staged,
-    when there is room for it."""
+    when there is room for it. consumer: the rank that wants it."""
 
     pack: Pack
     tables: tuple[tuple[BlockId, ...], ...]
+    consumer: Incarnation
 
 
 class Staged(msgspec.Struct, frozen=True, array_like=True, tag="staged"):
@@ -333,56 +303,19 @@ FromWorker = Announce | Examined | Staged | Nudge
 Request = FromConsumer | FromWorker
 """What a consumer sends, and a worker to its own engine."""
 
-ToConsumer = Welcome | Offer | Progress | Seal | Packed | Checked | Committed | Refuse | Alive
+ToConsumer = Welcome | Answer | Batch
 ToWorker = Examine | Stage | Unstage
 Reply = ToConsumer | ToWorker
 """What a producer sends, and an engine to its own workers."""
 
 Message = Request | Reply
-M = TypeVar("M", bound=Message)
 
-_KINDS: dict[str, type[Message]] = {
+KINDS: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
         Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Pack, Packed, Unpacked, Commit,
-        Committed, Check, Checked, Refuse, Heartbeat, Alive, Cancel, Announce, Examine, Examined,
-        Stage, Staged, Unstage, Nudge,
+        Committed, Check, Checked, Refuse, Heartbeat, Alive, Batch, Cancel, Announce, Examine,
+        Examined, Stage, Staged, Unstage, Nudge,
     )
 }  # fmt: skip
-# What msgspec raises for bytes from outside; the latter two are no MsgspecError.
-_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_header_decoder = msgspec.msgpack.Decoder(Header)
-_body_decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in _KINDS.items()}
-
-
-def encode(
-    message: Message, sender: Incarnation, target: Incarnation, version: int = PROTOCOL_VERSION
-) -> list[bytes]:
-    """Return the two frames of a message, in a version that the receiver understands."""
-    kind = str(message.__struct_config__.tag)
-    header = Header(version, kind, sender, target)
-    return [msgspec.msgpack.encode(header), msgspec.msgpack.encode(message)]
-
-
-def decode(frames: list[bytes]) -> tuple[Header, Message]:
-    """Parse the two frames of a message.
-
-    Raises:
-        VersionError: the header is of another protocol version.
-        WireError: the frames are anything else than a message of this protocol.
-    """
-    if len(frames) != 2 or len(frames[0]) > MAX_HEADER_BYTES or len(frames[1]) > MAX_BODY_BYTES:
-        raise WireError("not a header and a body of allowed size")
-    try:
-        header = _header_decoder.decode(frames[0])
-    except _MALFORMED as error:
-        raise WireError(f"malformed header: {error}") from error
-    if not OLDEST_VERSION <= header.version <= PROTOCOL_VERSION:
-        raise VersionError(header.version)
-    decoder = _body_decoders.get(header.kind)
-    if decoder is None:
-        raise WireError(f"unknown kind of message {header.kind[:32]!r}")
-    try:
-        return header, decoder.decode(frames[1])
-    except _MALFORMED as error:
-        raise WireError(f"malformed {header.kind}: {error}") from error
+"""By the name that a header has."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.ids import Address, Incarnation
 from vllm_pd_plugin.packing.packer import Packer
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.peers import Channel, Connect
 from vllm_pd_plugin.transfer.plan import Digest
 
@@ -106,7 +106,8 @@ class Announcer:
         if self._packer is not None and (staged := self._packer.turn()):
             self._send(staged)
             return 0.0  # there may be more to pack
-        return POLL_INTERVAL_S if self._marks else None
+        is_writing = self._packer is not None and self._packer.is_writing
+        return POLL_INTERVAL_S if self._marks or is_writing else None
 
     def set_lending(self, lending: bool) -> None:
         """Say whether consumers may want anything of this rank."""
@@ -114,7 +115,7 @@ class Announcer:
             self._packer.clear()
 
     def _receive(self, frames: list[bytes]) -> None:
-        _, message = wire.decode(frames)
+        _, message = framing.decode(frames)
         match message:
             case wire.Examine(check, tables):
                 digest = self._digest(tables, check.first_token, check.num_tokens)
@@ -127,7 +128,7 @@ class Announcer:
     def _send(self, message: wire.FromWorker) -> None:
         if channel := self._channel:
             # What cannot be sent is a message lost.
-            frames = wire.encode(message, self._incarnation, self._control)
+            frames = framing.encode(message, self._incarnation, self._control)
             self._contain.run("sending", lambda: channel.send(frames), None)
 
     def close(self) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
+from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, HandoffId, RequestId
 from vllm_pd_plugin.memory.layout import check_compatible
@@ -44,6 +46,10 @@ class TransferPlane:
         self._peers = make_peers(self)
         self._on_result = on_result
         self._fetches: dict[RequestId, Fetch] = {}
+        self._by_address: dict[Address, dict[RequestId, Fetch]] = {}
+        self._by_handoff: dict[tuple[Address, HandoffId], Fetch] = {}
+        self._alarms = Deadlines[RequestId]()
+        """When a fetch has something to do that nobody tells it of."""
         self._successors: dict[RequestId, FetchSpec] = {}
         """What takes the place of a fetch when it has ended."""
         self._succeeded: OrderedDict[RequestId, None] = OrderedDict()
@@ -76,21 +82,21 @@ class TransferPlane:
             return
         if before := self._fetches.get(spec.request_id):
             self._successors[spec.request_id] = spec
-            before.fail(Reason.CANCELLED)
+            self._act(before, lambda: before.fail(Reason.CANCELLED))
             return
-        fetch = self._fetches[spec.request_id] = Fetch(spec, self._rank, self, self._ended)
+        fetch = self._add(Fetch(spec, self._rank, self, self._ended))
         peer = self._peers.get(spec.source.address)
         if peer is None:
             return
         if peer.incarnation == spec.source.incarnation:
-            fetch.subscribe(peer)
+            self._act(fetch, lambda: fetch.subscribe(peer))
         else:
             self._peers.refresh(spec.source.address)
 
     def cancel(self, request_id: RequestId, reason: Reason) -> None:
         """End a fetch early; its result follows once nothing writes to its blocks any more."""
         if fetch := self._fetches.get(request_id):
-            fetch.fail(reason)
+            self._act(fetch, lambda: fetch.fail(reason))
 
     def refuse(self, request_id: RequestId) -> None:
         """Report a request as failed, once nothing writes to its blocks any more; unless its fetch
@@ -103,29 +109,49 @@ class TransferPlane:
             return
         self._successors.pop(request_id, None)
         fetch.spec = dataclasses.replace(fetch.spec, is_last=True)
-        fetch.fail(Reason.INTERNAL)
+        self._act(fetch, lambda: fetch.fail(Reason.INTERNAL))
 
     def set_lending(self, lending: bool) -> None:
         """Say whether peers may be reading from this rank."""
         self._lending = lending
 
     def turn(self) -> float | None:
-        """Drive everything; return for how many seconds nothing needs to be done."""
-        run, again = self._contain.run, self._rank.clock() + LOOK_AGAIN_S
+        """Drive what has something to do; return for how many seconds nothing needs to be done."""
+        clock = self._rank.clock
+        run, again = self._contain.run, clock() + LOOK_AGAIN_S
         if self._lending:
             run("progress", self._transport.progress, None)
-        self._contain.each("fetches", self._fetches.values(), self._drive, self._give_up)
-        peers_at = run("peers", self._peers.tick, again)
-        waits = [run("fetches", fetch.wait_s, LOOK_AGAIN_S) for fetch in self._fetches.values()]
+        due = [self._fetches[request_id] for request_id in self._alarms.take(clock())]
+        for fetch in due:
+            self._drive(fetch)
+        run("making room", self._use_room, None)
+        due_at = [run("peers", self._peers.tick, again), self._alarms.next()]
+        waits = [at - clock() for at in due_at if at is not None]
         if self._lending:
             waits.append(LENDING_INTERVAL_S)
-        if peers_at is not None:
-            waits.append(peers_at - self._rank.clock())
         return max(0.0, min(waits)) if waits else None
 
     def _drive(self, fetch: Fetch) -> None:
         if fetch.state is not FetchState.ENDED:  # losing a peer ends others too
-            fetch.drive()
+            self._act(fetch, fetch.drive)
+
+    def _use_room(self) -> None:
+        """Let those go on that wait for staging memory, in their order."""
+        incoming = self._rank.local.incoming
+        while incoming is not None and (request_id := incoming.room.next_up()) is not None:
+            self._drive(self._fetches[request_id])
+
+    def _act(self, fetch: Fetch, act: Callable[[], None]) -> None:
+        """Let something happen to a fetch, which may wait for another thing then. A fault ends it:
+        it may have taken for done what was not."""
+        self._contain.each("fetches", [fetch], lambda _: act(), self._give_up)
+        self._set_alarm(fetch)
+
+    def _set_alarm(self, fetch: Fetch) -> None:
+        request_id = fetch.spec.request_id
+        if self._fetches.get(request_id) is fetch:
+            wait_s = self._contain.run("fetches", fetch.wait_s, LOOK_AGAIN_S)
+            self._alarms.set(request_id, self._rank.clock() + wait_s)
 
     def _give_up(self, fetch: Fetch) -> None:
         """End a fetch that cannot be driven; where it cannot even be told so, close the connection
@@ -156,7 +182,7 @@ class TransferPlane:
         check_compatible(self._rank.local.layout, welcome.layout)
 
     def needs_peer(self, address: Address) -> bool:
-        return bool(self._at(address))
+        return address in self._by_address
 
     def peer_let_go(self, address: Address) -> None:
         self._forget(address)
@@ -166,17 +192,16 @@ class TransferPlane:
             if fetch.state is not FetchState.CONNECTING:
                 continue
             if fetch.spec.source.incarnation == peer.incarnation:
-                fetch.subscribe(peer)
+                self._act(fetch, partial(fetch.subscribe, peer))
             else:
-                fetch.fail(Reason.PEER_RESTARTED)
+                self._act(fetch, partial(fetch.fail, Reason.PEER_RESTARTED))
 
     def peer_lost(self, address: Address, error: PeerError) -> None:
         fetches = self._at(address)
         self._forget(address)
         self._contain.each("fetches", fetches, Fetch.forget_reads)
-        self._contain.each(
-            "fetches", fetches, lambda fetch: self._without_peer(fetch, error), self._give_up
-        )
+        for fetch in fetches:
+            self._act(fetch, partial(self._without_peer, fetch, error))
 
     def _without_peer(self, fetch: Fetch, error: PeerError) -> None:
         waits = fetch.state is FetchState.CONNECTING
@@ -196,7 +221,7 @@ class TransferPlane:
 
     def peer_replied(self, peer: Peer, message: wire.Message) -> None:
         if isinstance(message, AboutFetch) and (fetch := self._find(peer, message.handoff_id)):
-            fetch.take(peer, message)
+            self._act(fetch, lambda: fetch.take(peer, message))
 
     # --- what fetches need -------------------------------------------------------------------
 
@@ -224,7 +249,7 @@ class TransferPlane:
 
     def _ended(self, fetch: Fetch, result: FetchResult) -> None:
         request_id = fetch.spec.request_id
-        del self._fetches[request_id]
+        self._remove(fetch)
         if successor := self._successors.pop(request_id, None):
             self.fetch(successor)
             return
@@ -235,13 +260,31 @@ class TransferPlane:
         self._on_result(result)
 
     def _at(self, address: Address) -> list[Fetch]:
-        return [f for f in self._fetches.values() if f.spec.source.address == address]
+        return list(self._by_address.get(address, {}).values())
 
     def _find(self, peer: Peer, handoff_id: HandoffId) -> Fetch | None:
-        for fetch in self._fetches.values():
-            if fetch.peer is peer and fetch.spec.source.handoff_id == handoff_id:
-                return fetch
-        return None
+        fetch = self._by_handoff.get((peer.address, handoff_id))
+        return fetch if fetch is not None and fetch.peer is peer else None
+
+    def _add(self, fetch: Fetch) -> Fetch:
+        spec = fetch.spec
+        self._fetches[spec.request_id] = fetch
+        self._by_address.setdefault(spec.source.address, {})[spec.request_id] = fetch
+        self._by_handoff[spec.source.address, spec.source.handoff_id] = fetch
+        self._set_alarm(fetch)
+        return fetch
+
+    def _remove(self, fetch: Fetch) -> None:
+        spec = fetch.spec
+        del self._fetches[spec.request_id]
+        self._alarms.remove(spec.request_id)
+        there = self._by_address[spec.source.address]
+        del there[spec.request_id]
+        if not there:
+            del self._by_address[spec.source.address]
+        key = spec.source.address, spec.source.handoff_id
+        if self._by_handoff.get(key) is fetch:
+            del self._by_handoff[key]
 
 
 def _never_begun(request_id: RequestId) -> FetchResult:

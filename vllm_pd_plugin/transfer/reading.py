@@ -7,7 +7,6 @@ nothing is written there any more.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable
@@ -17,8 +16,9 @@ import numpy as np
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.memory.layout import Stretch
-from vllm_pd_plugin.net.transport import ReadHandle, ReadPlan, ReadState, Transport
+from vllm_pd_plugin.net.transport import ReadPlan, ReadState, Transport
 from vllm_pd_plugin.packing.incoming import Incoming, Packing
+from vllm_pd_plugin.packing.packer import Coding
 from vllm_pd_plugin.packing.pieces import Piece
 from vllm_pd_plugin.packing.staging import max_piece_bytes
 from vllm_pd_plugin.protocol import wire
@@ -26,6 +26,7 @@ from vllm_pd_plugin.protocol.peers import Peer
 from vllm_pd_plugin.transfer.plan import Digest
 from vllm_pd_plugin.transfer.rank import Connections, LocalRank
 from vllm_pd_plugin.transfer.rates import PeerRates
+from vllm_pd_plugin.transfer.reads import Read, ToPack, ToPlan, ToRead
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchSpec
 from vllm_pd_plugin.transfer.stretches import Stretches
 
@@ -34,45 +35,12 @@ MAX_READS = 2
 announced meanwhile gathers into one."""
 
 _MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
-_FOR_ROOM_S = 0.002
+_MAX_BLOCKS, _MAX_DESCRIPTORS = 4096, 512
+"""Of one plan, and of one read: more would hold up everything else on the thread. NIXL and UCX take
+two microseconds or more to start what one descriptor says."""
 _ASK_AGAIN_S = 2.0
 _MEASURABLE_BYTES = 512 * 2**10
 """What is smaller tells more of the delay than of the link."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Read:
-    """One read, posted or still to be.
-
-    is_void: nobody wants it any more.
-    handle: None while the producer packs it.
-    prefix_tokens: ``Stretches.taken_tokens`` once it has arrived.
-    descriptor_bytes: how long the runs of blocks are on average.
-    """
-
-    prefix_tokens: int
-    descriptor_bytes: float
-    began_at: float
-    num_bytes: int
-    kv_bytes: int
-    is_void: bool = False
-    handle: ReadHandle | None = None
-    pack: wire.Pack | None = None
-    asked_at: float = 0.0
-    posted_at: float = 0.0
-    piece: Piece | None = None
-    number: int = 0
-    offset: int = 0
-    digest: bytes = b""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Pending:
-    """A piece that is to be asked for, as soon as there is room."""
-
-    stretch: Stretch
-    prefix_tokens: int
-    descriptor_bytes: float
 
 
 class Reading:
@@ -111,9 +79,10 @@ class Reading:
         self._digest = digest
         self._incoming = local.incoming if memory.staging else None
         self._remote = memory.staging
-        self._reads: deque[_Read] = deque()
+        self._reads: deque[Read] = deque()
         """In the order in which they were begun, which is that in which they are waited for."""
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[ToPack | ToPlan | ToRead] = deque()
+        """What is final, in the order in which it is read."""
         self._next_number = 0
         self._lost: list[int] = []
         self._last_end = 0.0
@@ -148,9 +117,7 @@ class Reading:
 
     def wait_s(self) -> float:
         """Return for how many seconds there is nothing to do."""
-        if self._pending and len(self._reads) < MAX_READS:
-            return _FOR_ROOM_S
-        if not self._reads:
+        if not self._reads:  # what waits for room is told when there is some
             return math.inf
         if self._reads[0].handle is None:
             return self._reads[0].asked_at + _ASK_AGAIN_S - self._clock()
@@ -164,7 +131,7 @@ class Reading:
 
     def give_up(self) -> None:
         """Nothing of this fetch is wanted any more; reads that are under way still have to end."""
-        self._pending.clear()
+        self._forget_pending()
         self._forget_asked()
         for read in self._reads:
             read.is_void = True
@@ -173,11 +140,13 @@ class Reading:
         """The connection is closed: nothing is written any more."""
         self._lost = [read.number for read in self._reads if read.piece is not None]
         for read in self._reads:
-            if read.handle is not None:
+            if read.coding is not None:  # that is not a matter of the connection
+                read.coding.wait()
+            elif read.handle is not None:
                 self._transport.release_read(read.handle)
             self._give_back(read)
         self._reads.clear()
-        self._pending.clear()
+        self._forget_pending()
 
     def follow(self, before: Reading) -> None:
         """Take the place of the reads of a connection that was closed: all is read anew. The
@@ -196,27 +165,41 @@ class Reading:
         if any(read.is_void for read in self._reads):
             return
         while len(self._reads) < MAX_READS:
-            if self._pending:
-                if not self._ask(self._pending[0]):
+            if not self._pending:
+                stretch = self.stretches.take()
+                if stretch is None:
                     return
-                self._pending.popleft()
-            elif stretch := self.stretches.take():
                 self._begin(stretch)
-            else:
-                return
+            match self._pending[0]:
+                case ToPack() as piece:
+                    if not self._ask(piece):
+                        return
+                    self._pending.popleft()
+                case ToPlan(part, prefix):
+                    plan = self.stretches.plan(part)
+                    self._pending.popleft()
+                    self._pending.extendleft(reversed(self._in_reads(plan, prefix)))
+                case ToRead(plan, prefix):
+                    self._pending.popleft()
+                    self._read(plan, prefix)
 
     def poll(self) -> bool:
         """Take the reads that have ended, and ask again for what does not come; False when a read
         has failed."""
         self._ask_again()
         while self._reads and (handle := self._reads[0].handle) is not None:
-            state = self._transport.poll_read(handle)
-            if state is ReadState.PENDING:
+            read = self._reads[0]
+            if read.coding is None:
+                state = self._transport.poll_read(handle)
+                if state is ReadState.PENDING:
+                    return True
+                if state is ReadState.FAILED:
+                    return False
+                self._transport.release_read(handle)
+                self._arrived(read)
+            if read.coding is not None and not read.coding.is_done():
                 return True
-            if state is ReadState.FAILED:
-                return False
-            self._transport.release_read(handle)
-            self._arrived(self._reads.popleft())
+            self._taken_in(self._reads.popleft())
         return True
 
     def packed(self, message: wire.Packed) -> None:
@@ -245,20 +228,33 @@ class Reading:
     # --- inside ------------------------------------------------------------------------------
 
     def _begin(self, stretch: Stretch) -> None:
-        """Read a stretch as it lies, or have it packed."""
+        """Take up a stretch, to be read as it lies or packed."""
         prefix = self.stretches.taken_tokens
-        plan = self.stretches.plan(stretch)
+        first, *others = self.stretches.cut(stretch, _MAX_BLOCKS)
+        plan = self.stretches.plan(first)  # the others lie about as scattered
         descriptor_bytes = plan.total_bytes / plan.num_descriptors
-        cut = self._cut(stretch, descriptor_bytes)
-        if not cut:
-            num_bytes = plan.total_bytes
-            read = _Read(prefix, descriptor_bytes, self._clock(), num_bytes, num_bytes)
-            self._reads.append(read)
-            self._post(read, plan)
-            return
-        for part in cut[:-1]:  # only with the last of them has a longer prefix arrived
-            self._pending.append(_Pending(part, 0, descriptor_bytes))
-        self._pending.append(_Pending(cut[-1], prefix, descriptor_bytes))
+        # Only with the last of them has a longer prefix arrived.
+        if pieces := self._cut(stretch, descriptor_bytes):
+            last = len(pieces) - 1
+            self._pending += (
+                ToPack(piece, prefix if number == last else 0, descriptor_bytes)
+                for number, piece in enumerate(pieces)
+            )
+        else:
+            self._pending += self._in_reads(plan, 0 if others else prefix)
+            self._pending += (ToPlan(part, 0) for part in others[:-1])
+            self._pending += (ToPlan(part, prefix) for part in others[-1:])
+
+    def _in_reads(self, plan: ReadPlan, prefix_tokens: int) -> list[ToRead]:
+        *others, last = plan.split(_MAX_DESCRIPTORS, self._transport.max_read_bytes)
+        return [*(ToRead(other, 0) for other in others), ToRead(last, prefix_tokens)]
+
+    def _read(self, plan: ReadPlan, prefix_tokens: int) -> None:
+        num_bytes = plan.total_bytes
+        descriptor_bytes = num_bytes / plan.num_descriptors
+        read = Read(prefix_tokens, descriptor_bytes, self._clock(), num_bytes, num_bytes)
+        self._reads.append(read)
+        self._post(read, plan)
 
     def _cut(self, stretch: Stretch, descriptor_bytes: float) -> list[Stretch]:
         """Return the pieces that a stretch is to be packed in; none if it is read as it lies."""
@@ -267,7 +263,7 @@ class Reading:
             return []
         assert self._remote is not None
         theirs = max_piece_bytes(self._remote.num_bytes)
-        max_bytes = min(incoming.staging.max_piece_bytes, theirs)
+        max_bytes = min(incoming.room.max_piece_bytes, theirs)
         try:
             return incoming.pieces.split(stretch, self.spec.num_tokens, self.codec, max_bytes)
         except HandoffError:
@@ -282,12 +278,12 @@ class Reading:
             return False
         return self.rates.prefers_packing(descriptor_bytes)
 
-    def _ask(self, pending: _Pending) -> bool:
-        """Ask for a piece, if there is room for it here."""
+    def _ask(self, pending: ToPack) -> bool:
+        """Ask for a piece, if there is room for it here; else wait for some."""
         incoming = self._incoming
         assert incoming is not None
         piece = incoming.pieces.piece(pending.stretch, self.spec.num_tokens, self.codec)
-        offset = incoming.staging.take(piece.num_bytes)
+        offset = incoming.room.take(self.spec.request_id, piece.num_bytes)
         if offset is None:
             return False
         self._next_number += 1
@@ -301,7 +297,7 @@ class Reading:
             incoming.pieces.layer_runs(pending.stretch),
             self._digest is not None,
         )
-        read = _Read(
+        read = Read(
             pending.prefix_tokens,
             pending.descriptor_bytes,
             self._clock(),
@@ -323,25 +319,31 @@ class Reading:
             if read.handle is None and read.pack is not None and overdue:
                 self._send_pack(read, read.pack)
 
-    def _send_pack(self, read: _Read, pack: wire.Pack) -> None:
+    def _send_pack(self, read: Read, pack: wire.Pack) -> None:
         read.asked_at = self._clock()
         # The answer comes when there is room for the piece; heartbeats tell that the peer lives.
         self._connections.send(self._peer, pack, expects_answer=False)
 
-    def _post(self, read: _Read, plan: ReadPlan) -> None:
+    def _post(self, read: Read, plan: ReadPlan) -> None:
         read.posted_at = self._clock()
         read.handle = self._transport.post_read(self._connections.name(self._peer), plan)
         self.counts.posted(plan, read.kv_bytes, read.piece is not None)
 
-    def _arrived(self, read: _Read) -> None:
+    def _arrived(self, read: Read) -> None:
         now = self._clock()
         if read.num_bytes >= _MEASURABLE_BYTES:
             self.rates.link.add(read.num_bytes, now - max(read.posted_at, self._last_end))
-        try:
-            if read.piece is not None and not read.is_void:
-                self._take_in(read, read.piece)
-        finally:
-            self._release(read)
+        if read.piece is not None and not read.is_void:
+            try:
+                read.coding = self._take_in(read, read.piece)
+            except BaseException:
+                self._reads.remove(read)
+                self._release(read)
+                raise
+
+    def _taken_in(self, read: Read) -> None:
+        """What was read is where it belongs."""
+        self._release(read)
         now = self._clock()
         self.rates.moved(
             read.piece is not None,
@@ -353,31 +355,36 @@ class Reading:
         if not read.is_void:
             self.arrived_tokens = max(self.arrived_tokens, read.prefix_tokens)
 
-    def _take_in(self, read: _Read, piece: Piece) -> None:
-        """Take a piece from the staging memory into the cache. Raises HandoffError."""
+    def _take_in(self, read: Read, piece: Piece) -> Coding:
+        """Begin to take a piece from the staging memory into the cache. Raises HandoffError."""
         assert self._incoming is not None
         coder = self._incoming.coder
         if self._digest and coder.digest_incoming(read.offset, read.num_bytes) != read.digest:
             raise HandoffError(Reason.DIGEST_MISMATCH, "a packed piece is not what was written")
         try:
-            coder.decode(piece, self.codec, self.spec.blocks, read.offset)
+            return coder.decode(piece, self.codec, self.spec.blocks, read.offset)
         except RuntimeError as error:  # PyTorch's, where arguments do not fit
             raise HandoffError(Reason.INTERNAL, f"a piece cannot be unpacked: {error}") from error
+
+    def _forget_pending(self) -> None:
+        self._pending.clear()
+        if self._incoming is not None:
+            self._incoming.room.leave(self.spec.request_id)
 
     def _forget_asked(self) -> None:
         for read in [read for read in self._reads if read.handle is None]:
             self._reads.remove(read)
             self._release(read)
 
-    def _release(self, read: _Read) -> None:
+    def _release(self, read: Read) -> None:
         if read.piece is not None:
             self._give_back(read)
             self._tell_unpacked(read.number)
 
-    def _give_back(self, read: _Read) -> None:
+    def _give_back(self, read: Read) -> None:
         if read.piece is not None:
             assert self._incoming is not None
-            self._incoming.staging.give_back(read.offset)
+            self._incoming.room.give_back(read.offset)
 
     def _tell_unpacked(self, number: int) -> None:
         message = wire.Unpacked(self.spec.source.handoff_id, self._local.rank, number)

@@ -97,6 +97,24 @@ class Stretches:
         """
         return plan_reads(self._groups, self._local, (self._tables, self._remote_regions), stretch)
 
+    def cut(self, stretch: Stretch, max_blocks: int) -> list[Stretch]:
+        """Return a stretch in parts that are quickly planned, of so many layers' blocks at most."""
+        if sum(map(len, stretch)) <= max_blocks:
+            return [stretch]
+        nothing = [range(0)] * len(stretch)
+        parts, part, room = [], list(nothing), max_blocks
+        for layer, positions in enumerate(stretch):
+            rest = positions
+            while rest:
+                part[layer], rest = rest[:room], rest[room:]
+                room -= len(part[layer])
+                if not room:
+                    parts.append(tuple(part))
+                    part, room = list(nothing), max_blocks
+        if any(part):
+            parts.append(tuple(part))
+        return parts
+
     @property
     def final_bytes(self) -> int:
         """KV that is final at the producer, of what was wanted at first."""

@@ -25,7 +25,7 @@ from tests.engines.failures.cluster import (
     produce,
 )
 from tests.parity import FLOAT32, compare
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 pytestmark = pytest.mark.engine
 
@@ -112,7 +112,7 @@ def test_an_expired_lease_frees_the_blocks_and_refuses_the_consumer(cluster: Clu
 def test_malformed_control_messages_are_dropped_and_counted(cluster: Cluster) -> None:
     params = produce(cluster, random_prompt(64, 9))
     before = cluster.producer.metrics()["pd_dropped_messages_total"]
-    good = wire.encode(wire.Want(params["remote_handoff_id"]), params["remote_incarnation"], "")
+    good = framing.encode(wire.Want(params["remote_handoff_id"]), params["remote_incarnation"], "")
     garbage = [
         [b""], [b"", b""], [b"\xff" * 40, b"\x00" * 40], [good[0]], [good[0], b"\xc1"],
         [good[1], good[0]], [good[0], good[1], b"more"], [good[0], b"\x80" * 1_000_000],

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 
     from tests.fakes.consumer import BIT_FOR_BIT, PINNED, TOKENS, Consumer, new_source
     from vllm_pd_plugin.edge.metadata import FetchReport
-    from vllm_pd_plugin.edge.prompts import prompt_fingerprint
+    from vllm_pd_plugin.edge.prompts import PromptFingerprint
 
 PROMPT = list(range(TOKENS))
 SAMPLED = 777
@@ -121,7 +121,7 @@ def test_a_block_that_the_token_completes_has_a_hash(consumer: Consumer) -> None
     params = SamplingParams(max_tokens=8)
     request = Request("r", list(range(TOKENS + 1)), params, None, block_hasher=hasher)
     consumer.requests.add(request, [new_source()], BIT_FOR_BIT, seeds=True)
-    prompt = prompt_fingerprint(request, TOKENS + 1)
+    prompt = PromptFingerprint(request).of(TOKENS + 1)
     consumer.requests.offered(Offered("r", PINNED, TOKENS + 1, prompt))
     consumer.match(request)
     consumer.allocate(request, TOKENS + 1)
@@ -183,7 +183,7 @@ def test_a_token_that_is_not_the_next_one_is_not_taken(recomputes: bool, offered
     """A token after a shorter prompt says nothing of what comes after this one."""
     consumer = Consumer(recomputes)
     request = consumer.add_seeded()
-    prompt = prompt_fingerprint(request, offered)
+    prompt = PromptFingerprint(request).of(offered)
     consumer.requests.offered(Offered("r", PINNED, offered, prompt))
     assert consumer.stats.data["failures"] == {"prompt_mismatch": 1}
     assert consumer.match(request) == ((None, False) if recomputes else (1, True))

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 
     from tests.fakes.consumer import FakeRequest
     from vllm_pd_plugin.edge.identity import AdapterFingerprints, LocalIdentity, _rope
-    from vllm_pd_plugin.edge.prompts import prompt_fingerprint
+    from vllm_pd_plugin.edge.prompts import PromptFingerprint
 
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
 PLAIN = {"rope_type": "default"}
@@ -210,5 +210,5 @@ def test_the_same_prompt_under_another_adapter_is_another(tmp_path: Path) -> Non
     for adapter in adapters:
         request: Any = FakeRequest("r", [1, 2, 3])
         request.lora_request = adapter
-        fingerprints.add(prompt_fingerprint(request, 3, known))
+        fingerprints.add(PromptFingerprint(request, known).of(3))
     assert len(fingerprints) == len(adapters)

@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 TOKENS, LAYERS, BLOCK_TOKENS = 40, 4, 16
 TOKEN_BYTES = 8  # of one layer
 TABLE = ([5, 6, 7],)
+EVERY_LAYER = tuple(range(1, LAYERS + 1))
 GROUP = Group(
     "full", BLOCK_TOKENS, None, tuple(f"layers.{i}" for i in range(LAYERS)), (1,), "uint8"
 )
@@ -122,8 +123,8 @@ def test_each_step_says_what_it_adds(producer: Producer) -> None:
     second = producer.requests.advance({"r": 16, "another": 5})
     assert second is not None
     assert producer.control.calls == [
-        ("advance", first.step, [Advance(handoff, 0, 24, TABLE)]),
-        ("advance", second.step, [Advance(handoff, 0, TOKENS, TABLE)]),
+        ("advance", first.step, [Advance(handoff, 0, 24, TABLE, EVERY_LAYER)]),
+        ("advance", second.step, [Advance(handoff, 0, TOKENS, TABLE, EVERY_LAYER)]),
     ]
     assert second.step > first.step
 
@@ -143,7 +144,9 @@ def test_a_window_that_moves_on_while_the_request_decodes_is_watched() -> None:
     request = FakeRequest(num_computed_tokens=TOKENS)
     handoff = producer.add(request)
     assert producer.requests.advance({"r": 1}) is not None
-    assert producer.control.calls == [("advance", 1, [Advance(handoff, 0, TOKENS, TABLE)])]
+    assert producer.control.calls == [
+        ("advance", 1, [Advance(handoff, 0, TOKENS, TABLE, (LAYERS,))])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -165,9 +168,36 @@ def test_layers_are_announced_as_often_as_their_kv_is_worth_it(
     assert announcement.after_layers == after
 
 
+def test_each_prompt_of_a_step_is_told_of_as_often_as_its_own_kv_is_worth_it() -> None:
+    producer = Producer(stretch_bytes=16 * TOKEN_BYTES)
+    long, short = FakeRequest("long"), FakeRequest("short")
+    handoffs = [producer.add(long), producer.add(short)]
+    announcement = producer.requests.advance({"long": 32, "short": 4})
+    assert announcement is not None
+    assert announcement.after_layers == (1, 2, 3, 4)
+    advances = producer.control.calls[-1][2]
+    assert [advance.handoff_id for advance in advances] == handoffs
+    assert [advance.after_layers for advance in advances] == [(1, 2, 3, 4), (4,)]
+
+
+def test_a_step_looks_at_what_runs_and_not_at_what_waits(producer: Producer) -> None:
+    class Waiting(FakeRequest):
+        def __getattribute__(self, name: str) -> Any:
+            assert name != "num_preemptions", "a request was looked at that is not running"
+            return super().__getattribute__(name)
+
+    producer.add(Waiting("waiting"))
+    running = FakeRequest()
+    producer.add(running)
+    producer.requests.scheduled("r")
+    assert producer.requests.advance({"r": 24}) is not None
+    assert producer.requests.faults == 0
+
+
 def test_a_preemption_is_told_before_the_step_and_once(producer: Producer) -> None:
     request = FakeRequest()
     handoff = producer.add(request)
+    producer.requests.scheduled("r")
     producer.requests.advance({"r": 24})
     request.num_preemptions = 1
     producer.control.calls.clear()
@@ -175,7 +205,7 @@ def test_a_preemption_is_told_before_the_step_and_once(producer: Producer) -> No
     producer.requests.advance({"r": 24})
     assert [call[0] for call in producer.control.calls] == ["withdraw", "advance"]
     assert producer.control.calls[0] == ("withdraw", handoff, 1)
-    assert producer.control.calls[1][2] == [Advance(handoff, 1, 24, TABLE)]
+    assert producer.control.calls[1][2] == [Advance(handoff, 1, 24, TABLE, EVERY_LAYER)]
     assert producer.stats.data["withdrawals"] == 1
 
 

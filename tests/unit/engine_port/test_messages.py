@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from tests.fakes.engines import make_kv
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_handoff_id, new_incarnation
-from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.wire import MAX_BODY_BYTES, MAX_HEADER_BYTES, PROTOCOL_VERSION, Header
+from vllm_pd_plugin.protocol import framing, wire
+from vllm_pd_plugin.protocol.framing import (
+    MAX_BODY_BYTES,
+    MAX_HEADER_BYTES,
+    PROTOCOL_VERSION,
+    Header,
+)
 
 SENDER, TARGET = new_incarnation(), new_incarnation()
 LOAD = messages.EngineLoad(3, 2, 1000, 0.25)
@@ -85,22 +90,22 @@ def test_a_message_is_short_and_its_payload_is_not_copied(message: messages.Mess
 
 def test_a_message_between_engines_is_none_of_ours() -> None:
     for message in (wire.Want(new_handoff_id()), wire.Hello("engine")):
-        frames = wire.encode(message, SENDER, TARGET)
+        frames = framing.encode(message, SENDER, TARGET)
         assert not messages.is_ours(frames)
-        with pytest.raises(wire.WireError, match="unknown kind"):
+        with pytest.raises(framing.WireError, match="unknown kind"):
             messages.decode(frames)
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=name_of)
 def test_ours_is_no_message_between_engines(message: messages.Message) -> None:
-    with pytest.raises(wire.WireError):
-        wire.decode(messages.encode(message, SENDER, TARGET)[:2])
+    with pytest.raises(framing.WireError):
+        framing.decode(messages.encode(message, SENDER, TARGET)[:2])
 
 
 def test_another_version_is_told_apart_and_is_still_ours() -> None:
     frames = [header(version=PROTOCOL_VERSION + 1), body()]
     assert messages.is_ours(frames)
-    with pytest.raises(wire.VersionError) as caught:
+    with pytest.raises(framing.VersionError) as caught:
         messages.decode(frames)
     assert caught.value.theirs == PROTOCOL_VERSION + 1
 
@@ -125,12 +130,12 @@ BAD: dict[str, list[bytes]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_anything_else_is_refused(name: str) -> None:
-    with pytest.raises(wire.WireError):
+    with pytest.raises(framing.WireError):
         messages.decode(BAD[name])
 
 
 def test_a_body_that_is_too_long_is_not_even_read() -> None:
-    with pytest.raises(wire.WireError, match="allowed size"):
+    with pytest.raises(framing.WireError, match="allowed size"):
         messages.decode([header(), bytes(MAX_BODY_BYTES + 1)])
 
 
@@ -145,7 +150,7 @@ def test_no_bytes_at_all_do_harm(frames: list[bytes]) -> None:
     messages.is_ours(frames)
     try:
         messages.decode(frames)
-    except wire.WireError:
+    except framing.WireError:
         return
 
 
@@ -162,7 +167,7 @@ def test_no_damage_to_a_message_does_harm(data: st.DataObject) -> None:
     messages.is_ours(frames)
     try:
         _, message, _ = messages.decode(frames)
-    except wire.WireError:
+    except framing.WireError:
         return
     assert type(message) in messages._KINDS.values()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.fakes.courses import PROMPT, make_request, sampling_of
-from vllm_pd_plugin.protocol.wire import WireError
+from vllm_pd_plugin.protocol.framing import WireError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours

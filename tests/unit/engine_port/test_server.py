@@ -12,7 +12,7 @@ from tests.fakes.engines import make_kv
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.ids import Incarnation, new_incarnation
 from vllm_pd_plugin.memory.identity import Weights
-from vllm_pd_plugin.protocol.wire import PROTOCOL_VERSION, Header
+from vllm_pd_plugin.protocol.framing import PROTOCOL_VERSION, Header
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours

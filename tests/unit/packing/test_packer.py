@@ -10,13 +10,15 @@ from tests.fakes.engines import make_layout
 from tests.fakes.memory import BLOCK_BYTES, FakeMemory
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import HandoffId
+from vllm_pd_plugin.ids import HandoffId, Incarnation
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
 from vllm_pd_plugin.packing.staging import ALIGNMENT, Staging
 from vllm_pd_plugin.protocol import wire
 
-A, B = HandoffId("a"), HandoffId("b")
+A, B, C = HandoffId("a"), HandoffId("b"), HandoffId("c")
+LARGE = (wire.LayerRun(2, 0, 4),)
+"""256 bytes."""
 ROOM = 4 * ALIGNMENT
 """For four pieces of up to 256 bytes."""
 TABLE = tuple(range(1, 9))
@@ -35,11 +37,15 @@ class Rank:
         pieces = Pieces(layout, self.memory.regions)
         self.packer = Packer(pieces, self.staging, self.coder)
 
-    def want(self, handoff_id: HandoffId, number: int, **changes: object) -> wire.Stage:
+    def want(
+        self, handoff_id: HandoffId, number: int, consumer: str = "consumer", **changes: object
+    ) -> wire.Stage:
         """A consumer wants the first of two blocks in both layers, unless told."""
         runs = (wire.LayerRun(2, 0, 2),)
         pack = wire.Pack(handoff_id, 3, 0, number, Codec.RAW, 8, runs, False)
-        stage = wire.Stage(msgspec.structs.replace(pack, **changes), (TABLE,))
+        stage = wire.Stage(
+            msgspec.structs.replace(pack, **changes), (TABLE,), Incarnation(consumer)
+        )
         self.packer.stage(stage)
         return stage
 
@@ -92,16 +98,89 @@ def test_pieces_are_written_down_one_at_a_time_first_come_first_served(rank: Ran
 
 
 def test_a_piece_waits_for_room_and_those_behind_it_too(rank: Rank) -> None:
-    large = (wire.LayerRun(2, 0, 4),)  # of 256 bytes, as the others
-    for number in range(5):
-        rank.want(A, number, layers=large, num_tokens=16)
+    for number in range(3):
+        rank.want(A, number, layers=LARGE, num_tokens=16)
     rank.want(B, 1)
-    assert rank.packed() == [(A, number) for number in range(4)]
+    assert rank.packed() == [(A, 0), (A, 1)]
     assert rank.packer.turn() is None
-    rank.packer.unstage(A, 2)
-    assert rank.packed() == [(A, 4)]
+    rank.packer.unstage(A, 1)
+    assert rank.packed() == [(A, 2)]
     rank.packer.unstage(A, 0)
     assert rank.packed() == [(B, 1)]
+
+
+def test_consumers_take_turns(rank: Rank) -> None:
+    for number in range(3):
+        rank.want(A, number, "greedy")
+    rank.want(B, 1, "modest")
+    assert rank.packed() == [(A, 0), (B, 1), (A, 1)]
+
+
+def test_consumers_that_do_not_read_leave_room_for_others(rank: Rank) -> None:
+    for number in range(4):
+        rank.want(A, number, "stopped", layers=LARGE, num_tokens=16)
+        rank.want(B, number, "stopped too", layers=LARGE, num_tokens=16)
+    assert rank.packed() == [(A, 0), (B, 0), (A, 1)]
+    for number in range(4):
+        rank.want(C, number, "reads", layers=LARGE, num_tokens=16)
+        assert rank.packed() == [(C, number)]
+        rank.packer.unstage(C, number)
+    assert rank.packer.taken_bytes == 3 * ALIGNMENT
+
+
+def test_a_consumer_whose_pieces_are_gone_counts_as_one_that_holds_none(rank: Rank) -> None:
+    rank.want(A, 1, "consumer", layers=LARGE, num_tokens=16)
+    rank.packed()
+    rank.packer.unstage(A, None)
+    assert not rank.packer._held
+    assert not rank.packer._waiting
+
+
+# --- where writing takes its time -------------------------------------------------------------
+
+
+def test_a_piece_is_told_of_when_it_is_written(rank: Rank) -> None:
+    rank.coder.holds = True
+    rank.want(A, 1)
+    rank.want(B, 1)
+    assert rank.packer.turn() is None
+    assert rank.packer.is_writing
+    assert rank.packer.turn() is None
+    assert rank.coder.num_encoded == 1, "one at a time"
+    rank.coder.finish()
+    staged = rank.packer.turn()
+    assert staged is not None
+    assert staged.handoff_id == A
+    assert rank.coder.outgoing[:BLOCK_BYTES].tolist() == [1] * BLOCK_BYTES
+
+
+def test_a_piece_that_is_given_up_while_it_is_written_keeps_its_place_until_then(
+    rank: Rank,
+) -> None:
+    rank.coder.holds = True
+    rank.want(A, 1)
+    rank.packer.turn()
+    rank.packer.unstage(A, None)
+    assert rank.packer.taken_bytes == ALIGNMENT
+    rank.coder.finish()
+    assert rank.packer.turn() is None
+    assert rank.packer.taken_bytes == 0
+    assert not rank.packer.is_writing
+
+
+def test_a_device_that_fails_while_it_writes_is_answered_for(rank: Rank) -> None:
+    class Broken:
+        def is_done(self) -> bool:
+            raise RuntimeError("the device is lost")
+
+        def wait(self) -> None:
+            raise AssertionError
+
+    rank.coder.encode = lambda *_: Broken()  # type: ignore[method-assign,assignment,return-value]
+    rank.want(A, 1)
+    assert rank.refused() is Reason.INTERNAL
+    assert rank.packer.taken_bytes == 0
+    assert rank.packer.faults == 1
 
 
 def test_what_is_not_wanted_any_more_is_not_written_down(rank: Rank) -> None:
@@ -114,7 +193,7 @@ def test_what_is_not_wanted_any_more_is_not_written_down(rank: Rank) -> None:
 def test_all_of_a_handoff_is_given_back_together(rank: Rank) -> None:
     for number in (1, 2):
         rank.want(A, number)
-        rank.want(B, number)
+        rank.want(B, number, "another")
     rank.packed()
     rank.want(A, 3)
     rank.packer.unstage(A, None)

@@ -75,7 +75,7 @@ def test_reads_are_packed_as_configured(packing: Packing) -> None:
     assert slabs is not None
     incoming = slabs.for_reads(config)
     assert (incoming.packing, incoming.span, incoming.coding) == (packing, slabs.incoming, {})
-    assert incoming.staging.max_piece_bytes == slabs.incoming.num_bytes // 4
+    assert incoming.room.max_piece_bytes == slabs.incoming.num_bytes // 4
 
 
 @pytest.mark.parametrize(("device", "packing"), [("cpu", Packing.AUTO), ("cuda", Packing.NEVER)])

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_pd_plugin.packing.staging import ALIGNMENT, Staging, max_piece_bytes
+from vllm_pd_plugin.ids import RequestId
+from vllm_pd_plugin.packing.staging import ALIGNMENT, Room, Staging, max_piece_bytes
 
 MEMORY = 20 * ALIGNMENT
 SIZE = st.integers(1, 8 * ALIGNMENT)
@@ -104,3 +105,64 @@ def test_four_of_the_largest_pieces_fit(num_bytes: int) -> None:
     offsets = [staging.take(staging.max_piece_bytes) for _ in range(4)]
     assert None not in offsets
     assert staging.max_piece_bytes > num_bytes // 4 - ALIGNMENT
+
+
+# --- a queue for room --------------------------------------------------------------------------
+
+A, B, C = RequestId("a"), RequestId("b"), RequestId("c")
+
+
+@pytest.fixture
+def room() -> Room:
+    return Room(Staging(4 * ALIGNMENT))
+
+
+def taken(room: Room, who: RequestId, units: int) -> int:
+    offset = room.take(who, units * ALIGNMENT)
+    assert offset is not None
+    return offset
+
+
+def test_who_asks_while_others_wait_waits_behind_them(room: Room) -> None:
+    held = taken(room, A, 3)
+    assert room.take(B, 2 * ALIGNMENT) is None
+    assert room.take(C, ALIGNMENT) is None, "a small one passes a large one"
+    assert room.next_up() is None, "nothing has changed"
+    room.give_back(held)
+    assert room.next_up() == B
+    taken(room, B, 2)
+    assert room.next_up() == C
+    taken(room, C, 1)
+    assert room.next_up() is None
+
+
+def test_one_that_is_next_and_finds_no_room_stays_first(room: Room) -> None:
+    held = [taken(room, A, 1) for _ in range(4)]
+    assert room.take(B, 2 * ALIGNMENT) is None
+    assert room.take(C, ALIGNMENT) is None
+    room.give_back(held[0])
+    assert room.next_up() == B
+    assert room.take(B, 2 * ALIGNMENT) is None
+    assert room.next_up() is None
+    room.give_back(held[1])
+    assert room.next_up() == B
+
+
+def test_one_that_leaves_lets_the_next_try(room: Room) -> None:
+    taken(room, A, 3)
+    assert room.take(B, 2 * ALIGNMENT) is None
+    assert room.take(C, ALIGNMENT) is None
+    room.leave(B)
+    assert room.next_up() == C
+    room.leave(A)  # which does not wait
+    assert room.next_up() is None
+
+
+def test_one_that_waits_and_asks_again_waits_once(room: Room) -> None:
+    held = taken(room, A, 4)
+    for _ in range(3):
+        assert room.take(B, ALIGNMENT) is None
+    room.give_back(held)
+    taken(room, B, 1)
+    room.give_back(taken(room, C, 1))
+    assert room.next_up() is None

@@ -12,7 +12,7 @@ from tests.fakes.engines import FakeEngine, Surroundings, make_kv
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.events import Lost
 from vllm_pd_plugin.protocol.handoff import ProducerState
 
@@ -156,14 +156,14 @@ def test_engines_speak_the_newest_version_that_both_know(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A release ahead of us says hello in the oldest version that it knows; we know a newer."""
-    ours = wire.PROTOCOL_VERSION
-    monkeypatch.setattr(wire, "PROTOCOL_VERSION", ours + 1)
+    ours = framing.PROTOCOL_VERSION
+    monkeypatch.setattr(framing, "PROTOCOL_VERSION", ours + 1)
     hello, nobody = wire.Hello("engine", ours + 2), Incarnation("")
-    frames = wire.encode(hello, cluster.consumer.identity.incarnation, nobody, ours)
+    frames = framing.encode(hello, cluster.consumer.identity.incarnation, nobody, ours)
     answers: list[list[bytes]] = []
-    cluster.producer.control._answer = lambda who, frames: answers.append(frames)
+    cluster.producer.control._outbox._send = lambda who, frames: answers.append(frames)
     cluster.producer.control.receive(b"next", frames)
-    header, welcome = wire.decode(answers[0])
+    header, welcome = framing.decode(answers[0])
     assert header.version == ours + 1
     assert isinstance(welcome, wire.Welcome)
 
@@ -173,22 +173,22 @@ def test_one_that_understands_newer_versions_only_is_spoken_to_in_one_of_these(
 ) -> None:
     """A consumer says hello in the oldest version that it knows, and then in the one that it was
     refused in."""
-    ours = wire.PROTOCOL_VERSION
-    monkeypatch.setattr(wire, "PROTOCOL_VERSION", ours + 1)
+    ours = framing.PROTOCOL_VERSION
+    monkeypatch.setattr(framing, "PROTOCOL_VERSION", ours + 1)
     source = cluster.producer.produce("p", [3, 4], 8)
     refused: list[int] = []
-    receive, answer = cluster.producer.control.receive, cluster.producer.control._answer
+    receive, answer = cluster.producer.control.receive, cluster.producer.control._outbox._send
 
     def of_the_next_release(identity: bytes, frames: list[bytes]) -> None:
-        monkeypatch.setattr(wire, "OLDEST_VERSION", ours + 1)
+        monkeypatch.setattr(framing, "OLDEST_VERSION", ours + 1)
         receive(identity, frames)
-        monkeypatch.setattr(wire, "OLDEST_VERSION", ours)
+        monkeypatch.setattr(framing, "OLDEST_VERSION", ours)
 
     def note(identity: bytes, frames: list[bytes]) -> None:
-        refused.append(wire.decode(frames)[0].version)
+        refused.append(framing.decode(frames)[0].version)
         answer(identity, frames)
 
-    cluster.producer.control._answer = note
+    cluster.producer.control._outbox._send = note
     cluster.network.listeners[cluster.producer_address] = of_the_next_release
     cluster.want("c", source)
     cluster.settle()
@@ -200,26 +200,26 @@ def test_one_that_understands_newer_versions_only_is_spoken_to_in_one_of_these(
 def test_one_that_understands_older_versions_answers_in_that_of_the_question(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = wire.PROTOCOL_VERSION
-    monkeypatch.setattr(wire, "PROTOCOL_VERSION", ours + 1)
+    ours = framing.PROTOCOL_VERSION
+    monkeypatch.setattr(framing, "PROTOCOL_VERSION", ours + 1)
     answers: list[list[bytes]] = []
-    cluster.producer.control._answer = lambda who, frames: answers.append(frames)
+    cluster.producer.control._outbox._send = lambda who, frames: answers.append(frames)
     source = cluster.producer.begin("p", 8)
     target, sender = cluster.producer.identity.incarnation, cluster.consumer.identity.incarnation
     for message in (wire.Hello("old", ours), wire.Want(source.handoff_id)):
-        frames = wire.encode(message, sender, target, ours)
+        frames = framing.encode(message, sender, target, ours)
         cluster.producer.control.receive(b"old", frames)
-    assert [wire.decode(each)[0].version for each in answers] == [ours, ours]
+    assert [framing.decode(each)[0].version for each in answers] == [ours, ours]
     # What it is told unasked is in its version, too.
     cluster.producer.drop("p")
-    assert wire.decode(answers[-1])[0].version == ours
+    assert framing.decode(answers[-1])[0].version == ours
 
 
-@pytest.mark.parametrize("version", [wire.OLDEST_VERSION - 1, wire.PROTOCOL_VERSION + 1])
+@pytest.mark.parametrize("version", [framing.OLDEST_VERSION - 1, framing.PROTOCOL_VERSION + 1])
 def test_other_versions_are_refused_in_one_line(version: int) -> None:
-    header = msgspec.msgpack.encode(wire.Header(version, "hello", "a" * 16, ""))  # type: ignore[arg-type]
-    with pytest.raises(wire.VersionError) as refusal:
-        wire.decode([header, b""])
+    header = msgspec.msgpack.encode(framing.Header(version, "hello", "a" * 16, ""))  # type: ignore[arg-type]
+    with pytest.raises(framing.VersionError) as refusal:
+        framing.decode([header, b""])
     assert f"version {version}" in str(refusal.value)
     assert "run the same release" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -234,5 +234,5 @@ ALIVE_OF_4 = bytes.fromhex(
 
 @pytest.mark.parametrize("header", [HELLO_OF_4, ALIVE_OF_4])
 def test_the_release_before_is_refused_by_its_version(header: bytes) -> None:
-    with pytest.raises(wire.VersionError, match="version 4"):
-        wire.decode([header, b"\x92\xa5hello\xa6engine"])
+    with pytest.raises(framing.VersionError, match="version 4"):
+        framing.decode([header, b"\x92\xa5hello\xa6engine"])

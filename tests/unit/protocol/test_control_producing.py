@@ -9,7 +9,7 @@ from tests.fakes.cluster import FakeCluster
 from tests.fakes.engines import FakeEngine
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.events import Released
 from vllm_pd_plugin.protocol.handoff import ProducerState
 
@@ -27,13 +27,13 @@ def ask(cluster: FakeCluster, message: wire.Message, target: Incarnation) -> lis
     answers: list[wire.Message] = []
 
     def take(frames: list[bytes]) -> None:
-        header, reply = wire.decode(frames)
+        header, reply = framing.decode(frames)
         assert header.target == sender
         assert header.sender == cluster.producer.identity.incarnation
         answers.append(reply)
 
     link = cluster.network.connect(cluster.producer_address, take)
-    link.send(wire.encode(message, sender, target))
+    link.send(framing.encode(message, sender, target))
     cluster.network.deliver()
     return answers
 
@@ -73,11 +73,11 @@ def subscribed(cluster: FakeCluster) -> tuple[Source, list[wire.Message]]:
     source = cluster.producer.begin("p", 8)
     told: list[wire.Message] = []
     link = cluster.network.connect(
-        cluster.producer_address, lambda frames: told.append(wire.decode(frames)[1])
+        cluster.producer_address, lambda frames: told.append(framing.decode(frames)[1])
     )
     subscribe = wire.Subscribe(source.handoff_id, 0)
     target = cluster.producer.identity.incarnation
-    link.send(wire.encode(subscribe, new_incarnation(), target))
+    link.send(framing.encode(subscribe, new_incarnation(), target))
     cluster.network.deliver()
     assert len(told) == 1
     told.clear()
@@ -111,7 +111,7 @@ def test_an_announcement_of_anybody_else_is_dropped_and_counted(
         "consumer": cluster.consumer.worker.incarnation,
         "the engine itself": cluster.producer.identity.incarnation,
     }[sender]
-    frames = wire.encode(
+    frames = framing.encode(
         wire.Announce(step, 0, 2), incarnation, cluster.producer.identity.incarnation
     )
     receive(cluster.producer, frames)
@@ -124,7 +124,7 @@ def test_an_announcement_to_the_incarnation_before_is_ignored(cluster: FakeClust
     subscribed(cluster)
     step = cluster.producer.advance("p", 8, [3, 4])
     announce = wire.Announce(step, 0, 2)
-    frames = wire.encode(announce, cluster.producer.worker.incarnation, new_incarnation())
+    frames = framing.encode(announce, cluster.producer.worker.incarnation, new_incarnation())
     receive(cluster.producer, frames)
     (packet,) = cluster.network.in_flight
     assert packet.message == wire.Alive({})
@@ -180,12 +180,12 @@ def test_what_only_a_producer_says_is_counted_and_not_answered(cluster: FakeClus
 
 
 def test_a_peer_of_another_version_is_told_ours(cluster: FakeCluster) -> None:
-    answers: list[wire.Header] = []
+    answers: list[framing.Header] = []
     link = cluster.network.connect(
-        cluster.producer_address, lambda frames: answers.append(wire.decode(frames)[0])
+        cluster.producer_address, lambda frames: answers.append(framing.decode(frames)[0])
     )
     header = msgspec.msgpack.encode([99, "greeting", new_incarnation(), ""])
     cluster.producer.control.receive(link.identity, [header, b""])
     cluster.network.deliver()
-    assert [answer.version for answer in answers] == [wire.PROTOCOL_VERSION]
+    assert [answer.version for answer in answers] == [framing.PROTOCOL_VERSION]
     assert cluster.producer.control.dropped_messages == 1

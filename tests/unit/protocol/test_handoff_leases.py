@@ -159,12 +159,3 @@ def test_a_tick_says_when_the_next_lease_runs_out(producer: Producer) -> None:
     assert producer.table.tick() == first
     producer.clock.advance(LEASE_S - 5)
     assert producer.table.tick() == first + 5
-
-
-def test_a_clock_that_steps_back_ends_no_lease_early(producer: Producer) -> None:
-    handoff = producer.sealed()
-    producer.clock.advance(-1000)
-    producer.heartbeat([handoff])
-    producer.clock.advance(1000 + LEASE_S - 1)
-    producer.table.tick()
-    assert producer.released == []

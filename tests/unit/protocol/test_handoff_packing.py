@@ -17,10 +17,12 @@ from tests.fakes.producer import (
 )
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import HandoffId, new_handoff_id
+from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id
 from vllm_pd_plugin.protocol import wire
 
 TABLES = ((1, 2, 3), (4,))
+NOBODY = Incarnation("")
+"""Who wants a piece and has not subscribed."""
 
 
 def pack_of(handoff: HandoffId, **changes: object) -> wire.Pack:
@@ -53,19 +55,19 @@ def test_a_rank_is_to_pack_from_the_blocks_as_they_are(
     producer: Producer, handoff: HandoffId
 ) -> None:
     pack = pack_of(handoff)
-    assert producer.table.pack(pack) == wire.Stage(pack, TABLES)
+    assert producer.table.pack(pack) == wire.Stage(pack, TABLES, RANK_0.incarnation)
 
 
 def test_a_piece_may_be_wanted_before_the_prompt_is_complete(producer: Producer) -> None:
     handoff = producer.wanted()
     producer.compute(handoff, 50, ([1, 2], [4]))
     pack = pack_of(handoff)
-    assert producer.table.pack(pack) == wire.Stage(pack, ((1, 2), (4,)))
+    assert producer.table.pack(pack) == wire.Stage(pack, ((1, 2), (4,)), NOBODY)
 
 
 def test_a_sealed_handoff_is_packed_too(producer: Producer) -> None:
     pack = pack_of(producer.sealed())
-    assert producer.table.pack(pack) == wire.Stage(pack, TABLES)
+    assert producer.table.pack(pack) == wire.Stage(pack, TABLES, NOBODY)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,29 @@ def test_each_announcement_says_what_is_final(producer: Producer) -> None:
     assert all(who == RANK_0 for answers in said for who, _ in answers)
 
 
+def test_each_handoff_of_a_step_is_told_of_at_its_own_layers(producer: Producer) -> None:
+    long, short = producer.open("long"), producer.open("short")
+    for handoff in (long, short):
+        producer.table.subscribe(handoff, 0, RANK_0)
+    producer.table.advance(
+        1, [Advance(long, 0, 80, BLOCKS, (1, 2, 3)), Advance(short, 0, 10, BLOCKS, (3,))]
+    )
+    said = [
+        [message.handoff_id for _, message in producer.table.announce(1, 0, layers)]  # type: ignore[union-attr]
+        for layers in (1, 2, LAYERS)
+    ]
+    assert said == [[long], [long], [long, short]]
+
+
+def test_of_a_step_that_is_over_nothing_is_told(producer: Producer) -> None:
+    handoff = producer.open()
+    producer.table.subscribe(handoff, 0, RANK_0)
+    step = producer.advance(handoff, 40)
+    assert len(producer.table.announce(step, 0, LAYERS)) == 1
+    assert producer.table.announce(step, 0, LAYERS) == []
+    assert producer.table.announce(step, 0, 1) == []
+
+
 def test_a_subscriber_is_told_only_what_is_new_in_the_block_tables(producer: Producer) -> None:
     handoff = producer.open()
     producer.table.subscribe(handoff, 0, RANK_0)
@@ -120,7 +143,7 @@ def test_a_step_may_compute_several_handoffs(producer: Producer) -> None:
     handoffs = [producer.open(name) for name in "ab"]
     for handoff, who in zip(handoffs, (RANK_0, RANK_1), strict=True):
         producer.table.subscribe(handoff, 0, who)
-    advances = [Advance(handoff, 0, 8 * (i + 1), BLOCKS) for i, handoff in enumerate(handoffs)]
+    advances = [Advance(handoff, 0, 8 * (i + 1), BLOCKS, ()) for i, handoff in enumerate(handoffs)]
     producer.table.advance(1, advances)
     assert producer.table.announce(1, 0, LAYERS) == [
         (RANK_0, wire.Progress(handoffs[0], 0, 8, 8, LAYERS, SEAL_TABLES)),

@@ -14,7 +14,7 @@ from tests.fakes.peers import ADDRESS, REGION, TIMEOUT_S, Local, Remote
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Incarnation, new_handoff_id
 from vllm_pd_plugin.memory.layout import RankMemory
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 H = new_handoff_id()
 
@@ -53,7 +53,7 @@ def test_an_unknown_address_is_introduced_once(
     assert local.table.get(ADDRESS) is None
     assert local.table.get(ADDRESS) is None
     network.deliver()
-    assert remote.got == [wire.Hello("local", wire.PROTOCOL_VERSION)]
+    assert remote.got == [wire.Hello("local", framing.PROTOCOL_VERSION)]
     assert remote.targets == [""]
     assert network.open_links(ADDRESS) == 1
 

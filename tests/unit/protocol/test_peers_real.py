@@ -54,7 +54,7 @@ def port() -> Iterator[int]:
     loop = Loop("server", lambda: None)
     control = cluster.producer.control
     listener = Listener(loop, ("0.0.0.0", 0), None, control.receive)
-    control._answer = listener.send
+    control._outbox._send = listener.send
     loop.start()
     yield listener.port
     loop.close()

@@ -74,9 +74,10 @@ def test_what_is_wanted_is_found_by_peer() -> None:
     assert table.at(("127.0.0.1", 1)) == [a, c]
     assert table.at(("127.0.0.1", 2)) == [b]
     assert table.at(("127.0.0.1", 3)) == []
-    assert table.addresses() == {("127.0.0.1", 1), ("127.0.0.1", 2)}
+    assert table.is_wanted_from(("127.0.0.1", 2))
     table.close("b")
-    assert table.addresses() == {("127.0.0.1", 1)}
+    assert not table.is_wanted_from(("127.0.0.1", 2))
+    assert table.is_wanted_from(("127.0.0.1", 1))
 
 
 def test_a_request_without_blocks_is_overdue_at_its_deadline() -> None:
@@ -85,9 +86,11 @@ def test_a_request_without_blocks_is_overdue_at_its_deadline() -> None:
     assert table.next_deadline() == 10.0
     assert table.overdue(9.999) == []
     assert table.overdue(10.0) == [early]
-    assert table.overdue(20.0) == [early, late]
+    assert table.overdue(10.0) == []
+    assert table.overdue(20.0) == [early, late], "what was not closed is overdue again, later"
     table.close("early")
-    assert table.next_deadline() == 20.0
+    table.close("late")
+    assert table.next_deadline() is None
 
 
 def test_a_request_that_has_its_blocks_is_never_overdue() -> None:

@@ -13,7 +13,7 @@ from vllm_pd_plugin.codecs.codec import Codec, Part
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation
 from vllm_pd_plugin.memory.layout import RankMemory, Region, Span
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 A, B = Incarnation("a1" * 8), Incarnation("b2" * 8)
 H = HandoffId("c3" * 16)
@@ -50,11 +50,12 @@ EVERY_KIND: list[wire.Message] = [
     wire.Refuse(H, Reason.LEASE_EXPIRED),
     wire.Heartbeat((H, H)),
     wire.Alive({H: Reason.CANCELLED}),
+    wire.Batch((wire.Refuse(H, Reason.CANCELLED), wire.Alive({}))),
     wire.Cancel(H),
     wire.Announce(7, 1, 2),
     wire.Examine(CHECK, ((1, 2), ())),
     wire.Examined(CHECK, b"\x00\xff"),
-    wire.Stage(PACK, ((1, 2), ())),
+    wire.Stage(PACK, ((1, 2), ()), Incarnation("rank")),
     wire.Staged(H, 0, PACKED, None),
     wire.Staged(H, 0, None, Reason.MISSING_BLOCKS),
     wire.Unstage(H, 7),
@@ -63,7 +64,7 @@ EVERY_KIND: list[wire.Message] = [
 ]
 
 
-def header(version: object = wire.PROTOCOL_VERSION, kind: object = "hello") -> bytes:
+def header(version: object = framing.PROTOCOL_VERSION, kind: object = "hello") -> bytes:
     return msgspec.msgpack.encode([version, kind, A, B])
 
 
@@ -80,24 +81,24 @@ def seal_body(**changes: object) -> bytes:
 
 
 def test_the_body_that_is_spoilt_below_is_well_formed() -> None:
-    _, message = wire.decode([header(kind="seal"), seal_body()])
+    _, message = framing.decode([header(kind="seal"), seal_body()])
     assert message == wire.Seal(H, 0, 1, (wire.TableSlice(0, (1,)),))
 
 
 def refusal(frames: list[bytes]) -> str:
-    with pytest.raises(wire.WireError) as caught:
-        wire.decode(frames)
-    assert not isinstance(caught.value, wire.VersionError)
+    with pytest.raises(framing.WireError) as caught:
+        framing.decode(frames)
+    assert not isinstance(caught.value, framing.VersionError)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("message", EVERY_KIND, ids=lambda m: type(m).__name__)
 def test_every_kind_of_message_comes_back_as_it_was(message: wire.Message) -> None:
-    frames = wire.encode(message, A, B)
-    got, back = wire.decode(frames)
+    frames = framing.encode(message, A, B)
+    got, back = framing.decode(frames)
     assert back == message
     assert type(back) is type(message)
-    assert (got.version, got.sender, got.target) == (wire.PROTOCOL_VERSION, A, B)
+    assert (got.version, got.sender, got.target) == (framing.PROTOCOL_VERSION, A, B)
 
 
 def test_no_kind_of_message_is_left_out_above() -> None:
@@ -106,15 +107,15 @@ def test_no_kind_of_message_is_left_out_above() -> None:
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_can_be_sent(reason: Reason) -> None:
-    _, back = wire.decode(wire.encode(wire.Refuse(H, reason), A, B))
+    _, back = framing.decode(framing.encode(wire.Refuse(H, reason), A, B))
     assert isinstance(back, wire.Refuse)
     assert back.reason is reason
 
 
-@pytest.mark.parametrize("version", [0, 1, wire.PROTOCOL_VERSION + 1, 2**63])
+@pytest.mark.parametrize("version", [0, 1, framing.PROTOCOL_VERSION + 1, 2**63])
 def test_another_version_is_told_apart_from_rubbish(version: int) -> None:
-    with pytest.raises(wire.VersionError) as caught:
-        wire.decode([header(version, "kind-of-the-future"), b"\xc1 not MessagePack"])
+    with pytest.raises(framing.VersionError) as caught:
+        framing.decode([header(version, "kind-of-the-future"), b"\xc1 not MessagePack"])
     assert caught.value.theirs == version
     assert f"version {version} of the control protocol" in str(caught.value)
     assert "run the same release" in str(caught.value)
@@ -122,17 +123,17 @@ def test_another_version_is_told_apart_from_rubbish(version: int) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_wrong_number_of_frames_is_refused(count: int) -> None:
-    frames = wire.encode(wire.Want(H), A, B)
+    frames = framing.encode(wire.Want(H), A, B)
     refusal((frames + frames)[:count])
 
 
 def test_a_header_of_excessive_size_is_refused() -> None:
-    frames = wire.encode(wire.Want(H), A, Incarnation("x" * wire.MAX_HEADER_BYTES))
+    frames = framing.encode(wire.Want(H), A, Incarnation("x" * framing.MAX_HEADER_BYTES))
     assert "allowed size" in refusal(frames)
 
 
 def test_a_body_of_excessive_size_is_refused_before_it_is_parsed() -> None:
-    body = bytes(wire.MAX_BODY_BYTES + 1)
+    body = bytes(framing.MAX_BODY_BYTES + 1)
     assert "allowed size" in refusal([header(), body])
 
 
@@ -143,7 +144,7 @@ def test_an_unknown_kind_is_refused_and_shown_cut_short() -> None:
 
 
 def test_a_body_of_another_kind_than_its_header_says_is_refused() -> None:
-    want, cancel = wire.encode(wire.Want(H), A, B), wire.encode(wire.Cancel(H), A, B)
+    want, cancel = framing.encode(wire.Want(H), A, B), framing.encode(wire.Cancel(H), A, B)
     assert "malformed want" in refusal([want[0], cancel[1]])
 
 
@@ -209,7 +210,7 @@ def test_a_malformed_body_is_refused(body: bytes) -> None:
     ids=str,
 )
 def test_a_negative_count_is_refused(message: wire.Message) -> None:
-    assert "malformed" in refusal(wire.encode(message, A, B))
+    assert "malformed" in refusal(framing.encode(message, A, B))
 
 
 def test_an_unknown_reason_is_refused() -> None:
@@ -219,7 +220,7 @@ def test_an_unknown_reason_is_refused() -> None:
 
 @pytest.mark.parametrize("codec", Codec)
 def test_every_codec_can_be_asked_for(codec: Codec) -> None:
-    _, back = wire.decode(wire.encode(msgspec.structs.replace(PACK, codec=codec), A, B))
+    _, back = framing.decode(framing.encode(msgspec.structs.replace(PACK, codec=codec), A, B))
     assert isinstance(back, wire.Pack)
     assert back.codec is codec
 
@@ -240,7 +241,9 @@ def test_every_codec_can_be_asked_for(codec: Codec) -> None:
 )
 def test_a_malformed_request_for_a_piece_is_refused(change: dict[str, object]) -> None:
     fields = {"type": "pack"} | msgspec.structs.asdict(PACK)
-    _, message = wire.decode([header(kind="pack"), msgspec.msgpack.encode(list(fields.values()))])
+    _, message = framing.decode(
+        [header(kind="pack"), msgspec.msgpack.encode(list(fields.values()))]
+    )
     assert message == PACK
     body = msgspec.msgpack.encode(list((fields | change).values()))
     assert "malformed pack" in refusal([header(kind="pack"), body])
@@ -248,7 +251,7 @@ def test_a_malformed_request_for_a_piece_is_refused(change: dict[str, object]) -
 
 @pytest.mark.parametrize("offset", ["1", None, -1])
 def test_a_piece_that_lies_nowhere_is_refused(offset: object) -> None:
-    frames = wire.encode(msgspec.structs.replace(PACKED, offset=offset), A, B)
+    frames = framing.encode(msgspec.structs.replace(PACKED, offset=offset), A, B)
     assert "malformed packed" in refusal(frames)
 
 
@@ -275,12 +278,12 @@ def test_a_deeply_nested_body_is_refused() -> None:
 # Heartbeats follow from it: one that is no time makes the consumer's control thread spin.
 @pytest.mark.parametrize("lease_s", [float("nan"), 0.0, -1.0, 1e-9, 86_401.0])
 def test_a_lease_that_is_no_time_is_refused(lease_s: float) -> None:
-    refusal(wire.encode(wire.Welcome("engine", LAYOUT, make_kv(), 0, (RANK,), lease_s), A, B))
+    refusal(framing.encode(wire.Welcome("engine", LAYOUT, make_kv(), 0, (RANK,), lease_s), A, B))
 
 
 def decode_anything(frames: list[bytes]) -> None:
-    with contextlib.suppress(wire.WireError):
-        wire.decode(frames)
+    with contextlib.suppress(framing.WireError):
+        framing.decode(frames)
 
 
 # The headers are those of every kind, so that the bodies reach every
@@ -309,7 +312,7 @@ def test_arbitrary_bytes_are_never_more_than_a_wire_error(frame: bytes, kind: st
 def test_a_message_with_bytes_changed_is_never_more_than_a_wire_error(
     message: wire.Message, changes: list[tuple[int, int, int]]
 ) -> None:
-    frames = [bytearray(frame) for frame in wire.encode(message, A, B)]
+    frames = [bytearray(frame) for frame in framing.encode(message, A, B)]
     for frame, position, value in changes:
         frames[frame][position % len(frames[frame])] = value
     decode_anything([bytes(frame) for frame in frames])

@@ -11,12 +11,12 @@ from tests.fakes.engines import make_layout
 from tests.fakes.memory import FakeMemory
 from tests.fakes.network import FakeNetwork
 from vllm_pd_plugin.codecs.codec import Codec
-from vllm_pd_plugin.ids import Address, new_handoff_id, new_incarnation
+from vllm_pd_plugin.ids import Address, Incarnation, new_handoff_id, new_incarnation
 from vllm_pd_plugin.memory.layout import BlockTables
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
 from vllm_pd_plugin.packing.staging import ALIGNMENT, Staging
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.transfer.announcer import (
     POLL_INTERVAL_S,
     Announcement,
@@ -53,7 +53,7 @@ class Control:
         network.listen(CONTROL, self._receive)
 
     def _receive(self, identity: bytes, frames: list[bytes]) -> None:
-        header, message = wire.decode(frames)
+        header, message = framing.decode(frames)
         assert (header.sender, header.target) == (WORKER, ENGINE)
         self.heard.append(message)
         self.worker = identity
@@ -160,7 +160,7 @@ RUNS = (wire.LayerRun(2, 0, 2),)
 
 def stage_of(number: int) -> wire.Stage:
     pack = wire.Pack(HANDOFF, 0, RANK, number, Codec.RAW, 8, RUNS, False)
-    return wire.Stage(pack, ((3, 4),))
+    return wire.Stage(pack, ((3, 4),), Incarnation("consumer"))
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def packing(network: FakeNetwork, control: Control, staging: Staging) -> Announc
 
 
 def say(network: FakeNetwork, control: Control, message: wire.ToWorker) -> None:
-    network.answer(control.worker, wire.encode(message, ENGINE, WORKER))
+    network.answer(control.worker, framing.encode(message, ENGINE, WORKER))
     network.deliver()
 
 
@@ -327,6 +327,6 @@ def test_blocks_are_examined_when_the_control_plane_asks(
     announcer: Announcer, network: FakeNetwork, control: Control
 ) -> None:
     check = wire.Check(new_handoff_id(), 0, RANK, 4, 16)
-    network.answer(control.worker, wire.encode(wire.Examine(check, ((1, 2),)), ENGINE, WORKER))
+    network.answer(control.worker, framing.encode(wire.Examine(check, ((1, 2),)), ENGINE, WORKER))
     network.deliver()
     assert control.heard == [wire.Examined(check, digest_of(((1, 2),), 4, 16))]

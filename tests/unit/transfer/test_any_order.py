@@ -50,7 +50,7 @@ class AnyOrder(Schedulers, RuleBasedStateMachine):
                 self.preempt(index)
             case "preempt unheard":
                 self.preempt(index)
-                in_flight.clear()
+                self.cluster.network.in_flight.clear()
             case "abort at producer":
                 self.abort_at_producer(index)
             case "abort at consumer":
@@ -75,7 +75,7 @@ class AnyOrder(Schedulers, RuleBasedStateMachine):
         """What all sides do while nothing goes wrong."""
         moves: list[Callable[[int], None]] = [
             self.prompt_reaches_producer, self.begin_step, self.write_layers, self.finish_prompt,
-            self.allocate, self.wait,
+            self.allocate, self.wait, self.finish_coding,
         ]  # fmt: skip
         moves += [self.finish_read] * (slow != "reads") + [self.deliver_one] * 4 * (
             slow != "network"
@@ -96,6 +96,7 @@ class AnyOrder(Schedulers, RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """No more prompts; the producer ends what it computes, and time passes."""
+        self.let_coders_finish()
         for computing in list(self.computing.values()):
             if computing.computed == computing.num_tokens:
                 self.finish_prompt(list(self.computing.values()).index(computing))
@@ -121,12 +122,15 @@ class AnyOrderWithDigests(AnyOrder):
     """The same with the option ``integrity``."""
 
     checks_bytes = True
+    max_read_bytes = 64
 
 
 class AnyOrderPacked(AnyOrder):
-    """The same where the producer packs everything, and has little room for it."""
+    """The same where the producer packs everything, and has little room for it; packing takes its
+    time."""
 
     packing = Packing.ALWAYS
+    codes_slowly = True
 
 
 class AnyOrderPackedWithDigests(AnyOrderWithDigests):
@@ -162,7 +166,7 @@ def test_while_nothing_goes_wrong_every_fetch_succeeds(machine: type[AnyOrder], 
         world.send_prompt(index)
     for _ in range(400):
         world.go_on(chance, 10, "nothing")
-        if len(world.usable) == 12 and not world.held:
+        if len(world.usable) == 12 and not world.held and not world.computing:
             break
     assert [result.reason for result in world.consumer.results] == [None] * 12
     world.usable_kv_is_that_of_its_prompt()

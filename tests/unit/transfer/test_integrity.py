@@ -12,7 +12,7 @@ from tests.fakes.engines import full_group, sliding_group
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_incarnation
 from vllm_pd_plugin.packing.digests import kv_digest
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.transfer.rank import Timeouts
 
 TOKENS = 16
@@ -85,7 +85,7 @@ def test_equal_bytes_are_not_used_without_the_commit(cluster: FakeCluster) -> No
     cluster.network.deliver_kind("examine")
     cluster.network.deliver_kind("examined")
     cluster.network.connect(cluster.producer.address, lambda frames: None).send(
-        wire.encode(
+        framing.encode(
             wire.Cancel(source.handoff_id), new_incarnation(), cluster.producer.identity.incarnation
         )
     )

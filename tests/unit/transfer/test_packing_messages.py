@@ -9,7 +9,7 @@ from tests.fakes.streaming import THERE, TIMEOUTS, TOKENS
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import new_incarnation
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 
 @pytest.fixture
@@ -179,10 +179,10 @@ def test_a_piece_of_another_size_or_outside_of_the_staging_memory_is_not_read(
     cluster.start_packing("packed")
     (packed,) = cluster.network.under_way("packed")
     (packet,) = (p for p in cluster.network.in_flight if p.kind == "packed")
-    header, _ = wire.decode(packet.frames)
+    header, _ = framing.decode(packet.frames)
     cluster.network.lose("packed")
     fields = {name: getattr(packed, name) for name in packed.__struct_fields__} | change
-    frames = wire.encode(wire.Packed(**fields), header.sender, header.target)
+    frames = framing.encode(wire.Packed(**fields), header.sender, header.target)
     cluster.network.answer(packet.lane[0], frames)
     cluster.settle()
     assert cluster.consumer.outcome("c") is Reason.MISSING_BLOCKS
@@ -199,7 +199,7 @@ def test_a_piece_that_nobody_is_to_be_told_of_is_given_back(cluster: PackingClus
     link = cluster.network.connect(cluster.producer_address, lambda frames: None)
     runs = (wire.LayerRun(2, 0, 2),)
     pack = wire.Pack(source.handoff_id, 0, 0, 1, Codec.RAW, TOKENS, runs, False)
-    link.send(wire.encode(pack, new_incarnation(), target))
+    link.send(framing.encode(pack, new_incarnation(), target))
     cluster.settle()
     assert cluster.producer.coder.num_encoded == 1
     assert "packed" not in cluster.network.delivered

@@ -16,7 +16,7 @@ from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.packing.incoming import Packing
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult
 
 with warnings.catch_warnings():
@@ -241,8 +241,8 @@ def test_a_rank_that_comes_later_is_told_what_was_sampled() -> None:
 @pytest.mark.parametrize("sampled", [None, 0, SAMPLED])
 def test_the_token_goes_over_the_wire(sampled: int | None) -> None:
     seal = wire.Seal(new_handoff_id(), 1, TOKENS, SEAL_TABLES, sampled)
-    frames = wire.encode(seal, new_incarnation(), new_incarnation())
-    assert wire.decode(frames)[1] == seal
+    frames = framing.encode(seal, new_incarnation(), new_incarnation())
+    assert framing.decode(frames)[1] == seal
 
 
 # --- the worker's report ---------------------------------------------------------------------

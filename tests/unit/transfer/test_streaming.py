@@ -11,7 +11,7 @@ from tests.fakes.engines import full_group, make_layout, sliding_group
 from tests.fakes.memory import BLOCK_BYTES, BLOCK_TOKENS, kv_of
 from tests.fakes.streaming import HERE, PROMPT, THERE, TIMEOUTS, TOKENS, VOUCH_S, StreamingCluster
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.peers import IDLE_S
 
 
@@ -216,7 +216,7 @@ def test_an_announcement_of_a_foreign_worker_moves_nothing(cluster: StreamingClu
     cluster.start()
     step = cluster.producer.advance("p", TOKENS, THERE)
     announce = wire.Announce(step, 0, 2)
-    frames = wire.encode(
+    frames = framing.encode(
         announce,
         cluster.consumer.worker.incarnation,
         cluster.producer.identity.incarnation,

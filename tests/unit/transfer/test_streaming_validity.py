@@ -8,7 +8,7 @@ from tests.fakes.engines import PEER_TIMEOUT_S
 from tests.fakes.streaming import ELSEWHERE, LEASE_S, THERE, TOKENS, VOUCH_S, StreamingCluster
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import OTHER_KV, PeerError, Reason
-from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.protocol import framing, wire
 
 
 @pytest.fixture
@@ -221,10 +221,10 @@ def test_but_for_the_commit_stale_bytes_would_be_used(cluster: StreamingCluster,
     (refusal,) = cluster.network.in_flight
     assert not isinstance(refusal.message, wire.Committed)
     assert cluster.holds_stale_bytes()  # at the very moment at which the no is on its way
-    header, _ = wire.decode(refusal.frames)
+    header, _ = framing.decode(refusal.frames)
     yes = wire.Committed(source.handoff_id, 0, True)
     cluster.network.links[refusal.lane[0]].on_message(
-        wire.encode(yes, header.sender, header.target)
+        framing.encode(yes, header.sender, header.target)
     )
     assert cluster.consumer.outcome("c") is None
     assert cluster.holds_stale_bytes()

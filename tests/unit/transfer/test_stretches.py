@@ -261,3 +261,17 @@ def test_an_earlier_message_that_comes_late_takes_nothing_back() -> None:
     assert consumer.taken() == blocks([0, 1], range(2))
     assert consumer.stretches.learn(wire.Seal(H, 0, 12, consumer.tables(start=2)))
     assert consumer.taken() == blocks([0, 1], range(2, 3))
+
+
+# --- in parts that are quickly planned ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_blocks", [1, 2, 3, 5, 7, 100])
+def test_the_parts_of_a_stretch_have_all_of_it_once(max_blocks: int) -> None:
+    stretch = (range(2, 7), range(0), range(1, 2), range(0, 4))
+    parts = Consumer(FULL, 12).stretches.cut(stretch, max_blocks)
+    assert all(0 < sum(map(len, part)) <= max_blocks for part in parts)
+    for layer, positions in enumerate(stretch):
+        assert [i for part in parts for i in part[layer]] == list(positions)
+    if max_blocks >= 10:
+        assert parts == [stretch]

@@ -1,0 +1,1 @@
+"""What the control path costs as layers, prompts, ranks and peers grow."""
