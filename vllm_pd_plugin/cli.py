@@ -219,7 +219,7 @@ def _check_vllm() -> str:
 def _check_nixl() -> str:
     from vllm_pd_plugin.net.nixl_transport import NixlTransport
 
-    transport = NixlTransport("DRAM", 0)
+    transport = NixlTransport("DRAM", 0, reads=False)
     transport.register([])
     transport.close()
     return importlib.metadata.version("nixl")

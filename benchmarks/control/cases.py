@@ -310,6 +310,7 @@ def scattered_prompt() -> dict[str, float]:
     producer, consumer = cluster.producer, cluster.consumer
     for layer in range(LAYERS):
         producer.caches[layer][:] = layer + 1
+        consumer.caches[layer][:] = 0xEE  # no page is to be touched for the first time
     chance = random.Random(1)
     there, here = (chance.sample(range(1, blocks + 1), blocks) for _ in range(2))
     source = producer.produce("p", there, blocks * BLOCK_TOKENS)

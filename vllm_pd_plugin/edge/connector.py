@@ -33,7 +33,7 @@ from vllm_pd_plugin.edge.identity import LocalIdentity
 from vllm_pd_plugin.edge.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdPromMetrics, PdStats
 from vllm_pd_plugin.edge.scheduler import SchedulerSide
-from vllm_pd_plugin.edge.worker import WorkerSide
+from vllm_pd_plugin.edge.worker import WorkerSide, use_device
 from vllm_pd_plugin.ids import RequestId
 from vllm_pd_plugin.net.nixl_transport import NixlTransport
 
@@ -195,7 +195,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         geometry.refuse_unencodable(layout, self._worker.narrowest)
         device = next(iter(caches.values())).device
         kind = "DRAM" if device.type == "cpu" else "VRAM"
-        transport = NixlTransport(kind, device.index or 0)
+        transfer = self._vllm_config.kv_transfer_config
+        transport = NixlTransport(
+            kind, device.index or 0, transfer.is_kv_consumer, partial(use_device, device)
+        )
         self._handshake = self._worker.register(transport, layout, caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -71,10 +71,11 @@ class WorkerSide:
         self, transport: Transport, layout: EngineLayout, caches: Mapping[str, torch.Tensor]
     ) -> RankHandshake:
         """Make the KV caches readable, start the transfer thread, and describe the memory."""
-        _use_device(self._loop, next(iter(caches.values())).device)
+        device = next(iter(caches.values())).device
+        self._loop.call(partial(use_device, device))  # before anything else that it does
         order = layout.forward_order()
         self._places = {layout.layers[region]: place for place, region in enumerate(order)}
-        if next(iter(caches.values())).is_cuda:
+        if device.type == "cuda":
             self._mark_stream = _mark_cuda_stream
         config = self._config
         ordered = [caches[layer] for layer in layout.layers]
@@ -245,8 +246,8 @@ class WorkerSide:
         self._loop.close()
 
 
-def _use_device(loop: Loop, device: torch.device) -> None:
-    """Let the loop's thread use a rank's GPU, before anything else that it does.
+def use_device(device: torch.device) -> None:
+    """Let the calling thread use a rank's GPU.
 
     CUDA's current device is one for each thread, and the first GPU where nobody has said another:
     there UCX would register memory without NVLink, and asking for an event make a context.
@@ -254,7 +255,7 @@ def _use_device(loop: Loop, device: torch.device) -> None:
     if device.type == "cuda":
         import torch
 
-        loop.call(lambda: torch.cuda.set_device(device))
+        torch.cuda.set_device(device)
 
 
 def _mark_nothing() -> Callable[[], bool]:

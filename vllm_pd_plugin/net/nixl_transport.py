@@ -11,7 +11,8 @@ import itertools
 import logging
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -53,16 +54,29 @@ class NixlTransport:
     forget the peer (seen: 260 MB written after both). Only destroying the agent that reads ends
     it for certain; with an agent for each peer that concerns nobody else.
 
+    To make one takes some 30 ms, and seconds where much GPU memory has to be registered. So one is
+    always made ahead, on another thread: a new peer holds up nobody.
+
     memory_kind: NIXL's name for the KV's memory, ``DRAM`` or ``VRAM``.
     device: CUDA device index; 0 for host memory.
+    reads: whether it is to read from peers at all.
+    enter_device: called on a thread before it makes agents.
     """
 
-    def __init__(self, memory_kind: str, device: int) -> None:
+    def __init__(
+        self,
+        memory_kind: str,
+        device: int,
+        reads: bool = True,
+        enter_device: Callable[[], None] = lambda: None,
+    ) -> None:
         self.max_read_bytes = _MAX_HOST_READ_BYTES if memory_kind == "DRAM" else sys.maxsize
         self._memory_kind = memory_kind
         self._device = device
         self._spans: Sequence[tuple[int, int]] = ()
         self._lender: Any = None
+        self._maker = ThreadPoolExecutor(1, "pd-nixl", enter_device) if reads else None
+        self._spare: Future[Any] | None = None
         self._remotes: dict[PeerName, _Remote] = {}
         self._reads: dict[ReadHandle, _Read] = {}
         self._numbers = itertools.count(1)
@@ -70,11 +84,12 @@ class NixlTransport:
     def register(self, spans: Sequence[tuple[int, int]]) -> bytes:
         self._spans = spans
         self._lender = self._new_agent()
+        self._make_spare()
         return msgspec.msgpack.encode((self._device, self._lender.get_agent_metadata()))
 
     def add_peer(self, metadata: bytes) -> PeerName:
         try:
-            agent = self._new_agent()
+            agent = self._take_agent()
         except Exception as error:
             text = f"NIXL cannot register this engine's own KV cache for another peer: {error}"
             raise PeerError(Reason.NOT_REGISTERED, text) from error
@@ -138,6 +153,19 @@ class NixlTransport:
         for peer in list(self._remotes):
             self.remove_peer(peer)
         self._lender = None
+        if self._maker is not None:
+            self._maker.shutdown(cancel_futures=True)
+        self._spare = None
+
+    def _make_spare(self) -> None:
+        if self._maker is not None:
+            self._spare = self._maker.submit(self._new_agent)
+
+    def _take_agent(self) -> Any:
+        """Return the agent that was made ahead, and have another one made."""
+        spare, self._spare = self._spare, None
+        self._make_spare()
+        return spare.result() if spare is not None else self._new_agent()
 
     def _new_agent(self) -> Any:
         """Return an agent that knows our memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     import torch
 
-    from vllm_pd_plugin.edge.worker import _use_device
+    from vllm_pd_plugin.edge.worker import use_device
 
 PATIENCE_S = 10.0
 
@@ -37,7 +38,7 @@ def first_calls(
         done.append((threading.current_thread().name, what))
 
     monkeypatch.setattr(torch.cuda, "set_device", note)
-    _use_device(loop, device)
+    loop.call(partial(use_device, device))
     loop.call(lambda: note("ours"))
     loop.call(over.set)
     loop.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,8 +131,51 @@ def test_what_fails_of_our_own_is_not_said_of_the_peer(monkeypatch: pytest.Monke
     with pytest.raises(PeerError) as theirs:
         transport.add_peer(b"nonsense")
     assert theirs.value.reason is Reason.PEER_INCOMPATIBLE
-    monkeypatch.setattr(transport, "_new_agent", fail)
-    with pytest.raises(PeerError, match="no locked memory") as ours:
-        transport.add_peer(metadata)
-    assert ours.value.reason is Reason.NOT_REGISTERED
+    with monkeypatch.context() as patched:
+        patched.setattr(transport, "_new_agent", fail)
+        transport.add_peer(metadata)  # with the one that was made before
+        with pytest.raises(PeerError, match="no locked memory") as ours:
+            transport.add_peer(metadata)
+        assert ours.value.reason is Reason.NOT_REGISTERED
+    with pytest.raises(PeerError, match="no locked memory"):
+        transport.add_peer(metadata)  # which was made ahead
+    transport.add_peer(metadata)
+    transport.close()
+
+
+def test_agents_are_made_ahead_on_a_thread_that_has_entered_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm_pd_plugin.net.nixl_transport import NixlTransport
+
+    entered: list[int] = []
+    made: list[int] = []
+    transport = NixlTransport("DRAM", 0, enter_device=lambda: entered.append(threading.get_ident()))
+    make = transport._new_agent
+
+    def note() -> object:
+        made.append(threading.get_ident())
+        return make()
+
+    monkeypatch.setattr(transport, "_new_agent", note)
+    memory = np.ones(4096, np.uint8)
+    metadata = transport.register([(memory.ctypes.data, memory.nbytes)])
+    transport.add_peer(metadata)
+    transport.add_peer(metadata)
+    transport.close()
+    here = threading.get_ident()
+    assert made[0] == here, "the one that peers read through"
+    assert set(made[1:]) == set(entered)
+    assert here not in entered
+    assert len(made) >= 3
+
+
+def test_who_reads_from_nobody_makes_no_agent_for_it() -> None:
+    from vllm_pd_plugin.net.nixl_transport import NixlTransport
+
+    before = set(threading.enumerate())
+    transport = NixlTransport("DRAM", 0, reads=False)
+    memory = np.ones(4096, np.uint8)
+    transport.register([(memory.ctypes.data, memory.nbytes)])
+    assert set(threading.enumerate()) == before
     transport.close()
