@@ -229,6 +229,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Take note only: consumers read the KV where it lies."""
         self._worker.layer_written(layer_name)
 
+    def finish_forward(self) -> None:
+        """Called by model runner V2 when it has launched the forward pass, before it samples."""
+        self._worker.forward_ended()
+
     def wait_for_save(self) -> None:
-        """Nothing to wait for; vLLM calls this when it has launched the forward pass."""
+        """Nothing to wait for; called when the forward pass is launched, by model runner V1."""
         self._worker.forward_ended()
