@@ -274,7 +274,8 @@ def _describe_engine(core: Any) -> dict[str, Any]:
 
 
 def add_description_route() -> None:
-    """Let an API server of this process say, at ``DESCRIPTION_PATH``, where frontends attach."""
+    """Let an API server of this process say, at ``DESCRIPTION_PATH``, where frontends attach: to
+    each engine core that it has, in the order of their data parallel ranks."""
     launcher: Any = sys.modules.get("vllm.entrypoints.launchers.app")
     if launcher is None or getattr(launcher, _MARK, False):
         return  # no API server: ``LLM()``, or a worker process
@@ -284,10 +285,11 @@ def add_description_route() -> None:
     def with_description(args: Any, app: Any, *more: Any, **kwargs: Any) -> None:
         register_api_routers(args, app, *more, **kwargs)
 
-        async def describe() -> dict[str, Any]:
-            core = app.state.engine_client.engine_core
-            description: dict[str, Any] = await core.call_utility_async("pd_describe_engine")
-            return description
+        async def describe() -> list[dict[str, Any]]:
+            cores = app.state.engine_client.engine_core
+            descriptions: list[dict[str, Any]]
+            descriptions = await cores.call_utility_all_async("pd_describe_engine")
+            return descriptions
 
         app.add_api_route(DESCRIPTION_PATH, describe, methods=["GET"])
 
