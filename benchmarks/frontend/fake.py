@@ -164,7 +164,7 @@ class CannedEngine:
 
 def serve_description(description: messages.EngineDescription, port: int) -> None:
     """Answer health checks and frontends, until the process is ended."""
-    pages = {"/health": b"", messages.DESCRIPTION_PATH: msgspec.json.encode(description)}
+    pages = {"/health": b"", messages.DESCRIPTION_PATH: msgspec.json.encode([description])}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

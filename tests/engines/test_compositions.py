@@ -114,7 +114,7 @@ def test_engines_of_two_compositions_hand_off(
 
 def test_frontends_find_our_connector_among_others(engines: list[Engine]) -> None:
     for engine in engines:
-        description = HTTP.get(f"{engine.url}/pd/v1/engine", timeout=10).json()
+        (description,) = HTTP.get(f"{engine.url}/pd/v1/engine", timeout=10).json()
         assert (description["role"], description["control_port"]) == ("both", engine.control_port)
 
 

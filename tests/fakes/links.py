@@ -33,6 +33,7 @@ class FakeLink:
 
     def __init__(self, url: str, is_attached: bool = True, **description: Any) -> None:
         self.url = url
+        self.others: tuple[str, ...] = ()
         self.is_attached = is_attached
         self.problem = "" if is_attached else "not there"
         self.description = describe(**description)

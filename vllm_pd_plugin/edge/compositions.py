@@ -68,7 +68,7 @@ def refuse_bad_config(vllm_config: VllmConfig, options: Mapping[str, Any]) -> No
             "would keep such KV as if it were exact; set both to allow raw only"
         )
     geometry.refuse_unsupported(vllm_config)
-    geometry.refuse_shared_port(vllm_config, config.port)
+    geometry.control_port(vllm_config, config.port)
 
 
 def refuse_composition(transfer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         config = PdConfig.parse(transfer.kv_connector_extra_config, os.environ)
         geometry.refuse_unsupported(vllm_config)
         geometry.refuse_unsupported_cache(kv_cache_config)
-        geometry.refuse_shared_port(vllm_config, config.port)
+        config = replace(config, port=geometry.control_port(vllm_config, config.port))
         engine_id = transfer.engine_id or ""
         if role is KVConnectorRole.SCHEDULER:
             recomputes = transfer.kv_load_failure_policy == "recompute"
@@ -232,6 +233,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Take note only: consumers read the KV where it lies."""
         self._worker.layer_written(layer_name)
 
+    def finish_forward(self) -> None:
+        """Called by model runner V2 when it has launched the forward pass, before it samples."""
+        self._worker.forward_ended()
+
     def wait_for_save(self) -> None:
-        """Nothing to wait for; vLLM calls this when it has launched the forward pass."""
+        """Nothing to wait for; called when the forward pass is launched, by model runner V1."""
         self._worker.forward_ended()

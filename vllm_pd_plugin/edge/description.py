@@ -58,4 +58,5 @@ def describe(
         kv=kv,
         kv_tokens=vllm_config.cache_config.kv_cache_size_tokens or 0,
         block_tokens=vllm_config.cache_config.block_size,
+        data_parallel_rank=vllm_config.parallel_config.data_parallel_index,
     )

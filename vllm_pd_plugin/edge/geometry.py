@@ -34,6 +34,7 @@ _SINGLE = (
 
 
 _DEVICES = ("cpu", "cuda")
+_MAX_PORT = 65535
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -82,14 +83,22 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             )
 
 
-def refuse_shared_port(vllm_config: VllmConfig, port: int) -> None:
-    """Refuse one fixed port for several engines of one server. Raises UnsupportedError."""
-    size = vllm_config.parallel_config.data_parallel_size
-    if port and size > 1:
+def control_port(vllm_config: VllmConfig, port: int) -> int:
+    """Return the port that this engine core's control channel binds: each data parallel rank has
+    one of its own, counted from ``port``; 0 stays any free one.
+
+    Raises:
+        UnsupportedError: there are not as many.
+    """
+    parallel = vllm_config.parallel_config
+    highest = _MAX_PORT + 1 - parallel.data_parallel_size
+    if port > highest:
         raise UnsupportedError(
-            f"port={port} cannot be shared by --data-parallel-size={size} engines; "
-            "use port=0, so that each picks a free one"
+            f"port={port} leaves none for each of --data-parallel-size="
+            f"{parallel.data_parallel_size} engines; use {highest} or less, or port=0, so that "
+            "each picks a free one"
         )
+    return port + parallel.data_parallel_index if port else 0
 
 
 def refuse_unsupported_cache(config: KVCacheConfig) -> None:

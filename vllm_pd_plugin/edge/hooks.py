@@ -1,6 +1,6 @@
-"""The places where vLLM offers no hook: its command line, the check of a finished config, ending a
-request that nobody wants, the arrival of a request, new weights, the way of frontends into the
-engine core, and the page that tells them where it is.
+"""The places where vLLM offers no hook: its command line, the check of a finished config, the size
+of a KV cache, ending a request that nobody wants, the arrival of a request, new weights, the way of
+frontends into the engine core, and the page that tells them where it is.
 
 Each wraps a method of vLLM's once.
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.edge.compositions import own_config, own_connector, refuse_bad_config
 from vllm_pd_plugin.edge.flags import add_flags
 from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
@@ -29,8 +31,10 @@ _WAKERS: list[Callable[[], None]] = []
 
 
 def install() -> None:
-    """Wrap ``EngineArgs``; does nothing when it is wrapped already."""
+    """Wrap ``EngineArgs``, and ``Executor`` in an engine core; does nothing when that was done."""
     from vllm.engine.arg_utils import EngineArgs
+
+    leave_room_for_staging()
 
     if getattr(EngineArgs, _MARK, False):
         return
@@ -48,12 +52,39 @@ def install() -> None:
         config: VllmConfig = create_engine_config(self, *args, **kwargs)
         if (own := own_config(config)) is not None:
             refuse_bad_config(config, own)
+            leave_room_for_staging()  # an engine core may be a fork of this process
             add_description_route()
         return config
 
     EngineArgs.add_cli_args = staticmethod(with_flags)
     EngineArgs.create_engine_config = with_check
     setattr(EngineArgs, _MARK, True)
+
+
+def leave_room_for_staging() -> None:
+    """Let a GPU's KV cache leave room for our staging memory, within what vLLM may use.
+
+    vLLM gives a KV cache all that its profile run leaves over, before there is a connector. On a
+    CPU, staging memory that is not used takes no room.
+    """
+    executors: Any = sys.modules.get("vllm.v1.executor.abstract")
+    if executors is None or getattr(executors.Executor, _MARK, False):
+        return
+    determine_available_memory = executors.Executor.determine_available_memory
+
+    @functools.wraps(determine_available_memory)
+    def less_staging(self: Any) -> list[int]:
+        available: list[int] = determine_available_memory(self)
+        options = own_config(self.vllm_config)
+        if options is None or self.vllm_config.device_config.device_type == "cpu":
+            return available
+        staging_bytes = PdConfig.parse(options, os.environ).staging_bytes
+        text = "pdplugin: %.1f MiB of each rank's KV cache memory are taken for staging"
+        logger.info(text, staging_bytes / 2**20)
+        return [num_bytes - staging_bytes for num_bytes in available]
+
+    executors.Executor.determine_available_memory = less_staging
+    setattr(executors.Executor, _MARK, True)
 
 
 def end_abandoned_requests() -> None:
@@ -243,7 +274,8 @@ def _describe_engine(core: Any) -> dict[str, Any]:
 
 
 def add_description_route() -> None:
-    """Let an API server of this process say, at ``DESCRIPTION_PATH``, where frontends attach."""
+    """Let an API server of this process say, at ``DESCRIPTION_PATH``, where frontends attach: to
+    each engine core that it has, in the order of their data parallel ranks."""
     launcher: Any = sys.modules.get("vllm.entrypoints.launchers.app")
     if launcher is None or getattr(launcher, _MARK, False):
         return  # no API server: ``LLM()``, or a worker process
@@ -253,10 +285,11 @@ def add_description_route() -> None:
     def with_description(args: Any, app: Any, *more: Any, **kwargs: Any) -> None:
         register_api_routers(args, app, *more, **kwargs)
 
-        async def describe() -> dict[str, Any]:
-            core = app.state.engine_client.engine_core
-            description: dict[str, Any] = await core.call_utility_async("pd_describe_engine")
-            return description
+        async def describe() -> list[dict[str, Any]]:
+            cores = app.state.engine_client.engine_core
+            descriptions: list[dict[str, Any]]
+            descriptions = await cores.call_utility_all_async("pd_describe_engine")
+            return descriptions
 
         app.add_api_route(DESCRIPTION_PATH, describe, methods=["GET"])
 

@@ -59,11 +59,22 @@ class LinkOwner(Protocol):
     def lost(self, link: Link, why: str) -> None: ...
 
 
+def server_of(url: str) -> str:
+    """Return the URL of the server that an engine belongs to; see ``Link``."""
+    return url.partition("#")[0]
+
+
 class Link:
-    """One engine. problem: why it cannot be used now; empty when it can."""
+    """One engine. problem: why it cannot be used now; empty when it can.
+
+    url: its server's. A server with several engine cores (data parallel ranks) is as many engines:
+        this is the first of them, or with ``#N`` after the URL, the one of rank N.
+    others: the URLs of the server's other engines; known to its first.
+    """
 
     def __init__(self, url: str, connection: Connection, owner: LinkOwner) -> None:
         self.url = url
+        self.others: tuple[str, ...] = ()
         self.problem = "not asked yet"
         self.description: messages.EngineDescription
         self.incarnation = Incarnation("")
@@ -122,7 +133,7 @@ class Link:
     async def _find(self) -> None:
         """Ask the engine's HTTP server where its control channel is."""
         timeout = aiohttp.ClientTimeout(total=_FIND_TIMEOUT_S)
-        path = self.url + messages.DESCRIPTION_PATH
+        path = server_of(self.url) + messages.DESCRIPTION_PATH
         async with self._connection.session.get(path, timeout=timeout) as answer:
             if answer.status == 404:
                 text = f"{self.url} does not run pdplugin; start it with --kv-connector pdplugin"
@@ -131,19 +142,27 @@ class Link:
                 raise messages.FrontendError(f"{path} answers with status {answer.status}")
             content = await answer.read()
         try:
-            self.description = msgspec.json.decode(content, type=messages.EngineDescription)
+            engines = msgspec.json.decode(content, type=list[messages.EngineDescription])
         except msgspec.MsgspecError as error:
             raise messages.FrontendError(
-                f"{path} answers with something else than an engine's description ({error}); run "
+                f"{path} answers with something else than descriptions of engines ({error}); run "
                 "the same release of vllm-pd-plugin on engines and frontends"
             ) from error
-        if self.description.data_parallel_size > 1:
-            text = f"{self.url} is data parallel; start an engine for each rank, and name them all"
-            raise messages.FrontendError(text)
+        self._choose(engines)
         if self._connection.keys is None and not is_loopback(self.description.control_host):
             host = self.description.control_host
             text = f"the control channel of {self.url} is at {host}: set the cluster key"
             raise messages.FrontendError(text)
+
+    def _choose(self, engines: list[messages.EngineDescription]) -> None:
+        """Take this one's description out of those of its server."""
+        server, is_another, _ = self.url.partition("#")
+        names = [f"{server}#{engine.data_parallel_rank}" for engine in engines]
+        if not is_another:
+            names[:1], self.others = [server], tuple(names[1:])
+        if self.url not in names or not engines:
+            raise messages.FrontendError(f"{server} has no such engine now: {self.url}")
+        self.description = engines[names.index(self.url)]
 
     async def _attach(self) -> None:
         self._changed.clear()

@@ -30,8 +30,9 @@ LEASE_S = 15.0
 """An engine ends the requests of a frontend that has been silent for so long."""
 
 DESCRIPTION_PATH = "/pd/v1/engine"
-"""Where an engine's HTTP server says where its control channel is. Not guarded by its API key:
-the channel has a key of its own."""
+"""Where an HTTP server says, of each of its engine cores, where its control channel is: a list, in
+the order of their data parallel ranks. Not guarded by its API key: the channel has a key of its
+own."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -61,6 +62,7 @@ class EngineDescription(msgspec.Struct, frozen=True):
     codecs: that a request may ask for here.
     kv: what its KV is; engines of one pool have the same.
     kv_tokens: size of its KV cache. block_tokens: of one block.
+    data_parallel_rank: of its server's engine cores; each is an engine of its own to a frontend.
     """
 
     engine_id: EngineId
@@ -78,6 +80,7 @@ class EngineDescription(msgspec.Struct, frozen=True):
     kv: KvIdentity
     kv_tokens: int
     block_tokens: int
+    data_parallel_rank: int = 0
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):

@@ -245,6 +245,9 @@ class TokenServer:
         try:
             request = self._decoder.decode(payload)
             request.request_id, request.client_index = request_id, client_index
+            # Data parallel ranks of a mixture of experts step together, or all pause. vLLM's own
+            # clients wake the others; a request of no wave of steps lets this rank do it.
+            request.current_wave = -1
             self._refuse(request)
             prepared = self._core.preprocess_add_request(request)
         except Exception:

@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from vllm_pd_plugin.engine_port.link import Link
+from vllm_pd_plugin.engine_port.link import Link, server_of
 from vllm_pd_plugin.frontend.pool.fitness import Requirement, misfit
 from vllm_pd_plugin.frontend.pool.members import Member, Pool
-from vllm_pd_plugin.frontend.pool.membership import Engines
+from vllm_pd_plugin.frontend.pool.membership import Engines, Wanted
 from vllm_pd_plugin.frontend.routing.choice import EngineKey, Role
 from vllm_pd_plugin.memory.identity import KvIdentity, difference
 
@@ -28,6 +28,8 @@ class Keeper:
         self._on_leave = on_leave
         self._loop = asyncio.get_running_loop()
         self._requirement: Requirement | None = None
+        self._engines: Engines = {}
+        self._make_link: Callable[[EngineKey], Link]
         self._draining: dict[EngineKey, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -37,21 +39,39 @@ class Keeper:
         self.judge()
 
     def use(self, engines: Engines, make_link: Callable[[EngineKey], Link]) -> None:
-        """Make the pool what is wanted."""
+        """Make the pool what is wanted: the engines of these servers."""
+        self._engines, self._make_link = dict(engines), make_link
         for member in self._pool:
-            if member.key not in engines:
+            if server_of(member.key) not in engines:
                 self._remove(member)
         for key, wanted in engines.items():
-            if self._pool.get(key) is None:
-                self._pool.add(Member(key, wanted.role, make_link(key)))
-            member = self._pool[key]
-            member.generation = wanted.generation
-            self._set_role(member, wanted.role)
-            self._set_draining(member, wanted.drain_until)
+            self._keep(key, wanted)
         self.judge()
+
+    def _keep(self, key: EngineKey, wanted: Wanted) -> None:
+        if self._pool.get(key) is None:
+            self._pool.add(Member(key, wanted.role, self._make_link(key)))
+        member = self._pool[key]
+        member.generation = wanted.generation
+        self._set_role(member, wanted.role)
+        self._set_draining(member, wanted.drain_until)
+
+    def _keep_others(self) -> None:
+        """Keep every engine of a server like its first, which says what others there are."""
+        for member in self._pool:
+            server = server_of(member.key)
+            first, wanted = self._pool.get(server), self._engines.get(server)
+            if first is None or wanted is None or not first.link.is_attached:
+                continue
+            if member is first:
+                for key in first.link.others:
+                    self._keep(key, wanted)
+            elif member.key not in first.link.others:
+                self._remove(member)
 
     def judge(self) -> None:
         """Look at every engine that is there: can it be used? What is under way on one stays."""
+        self._keep_others()
         reference = self._reference()
         for member in self._pool:
             if not member.link.is_attached:

@@ -29,7 +29,7 @@ class FakeApp:
         self.routes: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {}
         self.methods: dict[str, list[str]] = {}
         self.calls: list[str] = []
-        core = SimpleNamespace(call_utility_async=self._call)
+        core = SimpleNamespace(call_utility_all_async=self._call)
         self.state = SimpleNamespace(engine_client=SimpleNamespace(engine_core=core))
 
     def add_api_route(
@@ -38,9 +38,9 @@ class FakeApp:
         assert path not in self.routes, "a route was added twice"
         self.routes[path], self.methods[path] = endpoint, methods
 
-    async def _call(self, method: str) -> dict[str, Any]:
+    async def _call(self, method: str) -> list[dict[str, Any]]:
         self.calls.append(method)
-        return {"engine_id": "engine"}
+        return [{"engine_id": "engine"}]
 
 
 class Launcher(types.ModuleType):
@@ -67,7 +67,7 @@ def test_an_api_server_says_where_frontends_attach(launcher: Any) -> None:
     launcher.register_api_routers("args", app, ("generate",), model="model")
     assert launcher.calls == [("args", ("generate",), {"model": "model"})]
     assert app.methods == {DESCRIPTION_PATH: ["GET"]}
-    assert asyncio.run(app.routes[DESCRIPTION_PATH]()) == {"engine_id": "engine"}
+    assert asyncio.run(app.routes[DESCRIPTION_PATH]()) == [{"engine_id": "engine"}]
     assert app.calls == ["pd_describe_engine"]
 
 

@@ -22,17 +22,39 @@ def test_it_rests_unless_other_ranks_wait_for_its_steps(
         monkeypatch.setattr(
             engine.scheduler._has_news, "wait", lambda seconds: bool(rests.append(seconds))
         )
-        engine.add(
-            "r",
-            list(range(40)),
-            {
-                "do_remote_prefill": True, "remote_host": "127.0.0.1", "remote_port": 9,
-                "remote_handoff_id": secrets.token_hex(16),
-            },
-        )  # fmt: skip
+        wants(engine)
         for _ in range(3):
             engine.step()
         assert len(rests) == (3 if steps_alone else 0)
         assert rests == sorted(rests)
     finally:
         engine.close()
+
+
+def test_what_ended_a_rest_is_taken_in_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two steps in flight, the workers' answer to a step is read when another is scheduled."""
+    engine = BareEngine("decode")
+    try:
+        rests: list[float] = []
+        is_news = iter([False, True, False, False, False])
+
+        def wait(seconds: float) -> bool:
+            rests.append(seconds)
+            return next(is_news)
+
+        monkeypatch.setattr(engine.scheduler._has_news, "wait", wait)
+        wants(engine)
+        for _ in range(5):
+            engine.step()
+        assert rests == [0.001, 0.002, 0.0, 0.001, 0.002]
+    finally:
+        engine.close()
+
+
+def wants(engine: BareEngine) -> None:
+    """A request arrives that will wait for its KV."""
+    params = {
+        "do_remote_prefill": True, "remote_host": "127.0.0.1", "remote_port": 9,
+        "remote_handoff_id": secrets.token_hex(16),
+    }  # fmt: skip
+    engine.add("r", list(range(40)), params)

@@ -40,7 +40,7 @@ def test_a_request_goes_into_the_core_as_the_frontend_s_own(
     frontend.add("r-1d", make_request("the client's", stop_token_ids=[3]))
     ((request, wave),) = engine.core.taken(ADD)
     assert engine.core.prepared == [request]
-    assert (request.request_id, wave) == ("r-1d", 0)
+    assert (request.request_id, wave) == ("r-1d", -1), "of no wave of steps"
     assert request.prompt_token_ids == PROMPT
     assert sampling_of(request).stop_token_ids == [3]
     assert request.client_index >= 1_000_000

@@ -12,6 +12,7 @@ import enum
 from collections.abc import Mapping, Sequence
 
 EngineKey = str
+"""Its URL; see ``engine_port.link.Link``."""
 """An engine's URL, as the operator gave it."""
 
 _TYPICAL_RATE = 2000.0
