@@ -61,8 +61,8 @@ def test_engines_run_from_the_wheel_and_answer_alike(trio: Trio) -> None:
     for engine in (trio.producer, trio.consumer):
         mapped = {part.path for part in psutil.Process(engine.worker_pid()).memory_maps()}
         native = [Path(path) for path in mapped if "/vllm_pd_plugin/" in path]
-        assert [path.name for path in native] == ["_C.abi3.so"]
-        assert wheel.environment() in native[0].parents
+        assert "_C.abi3.so" in [path.name for path in native]
+        assert all(wheel.environment() in path.parents for path in native)
     for seed, how in enumerate((hand_off, hand_off_at_once)):
         prompt = random_prompt(300, 600 + seed)
         expected = trio.alone.complete(prompt)

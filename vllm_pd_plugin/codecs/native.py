@@ -18,7 +18,10 @@ import torch
 OLDEST_TORCH = (2, 13)
 """(major, minor): its stable ABI has all that the modules use; ``setup.py`` builds for it."""
 
-_BUILD = "in a checkout of vllm-pd-plugin run `make wheel`, then `pip install dist/*.whl` here"
+_BUILD = (
+    "in a checkout of vllm-pd-plugin run `make wheel`, "
+    "then here `pip install --force-reinstall --no-deps dist/*.whl`"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
