@@ -5,6 +5,7 @@
 #   make test    all tests (unit tests, then real engines); make test-unit: the first half
 #   make tools   what tests and benchmarks need that pip does not install, with apt-get
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
+#   make wheel   the wheel to install elsewhere, in dist; with CUDA kernels if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
 #   make compatibility  which KV caches of vLLM's attention backends can be handed off: docs/compatibility.md
 #   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
@@ -19,13 +20,15 @@ DURATIONS ?= build/durations.json
 TOOLS := iproute2
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/*)
-CUDA_ARCHITECTURES := 80 90 100
+HAS_NVCC := $(if $(shell command -v nvcc),1,0)
+# Torch's headers have parameters that they do not use.
+STRICT := -Wextra -Wno-unused-parameter -Werror
 SETUP := .venv/.done
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit check format bench quality compatibility lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit check wheel format bench quality compatibility lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -56,6 +59,7 @@ demo-ray: setup
 
 test: setup test-unit
 	@$(BIN)/python -m tests.models
+	@$(BIN)/python -m tests.wheel
 	$(BIN)/python -m pytest tests/engines -n 2 --dist loadgroup --table $(DURATIONS) --run-name engines
 
 test-unit: setup
@@ -77,11 +81,12 @@ check: setup
 		-Wall -Wextra -Werror csrc/cpu/*.cpp tests/native/*.cpp -o build/kernels && build/kernels
 	$(CXX) -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math \
 		-Wall -Wextra -Werror csrc/cpu/*.cpp tests/native/*.cpp -o build/kernels && build/kernels
-	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled"
-	@! command -v nvcc >/dev/null || for source in csrc/cuda/*.cu; do \
-		echo "nvcc $$source for $(CUDA_ARCHITECTURES)"; \
-		nvcc -std=c++17 -fmad=false $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
-			-Werror all-warnings -c $$source -o build/kernel.o || exit 1; done
+	@test $(HAS_NVCC) = 1 || echo "no nvcc: the CUDA sources are not compiled"
+	CXXFLAGS="$(STRICT)" NVCC_APPEND_FLAGS="-Werror all-warnings" PD_USE_CUDA=$(HAS_NVCC) \
+		$(BIN)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
+
+wheel: setup
+	@$(BIN)/python packaging/make_wheel.py dist
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -122,4 +127,4 @@ lock:
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf .venv .models build *.egg-info
+	rm -rf .venv .models build dist *.egg-info

@@ -32,7 +32,7 @@ GROUPS = {
     ),
     "failures": ("failures/test_requests", "failures/test_peers"),
     "tiny-mla": ("test_parity[tiny-mla]", "test_codecs[tiny-mla]"),
-    "tiny-gemma3": ("test_parity[tiny-gemma3]",),
+    "tiny-gemma3": ("test_parity[tiny-gemma3]", "test_wheel"),
 }
 """Modules of ``tests/engines`` that share engines, in the order in which they run. With several
 workers (`pytest -n 2 --dist loadgroup`) each takes the next group."""

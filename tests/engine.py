@@ -220,22 +220,25 @@ def start(
     kv_gib: int = 1,
     control_port: int = 0,
     environ: Mapping[str, str] | None = None,
+    programs: Path | None = None,
 ) -> Engine:
     """Start ``vllm serve`` on a free port and return at once; see ``wait_until_ready``.
 
     cores: as VLLM_CPU_OMP_THREADS_BIND takes it: "0", or "0|1" for two ranks.
     folder: where the log goes.
     control_port: what the arguments say of it.
+    programs: where ``vllm`` lies, if not in this environment; it then runs in ``folder``.
     """
     port = free_port()
     log = folder / f"{name}-{port}.log"
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model),
+        str((programs or Path(sys.executable).parent) / "vllm"), "serve", str(model),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", model.name,
         "--disable-uvicorn-access-log", *arguments,
     ]  # fmt: skip
     settings = {"VLLM_CPU_KVCACHE_SPACE": str(kv_gib), "VLLM_CPU_OMP_THREADS_BIND": cores}
-    process = spawn(command, {**settings, **(environ or {})}, log)
+    cwd = folder if programs else None
+    process = spawn(command, {**settings, **(environ or {})}, log, cwd)
     return Engine(name, f"http://127.0.0.1:{port}", model.name, process, log, control_port)
 
 
@@ -261,7 +264,9 @@ def start_frontend(
     return Engine(f"frontend {command}", f"http://127.0.0.1:{port}", model.name, process, log)
 
 
-def spawn(command: Sequence[str], environ: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], environ: Mapping[str, str], log: Path, cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
     """Start a server offline and in a process group of its own; ``log`` gets what it prints."""
     offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as out:
@@ -271,6 +276,7 @@ def spawn(command: Sequence[str], environ: Mapping[str, str], log: Path) -> subp
             stderr=subprocess.STDOUT,
             env={**os.environ, **offline, **environ},
             process_group=0,
+            cwd=cwd,
         )
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,12 @@ def _run_frontend(
     os._exit(status)
 
 
+class _Slower(Exception):
+    """The connector runs without this, and is slower."""
+
+
 def check() -> int:
-    """Print one line for each thing that the connector needs; 0 if all are there."""
+    """Print one line for each thing that the connector needs; 0 if it can run."""
     checks = {
         "vLLM": _check_vllm,
         "NIXL": _check_nixl,
@@ -197,10 +201,17 @@ def check() -> int:
         "native extension": _check_extension,
         "cluster key": _check_key,
     }
+    return run_checks(checks)
+
+
+def run_checks(checks: Mapping[str, Callable[[], str]]) -> int:
+    """Print what each says, or why it fails; returns 1 where one that is needed fails, else 0."""
     failures = 0
     for name, function in checks.items():
         try:
             print(f"ok    {name}: {function()}")
+        except _Slower as slower:
+            print(f"SLOW  {name}: {slower}")
         except (PdError, ImportError, RuntimeError) as error:
             failures += 1
             print(f"FAIL  {name}: {error}")
@@ -234,9 +245,21 @@ def _check_connector() -> str:
 
 
 def _check_extension() -> str:
-    from vllm_pd_plugin.codecs.ops import HAS_NATIVE
+    import torch
 
-    return "built" if HAS_NATIVE else "not built: slower ops in PyTorch take its place"
+    from vllm_pd_plugin.codecs import native
+
+    on_cuda = torch.version.cuda is not None
+    devices = {"CPU": native.missing(on_cuda=False)}
+    if on_cuda:
+        devices["CUDA"] = native.missing(on_cuda=True)
+    for device, missing in devices.items():
+        if missing is not None:
+            raise _Slower(
+                f"missing for {device}, slower ops in PyTorch take its place: {missing.why}. "
+                f"To have it: {missing.remedy}"
+            )
+    return f"built, for {' and '.join(devices)}"
 
 
 def _check_key() -> str:

@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     args.prompts = args.prompts or ([2048] if args.undisturbed else [512])
     if args.against is not None:
         args.arms = [BEFORE, *args.arms]
-        if not list(args.against.glob("vllm_pd_plugin/_C*.so")):
+        if not list(args.against.glob("vllm_pd_plugin/_C.*so")):
             parser.error(f"--against: {args.against} has no built vllm_pd_plugin: run make setup")
     if args.undisturbed:
         args.arms = [arm for arm in args.arms if arm != "alone"]

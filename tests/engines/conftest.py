@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import models
+from tests import models, wheel
 from tests.alone import Alone
 from tests.engine import Engine, connector_arguments, free_port, running, start
 from tests.engine_site import ONE_PROCESS, environ_of
@@ -43,6 +43,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     # As vLLM has it on a CPU: another process computes.
     "tiny-gemma3": (*FLOAT32, "--distributed-executor-backend", "mp"),
 }
+# Its engines run from the installed wheel, those of the others from the checkout.
+FROM_THE_WHEEL = "tiny-gemma3"
 # For a producer, after the above: longer prompts are computed in several steps. MLA cannot do that.
 CHUNKED = ("--max-num-batched-tokens", "768")
 # Less than one layer's KV of a chunk: each layer is announced.
@@ -103,10 +105,17 @@ def start_pair(model: str, logs: Path, consume: Sequence[str] = ()) -> list[Engi
     produce = connector_arguments("prefill", port=port, stretch_bytes=STRETCH_BYTES)
     chunked = () if model == "tiny-mla" else CHUNKED
     words = (*common, *chunked, *produce)
-    consume = consume or connector_arguments("decode")
+    consume = (*common, *(consume or connector_arguments("decode")))
+    programs = wheel.environment() / "bin" if model == FROM_THE_WHEEL else None
     return [
-        start("producer", path, words, cores="0", folder=logs, control_port=port),
-        start("consumer", path, (*common, *consume), cores="1", folder=logs),
+        start(
+            *("producer", path, words),
+            cores="0",
+            folder=logs,
+            control_port=port,
+            programs=programs,
+        ),
+        start("consumer", path, consume, cores="1", folder=logs, programs=programs),
     ]
 
 

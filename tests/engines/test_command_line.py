@@ -108,13 +108,6 @@ def test_a_refused_config_of_llm_says_what_to_do() -> None:
     assert "lease_s=-1 is not a time; allowed are 0.05 to 86400 seconds" in problems
 
 
-def test_vllm_pd_check_finds_everything() -> None:
-    status, text, _ = run(str(Path(sys.executable).with_name("vllm-pd")), "check")
-    assert status == 0
-    assert text.count("ok ") == 5
-    assert "native extension: built" in text
-
-
 def test_the_offline_example_answers_alike() -> None:
     status, text, problems = run(sys.executable, "examples/offline_llm.py", str(models.smollm2()))
     assert status == 0, (text + problems)[-3000:]

@@ -1,4 +1,4 @@
-"""The native ops, and a reference in Python beside each; the only importer of the extension.
+"""The native ops, and a reference in Python beside each.
 
 ``blocks`` is int64 ``[n]``: block numbers. *Planes* are KV caches, one a layer, seen as
 ``[num_blocks, heads, tokens, width]`` with any strides but in the last dimension, all of one shape
@@ -6,9 +6,9 @@ and dtype. *Parts* are the keys of several layers, or their values, or so, seen 
 heads, token tiles, tokens of a tile, channel tiles, channels of a tile]`` with any strides (see
 ``part_of``). All tensors of a call are on one device.
 
-Where the extension was not built, the references of ``ops_reference`` are used, and a warning says
-so once. On the CPU an op uses as many threads as the caller's PyTorch does; on a GPU it runs on the
-caller's current stream.
+Where a native module does not serve (``native.py``), the references of ``ops_reference.py`` do, and
+a warning says so once. On the CPU an op uses as many threads as the caller's PyTorch does; on a GPU
+it runs on the caller's current stream.
 
 Errors: RuntimeError where arguments do not fit; on a GPU block numbers are not checked, because
 that would wait for it.
@@ -17,23 +17,19 @@ that would wait for it.
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from vllm_pd_plugin.codecs import ops_reference
+from vllm_pd_plugin.codecs import native, ops_reference
 from vllm_pd_plugin.codecs.codec import Encoding, Part
 
 logger = logging.getLogger(__name__)
 
-try:
-    importlib.import_module("vllm_pd_plugin._C")  # which registers the ops
-    HAS_NATIVE, _why_not = True, "it has no CUDA kernels"
-except ImportError as error:
-    HAS_NATIVE, _why_not = False, str(error)
+HAS_NATIVE = native.missing(on_cuda=False) is None
+"""Whether the ops are registered, with their CPU kernels."""
 
 Tensors = Sequence[torch.Tensor]
 
@@ -123,23 +119,22 @@ def digest_blocks(planes: Tensors, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _kernel(op: str, blocks: torch.Tensor) -> Callable[..., Any]:
-    key = "CUDA" if blocks.is_cuda else "CPU"
-    name = f"vllm_pd_plugin::{op}"
-    if HAS_NATIVE and torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
-        native: Callable[..., Any] = getattr(torch.ops.vllm_pd_plugin, op)
-        return native
-    _say_that_the_reference_is_used()
+    missing = native.missing(blocks.is_cuda)
+    if missing is None:
+        registered: Callable[..., Any] = getattr(torch.ops.vllm_pd_plugin, op)
+        return registered
+    _say_that_the_reference_is_used(missing)
     reference: Callable[..., Any] = getattr(ops_reference, op)
     return reference
 
 
 @functools.cache
-def _say_that_the_reference_is_used() -> None:
+def _say_that_the_reference_is_used(missing: native.Missing) -> None:
     logger.warning(
-        "vllm-pd-plugin runs without its native extension (%s): slower ops in PyTorch are used. "
-        "To have it, install a C++ compiler (for a GPU also the CUDA toolkit), then: "
-        "pip install --no-build-isolation --force-reinstall --no-deps vllm-pd-plugin",
-        _why_not,
+        "vllm-pd-plugin runs without its native ops (%s): slower ones in PyTorch are used. "
+        "To have them: %s",
+        missing.why,
+        missing.remedy,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.native import without_native_ops
 from tests.fakes.planes import LAYOUTS, NUM_BLOCKS, make_planes
 from tests.tools import needs
 from vllm_pd_plugin.codecs import ops, ops_reference
@@ -101,9 +102,8 @@ def test_without_the_extension_the_reference_is_used_and_said_once(
 ) -> None:
     planes, blocks = make_planes((2, 3, 8), torch.float32).views, torch.tensor([1, 2])
     expected = ops.digest_blocks(planes, blocks)
-    monkeypatch.setattr(ops, "HAS_NATIVE", False)
-    ops._say_that_the_reference_is_used.cache_clear()
+    without_native_ops(monkeypatch)
     for _ in range(2):
         assert torch.equal(ops.digest_blocks(planes, blocks), expected)
     assert len(caplog.records) == 1
-    assert "without its native extension" in caplog.text
+    assert "without its native ops" in caplog.text

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.native import without_native_ops
 from tests.fakes.planes import NUM_BLOCKS, PART_LAYOUTS, Laid, Shape, Slab, make_parts
 from tests.tools import needs
 from vllm_pd_plugin.codecs import ops, ops_reference
@@ -244,7 +245,7 @@ def test_a_slab_does_not_depend_on_the_layout() -> None:
 
 @pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "HAS_NATIVE", False)
+    without_native_ops(monkeypatch)
 
 
 def test_without_the_extension_the_references_write_the_same(

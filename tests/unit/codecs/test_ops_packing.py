@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.native import without_native_ops
 from tests.fakes.planes import LAYOUTS, NUM_BLOCKS, Laid, Shape, Slab, make_planes
 from tests.tools import needs
 from vllm_pd_plugin.codecs import ops, ops_reference
@@ -216,8 +217,7 @@ def test_without_the_extension_the_references_are_used_and_said_once(
 ) -> None:
     planes, blocks = make_planes(SHAPE, torch.float32, "keys beside values"), torch.tensor([1, 2])
     expected, slab = spelt_out(planes, [1, 2]), torch.zeros(768, dtype=torch.uint8)
-    monkeypatch.setattr(ops, "HAS_NATIVE", False)
-    ops._say_that_the_reference_is_used.cache_clear()
+    without_native_ops(monkeypatch)
     ops.pack_blocks(planes.views, blocks, slab)
     assert torch.equal(slab, expected)
     target = planes.copy()
@@ -226,5 +226,5 @@ def test_without_the_extension_the_references_are_used_and_said_once(
     ops.unpack_blocks(slab, blocks, target.views)
     assert target.is_equal(planes)
     assert [record.message.split(" (")[0] for record in caplog.records] == [
-        "vllm-pd-plugin runs without its native extension"
+        "vllm-pd-plugin runs without its native ops"
     ]

@@ -1,0 +1,117 @@
+// The module _C: the ops as PyTorch sees them, and their CPU kernels, over LibTorch's stable ABI:
+// one build serves every torch from TORCH_TARGET_VERSION on.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+
+namespace pd::bindings {
+namespace {
+
+// Each thread gets so much that starting it pays. A connector's pieces are smaller, and it has one
+// core to itself at best: it is not to take those that the model computes on.
+constexpr int64_t kBytesPerThread = 16 << 20;
+
+// Works on items (blocks, or stripes) of `bytes` in all, on as many threads as the caller's PyTorch
+// has at the most.
+template <class Work>
+void in_parallel(int64_t items, int64_t bytes, const Work& work) {
+  const int64_t grain = bytes > 0 ? items * kBytesPerThread / bytes + 1 : items + 1;
+  torch::stable::parallel_for(0, items, grain, work);
+}
+
+void pack_blocks_cpu(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
+  const Planes checked = check_planes(planes);
+  check_blocks(blocks, planes[0]);
+  check_bounds(blocks, planes);
+  const pd::BlockRun run = checked.run(blocks);
+  check_slab(slab, planes[0], packed_bytes(run));
+  auto* const bytes = static_cast<char*>(slab.data_ptr());
+  in_parallel(pd::packing_items(run), slab.numel(), [&](int64_t first, int64_t last) {
+    pd::pack_blocks_cpu(run, bytes, first, last);
+  });
+}
+
+void unpack_blocks_cpu(Tensor slab, Tensor blocks, std::vector<Tensor> planes) {
+  const Planes checked = check_planes(planes);
+  check_blocks(blocks, planes[0]);
+  check_bounds(blocks, planes);
+  const pd::BlockRun run = checked.run(blocks);
+  check_slab(slab, planes[0], packed_bytes(run));
+  const auto* const bytes = static_cast<const char*>(slab.data_ptr());
+  in_parallel(pd::packing_items(run), slab.numel(), [&](int64_t first, int64_t last) {
+    pd::unpack_blocks_cpu(run, bytes, first, last);
+  });
+}
+
+void encode_blocks_cpu(
+    std::vector<Tensor> parts, Tensor blocks, int64_t tokens, int64_t bits, int64_t group,
+    bool by_channel, int64_t sinks, Tensor slab) {
+  const Parts checked = check_parts(parts);
+  check_blocks(blocks, parts[0]);
+  check_bounds(blocks, parts);
+  check_tokens(tokens, blocks, checked.tiling.tokens);
+  const pd::TokenRun run = checked.run(blocks, tokens);
+  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
+  auto* const bytes = static_cast<char*>(slab.data_ptr());
+  in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
+    pd::encode_blocks_cpu(run, encoding, bytes, first, last);
+  });
+}
+
+void decode_blocks_cpu(
+    Tensor slab, Tensor blocks, int64_t tokens, int64_t bits, int64_t group, bool by_channel,
+    int64_t sinks, std::vector<Tensor> parts) {
+  const Parts checked = check_parts(parts);
+  check_blocks(blocks, parts[0]);
+  check_bounds(blocks, parts);
+  check_tokens(tokens, blocks, checked.tiling.tokens);
+  const pd::TokenRun run = checked.run(blocks, tokens);
+  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
+  const auto* const bytes = static_cast<const char*>(slab.data_ptr());
+  in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
+    pd::decode_blocks_cpu(run, encoding, bytes, first, last);
+  });
+}
+
+Tensor digest_blocks_cpu(std::vector<Tensor> planes, Tensor blocks) {
+  const Planes checked = check_planes(planes);
+  check_blocks(blocks, planes[0]);
+  check_bounds(blocks, planes);
+  Tensor result = torch::stable::new_empty(blocks, {1});
+  *static_cast<uint64_t*>(result.data_ptr()) = pd::digest_blocks_cpu(checked.run(blocks));
+  return result;
+}
+
+STABLE_TORCH_LIBRARY(vllm_pd_plugin, ops) {
+  ops.def("pack_blocks(Tensor[] planes, Tensor blocks, Tensor(a!) slab) -> ()");
+  ops.def("unpack_blocks(Tensor slab, Tensor blocks, Tensor(a!)[] planes) -> ()");
+  ops.def(
+      "encode_blocks(Tensor[] parts, Tensor blocks, int tokens, int bits, int group, "
+      "bool by_channel, int sinks, Tensor(a!) slab) -> ()");
+  ops.def(
+      "decode_blocks(Tensor slab, Tensor blocks, int tokens, int bits, int group, "
+      "bool by_channel, int sinks, Tensor(a!)[] parts) -> ()");
+  ops.def("digest_blocks(Tensor[] planes, Tensor blocks) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_pd_plugin, CPU, ops) {
+  ops.impl("pack_blocks", TORCH_BOX(&pack_blocks_cpu));
+  ops.impl("unpack_blocks", TORCH_BOX(&unpack_blocks_cpu));
+  ops.impl("encode_blocks", TORCH_BOX(&encode_blocks_cpu));
+  ops.impl("decode_blocks", TORCH_BOX(&decode_blocks_cpu));
+  ops.impl("digest_blocks", TORCH_BOX(&digest_blocks_cpu));
+}
+
+}  // namespace
+}  // namespace pd::bindings
+
+// Importing the module is what registers the ops.
+extern "C" PyObject* PyInit__C(void) {
+  static PyModuleDef module = {};
+  module.m_base = PyModuleDef_HEAD_INIT;
+  module.m_name = "_C";
+  module.m_size = -1;
+  return PyModule_Create(&module);
+}
