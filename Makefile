@@ -96,6 +96,7 @@ format: setup
 bench: setup
 	@$(BIN)/python -m tests.models tiny-llama
 	$(BIN)/python -m benchmarks.idle --json benchmarks/results/idle.json
+	$(BIN)/python -m benchmarks.control --json benchmarks/results/control.json
 	@$(BIN)/python -m tests.models bench-llama
 	$(BIN)/python -m benchmarks.handoff --prompts 512 --link-mbit 0 --repeat 7 --json benchmarks/results/handoff-unlimited.json
 	$(BIN)/python -m benchmarks.handoff --prompts 512,2048 --link-mbit 300,1000 --json benchmarks/results/handoff-limited.json

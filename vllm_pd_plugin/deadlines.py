@@ -54,9 +54,14 @@ class Deadlines(Generic[Key]):
     def take(self, now: float) -> list[Key]:
         """Remove and return the keys that are due, the longest overdue first."""
         due: list[Key] = []
-        while (at := self.next()) is not None and at <= now:
-            key = self._heap[0][2]
-            self.remove(key)
+        while self._heap and self._heap[0][0] <= now:
+            place, _, key = heapq.heappop(self._heap)
+            if self._queued.get(key) != place:  # forgotten, or it has an earlier place
+                continue
+            if (at := self._at[key]) > place:
+                self._push(key, at)
+                continue
+            del self._at[key], self._queued[key]
             due.append(key)
         return due
 

@@ -88,6 +88,7 @@ class Step:
         self.cluster = FakeCluster(layout=layout_of(RANKS))
         self.control = self.cluster.producer.control
         self.messages = 0
+        self.senders: dict[str, Any] = {}
         self._take_messages()
         self.blocks: dict[str, Any] = {}
         calls: list[Callable[[Any], None]] = []
@@ -144,7 +145,8 @@ class Step:
         self.control.receive(b"worker-%d" % rank, frames)
 
     def _tell(self, message: Any, who: str) -> None:
-        sender, target = new_incarnation(), self.cluster.producer.identity.incarnation
+        sender = self.senders.setdefault(who, new_incarnation())
+        target = self.cluster.producer.identity.incarnation
         self.control.receive(who.encode(), framing.encode(message, sender, target))
 
     def _run_calls(self) -> None:

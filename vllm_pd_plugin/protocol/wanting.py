@@ -201,14 +201,16 @@ class Wanting:
 
     def _beat(self) -> float | None:
         """Send the heartbeats that are due; return when the next one is."""
-        self._contain.each("heartbeats", self._heartbeats.take(self._clock()), self._beat_at)
+        now = self._clock()
+        due = self._heartbeats.take(now)
+        self._contain.each("heartbeats", due, lambda address: self._beat_at(address, now))
         return self._heartbeats.next()
 
-    def _beat_at(self, address: Address) -> None:
+    def _beat_at(self, address: Address, now: float) -> None:
         peer = self._peers.get(address)
         if peer is None:  # until it has introduced itself
             return
-        self._heartbeats.set(address, self._clock() + _interval_s(peer))
+        self._heartbeats.set(address, now + _interval_s(peer))
         held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.asked)
         if held:
             self._peers.send(peer, wire.Heartbeat(held))
