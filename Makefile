@@ -1,4 +1,4 @@
-# Everything happens in .venv; each target does its whole set-up, and is quick when it is done.
+# Everything but `make gpu` happens in .venv; each target does its whole set-up, and is quick when it is done.
 #
 #   make demo    a chat over one prefill and one decode engine, with a frontend before them
 #   make demo-ray  the same on a local Ray, with `serve run`
@@ -7,25 +7,31 @@
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
 #   make compatibility  which KV caches of vLLM's attention backends can be handed off: docs/compatibility.md
+#   make gpu     whether the kernels are right on an NVIDIA GPU, and how fast: docs/gpu.md. PYTHON needs PyTorch, no set-up
+#   make gpu-site  what a handoff in `make gpu` needs besides, to be carried to a machine without a network
 #   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
 #
-# PYTHON       interpreter that .venv is made with (3.11 or later)
+# PYTHON       interpreter that .venv is made with (3.11 or later); of `make gpu`, the one that has PyTorch
 # DURATIONS    where `make test` writes how long each module took
+# OUT          folder for the results of `make gpu`
+# DEVICE       what it runs on: cuda, or cpu for a rehearsal without a GPU
 # TORCH_INDEX  URL of PyTorch's CPU wheel index, where pip does not find torch's +cpu wheel by itself
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 DURATIONS ?= build/durations.json
+OUT ?= build/gpu-results
+DEVICE ?= cuda
 TOOLS := iproute2
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/*)
+NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/* tests/gpu/native/*)
 CUDA_ARCHITECTURES := 80 90 100
 SETUP := .venv/.done
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit check format bench quality compatibility lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit check format bench quality compatibility gpu gpu-site lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -78,9 +84,9 @@ check: setup
 	$(CXX) -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math \
 		-Wall -Wextra -Werror csrc/cpu/*.cpp tests/native/*.cpp -o build/kernels && build/kernels
 	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled"
-	@! command -v nvcc >/dev/null || for source in csrc/cuda/*.cu; do \
+	@! command -v nvcc >/dev/null || for source in csrc/cuda/*.cu tests/gpu/native/*; do \
 		echo "nvcc $$source for $(CUDA_ARCHITECTURES)"; \
-		nvcc -std=c++17 -fmad=false $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
+		nvcc -std=c++17 -fmad=false -DPD_USE_CUDA $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
 			-Werror all-warnings -c $$source -o build/kernel.o || exit 1; done
 
 format: setup
@@ -117,6 +123,12 @@ compatibility: setup
 	@mkdir -p build
 	$(BIN)/python -m tests.kv_caches > build/compatibility.md
 	mv build/compatibility.md docs/compatibility.md
+
+gpu:
+	$(PYTHON) -m tests.gpu --out $(OUT) --device $(DEVICE)
+
+gpu-site:
+	$(PYTHON) -m tests.gpu.site
 
 lock:
 	$(PYTHON) requirements/lock.py
