@@ -24,7 +24,7 @@ OUT ?= build/gpu-results
 DEVICE ?= cuda
 TOOLS := iproute2
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/* tests/gpu/native/*)
+NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/* tests/gpu/native/* tests/gpu/emulator/*.[ch]*)
 CUDA_ARCHITECTURES := 80 90 100
 SETUP := .venv/.done
 

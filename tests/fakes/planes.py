@@ -188,5 +188,6 @@ class Slab:
     @property
     def is_intact(self) -> bool:
         """Whether nothing was written beside it."""
-        beside = (self._memory[: self._start], self._memory[self._start + len(self.bytes) :])
+        memory = self._memory.cpu()
+        beside = (memory[: self._start], memory[self._start + len(self.bytes) :])
         return all(bool((part == self._SENTINEL).all()) for part in beside)

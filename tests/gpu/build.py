@@ -21,8 +21,8 @@ NATIVE = Path(__file__).parent / "native"
 _NAME = "libpd_kernels.so"
 
 # As setup.py has it: codes are to be the same on every machine.
-_NVCC = ("nvcc", "-std=c++17", "-O3", "-fmad=false", "-DPD_USE_CUDA", "-Xcompiler", "-fPIC")
-_CXX = ("-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+NVCC = ("nvcc", "-std=c++17", "-O3", "-fmad=false", "-DPD_USE_CUDA", "-Xcompiler", "-fPIC")
+CXX = ("-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 
 
 def run(notes: Notes) -> None:
@@ -46,16 +46,16 @@ def library_in(work: Path) -> Path:
 def build_for_cpu(work: Path, optimization: str = "-O3") -> Path:
     compiler = os.environ.get("CXX", "g++")
     sources = [NATIVE / "c_abi.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    compile_ = [compiler, optimization, *_CXX]
-    return _link([compiler, "-shared"], _objects(compile_, sources, work), work)
+    compile_ = [compiler, optimization, *CXX]
+    return link([compiler, "-shared"], compile_all(compile_, sources, work), work)
 
 
 def build_for_cuda(work: Path, capability: str) -> Path:
     """capability: such as 90. (nvcc's own ``-arch=native`` takes another one, and only warns, where
     it sees no GPU.)"""
     sources = [*sorted(NATIVE.iterdir()), *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    objects = _objects([*_NVCC, f"-arch=sm_{capability}"], sources, work)
-    return _link(["nvcc", "-shared"], objects, work)
+    objects = compile_all([*NVCC, f"-arch=sm_{capability}"], sources, work)
+    return link(["nvcc", "-shared"], objects, work)
 
 
 def _capability() -> str:
@@ -64,7 +64,7 @@ def _capability() -> str:
     return "{}{}".format(*torch.cuda.get_device_capability(0))
 
 
-def _objects(command: Sequence[str], sources: Sequence[Path], work: Path) -> list[Path]:
+def compile_all(command: Sequence[str], sources: Sequence[Path], work: Path) -> list[Path]:
     """Compile each source, as many at once as there are cores."""
     objects = [work / f"{source.name}.o" for source in sources]
 
@@ -76,7 +76,7 @@ def _objects(command: Sequence[str], sources: Sequence[Path], work: Path) -> lis
     return objects
 
 
-def _link(command: Sequence[str], objects: Sequence[Path], work: Path) -> Path:
+def link(command: Sequence[str], objects: Sequence[Path], work: Path) -> Path:
     library = work / _NAME
     _do([*command, *map(str, objects), "-o", str(library)])
     return library
