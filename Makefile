@@ -1,4 +1,4 @@
-# Everything happens in .venv; each target does its whole set-up, and is quick when it is done.
+# Everything but `make gpu` happens in .venv; each target does its whole set-up, and is quick when it is done.
 #
 #   make demo    a chat over one prefill and one decode engine, with a frontend before them
 #   make demo-ray  the same on a local Ray, with `serve run`
@@ -8,18 +8,24 @@
 #   make wheel   the wheel to install elsewhere, in dist; with CUDA kernels if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
 #   make compatibility  which KV caches of vLLM's attention backends can be handed off: docs/compatibility.md
+#   make gpu     whether the kernels are right on an NVIDIA GPU, and how fast: docs/gpu.md. PYTHON needs PyTorch, no set-up
+#   make gpu-site  what a handoff in `make gpu` needs besides, to be carried to a machine without a network
 #   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
 #
-# PYTHON       interpreter that .venv is made with (3.11 or later)
+# PYTHON       interpreter that .venv is made with (3.11 or later); of `make gpu`, the one that has PyTorch
 # DURATIONS    where `make test` writes how long each module took
+# OUT          folder for the results of `make gpu`
+# DEVICE       what it runs on: cuda, or cpu for a rehearsal without a GPU
 # TORCH_INDEX  URL of PyTorch's CPU wheel index, where pip does not find torch's +cpu wheel by itself
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 DURATIONS ?= build/durations.json
+OUT ?= build/gpu-results
+DEVICE ?= cuda
 TOOLS := iproute2
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/*)
+NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/* tests/gpu/native/* tests/gpu/emulator/*.[ch]*)
 HAS_NVCC := $(if $(shell command -v nvcc),1,0)
 # Torch's headers have parameters that they do not use.
 STRICT := -Wextra -Wno-unused-parameter -Werror
@@ -28,7 +34,7 @@ SETUP := .venv/.done
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit check wheel format bench quality compatibility lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit check wheel format bench quality compatibility gpu gpu-site lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -84,6 +90,9 @@ check: setup
 	@test $(HAS_NVCC) = 1 || echo "no nvcc: the CUDA sources are not compiled"
 	CXXFLAGS="$(STRICT)" NVCC_APPEND_FLAGS="-Werror all-warnings" PD_USE_CUDA=$(HAS_NVCC) \
 		$(BIN)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
+	@test $(HAS_NVCC) = 0 || for source in tests/gpu/native/*.c*; do \
+		echo "nvcc $$source"; \
+		nvcc -std=c++17 -fmad=false -DPD_USE_CUDA -Werror all-warnings -c $$source -o build/kernel.o || exit 1; done
 
 wheel: setup
 	@$(BIN)/python packaging/make_wheel.py dist
@@ -123,6 +132,12 @@ compatibility: setup
 	@mkdir -p build
 	$(BIN)/python -m tests.kv_caches > build/compatibility.md
 	mv build/compatibility.md docs/compatibility.md
+
+gpu:
+	$(PYTHON) -m tests.gpu --out $(OUT) --device $(DEVICE)
+
+gpu-site:
+	$(PYTHON) -m tests.gpu.site
 
 lock:
 	$(PYTHON) requirements/lock.py

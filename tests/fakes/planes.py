@@ -108,10 +108,24 @@ class Laid:
         """The same, in memory of its own."""
         return dataclasses.replace(self, memory=[memory.clone() for memory in self.memory])
 
+    def inverted(self) -> Laid:
+        """The same with every bit another."""
+        result = self.copy()
+        for memory in result.memory:
+            memory.view(torch.uint8).bitwise_xor_(0xFF)
+        return result
+
+    def to(self, device: torch.device) -> Laid:
+        """A copy in a device's memory."""
+        copies = [memory.to(device, copy=True) for memory in self.memory]
+        return dataclasses.replace(self, memory=copies)
+
     def is_equal(self, other: Laid) -> bool:
-        """Whether every bit is, of what lies beside the views too."""
+        """Whether every bit is, of what lies beside the views too; wherever the two are."""
         pairs = zip(self.memory, other.memory, strict=True)
-        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+        return all(
+            torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)) for a, b in pairs
+        )
 
 
 def make_planes(
@@ -157,16 +171,23 @@ def _laid(
 
 
 class Slab:
-    """A slab of zeros with sentinels on both sides."""
+    """A slab of zeros with sentinels on both sides, which begins some bytes behind where memory
+    does."""
 
     _SENTINEL = 0xA5
 
-    def __init__(self, num_bytes: int) -> None:
-        self._memory = torch.full((num_bytes + 2 * GUARD,), self._SENTINEL, dtype=torch.uint8)
-        self.bytes = self._memory[GUARD : GUARD + num_bytes].zero_()
+    def __init__(
+        self, num_bytes: int, device: torch.device | None = None, misalignment: int = 0
+    ) -> None:
+        start = self._start = GUARD + misalignment
+        self._memory = torch.full(
+            (start + num_bytes + GUARD,), self._SENTINEL, dtype=torch.uint8, device=device
+        )
+        self.bytes = self._memory[start : start + num_bytes].zero_()
 
     @property
     def is_intact(self) -> bool:
         """Whether nothing was written beside it."""
-        beside = (self._memory[:GUARD], self._memory[GUARD + len(self.bytes) :])
+        memory = self._memory.cpu()
+        beside = (memory[: self._start], memory[self._start + len(self.bytes) :])
         return all(bool((part == self._SENTINEL).all()) for part in beside)

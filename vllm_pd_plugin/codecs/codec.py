@@ -16,8 +16,6 @@ import enum
 from collections.abc import Sequence
 from typing import Literal
 
-import msgspec
-
 AUTO = "auto"
 """Stands for a choice by what was measured, where a codec is named."""
 
@@ -58,7 +56,8 @@ class CodecChoice:
     narrowest: Codec = Codec.RAW
 
 
-class Part(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
     """One part of what a head has in a block: a key, or value, or so, for each token.
 
     width: channels of a token.

@@ -71,7 +71,7 @@ def decode_blocks(
     _, heads, block_tokens, width = _in_rows(parts[0][:0]).shape
     size = encoding.stripe_bytes(tokens, width, sinks)
     _check_size(slab, size * heads * len(parts))
-    stripes = iter(slab.view(-1, size))
+    stripes = iter(slab.view(heads * len(parts), size))
     largest = torch.finfo(parts[0].dtype).max
     for part in parts:
         values = torch.stack(

@@ -194,6 +194,19 @@ def test_the_reference_refuses_what_would_do_harm_too(
     refuse(op, change, message)
 
 
+@pytest.mark.parametrize("op", [encode, decode, encode_by_reference, decode_by_reference])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_tokens_take_no_bytes(op: Callable[[Arguments], None], bits: int) -> None:
+    nothing = torch.tensor([], dtype=torch.int64)
+    slab = torch.zeros(0, dtype=torch.uint8)
+    changes = {"blocks": nothing, "tokens": 0, "encoding": Encoding(bits, True, 8), "slab": slab}
+    given = arguments() | changes
+    before = [part.clone() for part in given["parts"]]  # type: ignore[attr-defined]
+    op(given)
+    for part, was in zip(given["parts"], before, strict=True):  # type: ignore[call-overload]
+        assert torch.equal(part, was)
+
+
 @native
 @pytest.mark.parametrize(
     ("width", "bits", "message"),
