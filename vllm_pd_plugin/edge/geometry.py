@@ -128,10 +128,35 @@ def block_views(
         for layer in tensor.layers
     }
     # A layer that shares another's cache has no tensor of its own.
-    return {
+    views = {
         layer: _block_view(layer, cache, num_blocks.get(layer, config.num_blocks))
         for layer, cache in caches.items()
     }
+    _check_places(config, views)
+    return views
+
+
+def _check_places(config: KVCacheConfig, views: Mapping[str, torch.Tensor]) -> None:
+    """Compare where the blocks lie with where vLLM's configuration puts them: block ``b`` of layer
+    ``l`` of a tensor at ``l * layer_stride + b * block_stride`` (``KVCacheTensor``).
+
+    Raises:
+        UnsupportedError: a layer is not there.
+    """
+    for tensor in config.kv_cache_tensors:
+        first = views.get(tensor.layers[0])
+        for number, layer in enumerate(tensor.layers):
+            view = views.get(layer)
+            if first is None or view is None:
+                continue
+            found = view.data_ptr() - first.data_ptr(), view.stride(0) * view.element_size()
+            if found != (number * tensor.layer_stride, tensor.block_stride):
+                raise UnsupportedError(
+                    f"the KV cache of {layer} lies {found[0]} bytes after that of "
+                    f"{tensor.layers[0]}, and its blocks {found[1]} bytes apart; vLLM's own "
+                    f"configuration says {number * tensor.layer_stride} and "
+                    f"{tensor.block_stride}: the attention backend lays it out in a way of its own"
+                )
 
 
 def _block_view(layer: str, cache: torch.Tensor, num_blocks: int) -> torch.Tensor:

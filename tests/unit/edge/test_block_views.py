@@ -77,3 +77,25 @@ def test_every_attention_backend_is_handed_off_right_or_refused_as_the_page_says
     assert "WRONG" not in page
     assert page.count("handed off |") > 20
     assert PAGE.read_text() == page
+
+
+@pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.BLHNC])
+def test_a_layer_that_is_not_where_the_configuration_puts_it_is_refused(
+    layout: KVCacheLayout,
+) -> None:
+    cache = Cache(HEADS, layout)
+    caches = dict(cache.kernel_views)
+    assert block_views(cache.config, caches)
+    elsewhere = {**caches, LAYERS[1]: caches[LAYERS[1]].clone()}
+    with pytest.raises(UnsupportedError, match=f"{LAYERS[1]} lies .* after that of {LAYERS[0]}"):
+        block_views(cache.config, elsewhere)
+    swapped = {**caches, LAYERS[0]: caches[LAYERS[1]], LAYERS[1]: caches[LAYERS[0]]}
+    with pytest.raises(UnsupportedError, match="in a way of its own"):
+        block_views(cache.config, swapped)
+
+
+def test_blocks_that_are_further_apart_than_the_configuration_says_are_refused() -> None:
+    cache = Cache(HEADS, KVCacheLayout.LBHNC)
+    cache.config.kv_cache_tensors[0].block_stride *= 2
+    with pytest.raises(UnsupportedError, match="bytes apart"):
+        block_views(cache.config, cache.kernel_views)
