@@ -106,7 +106,7 @@ PD_BOTH void decode_rows(
 template <class Floats>
 PD_BOTH void decode_runs(
     const TokenRun& run, const Stripe& stripe, const char* slab, int64_t first, int64_t last) {
-  Tile<Floats> tile;
+  Tile<Floats> tile(run.tiling);
   for_groups(run, first, last, [&](int64_t item, int64_t g, const Group& group) PD_INLINED {
     const Rows<Floats> rows(group, run.tiling, tile);
     for_known_widths(stripe, [&](const Stripe& known) PD_INLINED {

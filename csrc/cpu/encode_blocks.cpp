@@ -161,7 +161,7 @@ PD_BOTH void encode_rows(
 template <class Floats>
 PD_BOTH void encode_runs(
     const TokenRun& run, const Stripe& stripe, char* slab, int64_t first, int64_t last) {
-  Tile<Floats> tile;
+  Tile<Floats> tile(run.tiling);
   for_groups(run, first, last, [&](int64_t item, int64_t g, const Group& group) PD_INLINED {
     const Rows<Floats> rows(group, run.tiling, tile);
     if (!rows.in_block) move_tile<Floats, true>(group, run.tiling, tile);

@@ -81,11 +81,18 @@ PD_BOTH void for_groups(const TokenRun& run, int64_t first, int64_t last, Work w
   }
 }
 
-// Up to 32 tokens of one head, [tokens, width], where a block does not have them in rows.
+// Up to 32 tokens of one head, [tokens, width], where a block does not have them in rows; and where
+// the block has each channel.
 template <class Floats>
 struct Tile {
   using Type = typename Floats::Type;
   alignas(64) Type values[kTokenGroup * kMaxWidth];
+  int64_t channels[kMaxWidth];
+
+  // Once for all groups: divisions take long.
+  PD_BOTH explicit Tile(const Tiling& tiling) {
+    for (int64_t c = 0; c < tiling.width; ++c) channels[c] = tiling.channel_offset(c);
+  }
 };
 
 // The tokens of a group as rows: in their block, or in a tile.
@@ -114,37 +121,33 @@ struct Rows {
   int64_t bytes_;
 };
 
-// Sixteen units are what one copy moves; a unit is an element, or a pair of those.
-constexpr int64_t kUnits = 16;
+// What is moved at once: 16 bytes, the vector of every instruction set. A unit is an element, or
+// two halves side by side.
+using Halves = uint16_t __attribute__((vector_size(16)));
+using Words = uint32_t __attribute__((vector_size(16)));
+constexpr int64_t kVectorBytes = 16;
 
-using Pair __attribute__((may_alias)) = uint32_t;  // two halves
+PD_BOTH Halves interleave_low(Halves a, Halves b) {
+  return Halves{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+}
+PD_BOTH Halves interleave_high(Halves a, Halves b) {
+  return Halves{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+PD_BOTH Words interleave_low(Words a, Words b) { return Words{a[0], b[0], a[1], b[1]}; }
+PD_BOTH Words interleave_high(Words a, Words b) { return Words{a[2], b[2], a[3], b[3]}; }
 
-template <class Unit>
-struct Square {
-  alignas(64) Unit units[kUnits][kUnits];
-};
-
-template <class Unit>
-PD_BOTH void transpose(
-    const Unit* __restrict from, int64_t from_step, Unit* __restrict to, int64_t to_step) {
-  for (int64_t i = 0; i < kUnits; ++i) {
-    for (int64_t k = 0; k < kUnits; ++k) to[i * to_step + k] = from[k * from_step + i];
+// As many rows as a row has units: interleaving the upper half of the rows with the lower moves the
+// highest bit of a unit's row into its column.
+template <int64_t kRows, class Vector>
+PD_BOTH void transpose(Vector (&rows)[kRows]) {
+  for (int64_t half = 1; half < kRows; half *= 2) {
+    Vector next[kRows];
+    for (int64_t i = 0; i < kRows / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kRows / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kRows / 2]);
+    }
+    for (int64_t i = 0; i < kRows; ++i) rows[i] = next[i];
   }
-}
-
-// Whether the tokens of a unit of channels are side by side, sixteen at least.
-template <class Floats, class Unit>
-PD_BOTH bool has_columns(const Tiling& tiling) {
-  constexpr int64_t kSize = sizeof(typename Floats::Type);
-  const bool is_unit = sizeof(Unit) == kSize || (tiling.channel_stride == kSize &&
-                                                 tiling.channel_tile * kSize % sizeof(Unit) == 0);
-  return is_unit && tiling.token_stride == sizeof(Unit) && tiling.token_tile % kUnits == 0;
-}
-
-// Whether two tokens lie channel by channel, sixteen channels at least.
-PD_BOTH bool has_row_pairs(const Tiling& tiling, int64_t element_bytes) {
-  return tiling.token_tile == 2 && tiling.token_stride == element_bytes &&
-         tiling.channel_stride == 2 * element_bytes && tiling.channel_tile % kUnits == 0;
 }
 
 // Copies a group from its block into the rows of a tile, or back.
@@ -152,87 +155,120 @@ template <class Floats, bool kIsLoad>
 class Mover {
  public:
   using Type = typename Floats::Type;
+  static constexpr int64_t kSize = sizeof(Type);
 
   PD_BOTH Mover(const Group& group, const Tiling& tiling, Tile<Floats>& tile)
       : group_(group), tiling_(tiling), width_(tiling.width), tile_(tile) {}
 
   PD_BOTH void move() const {
-    const int64_t count = group_.count();
-    if (has_columns<Floats, Type>(tiling_)) {
-      move_columns<Type>();
-    } else if (sizeof(Type) == 2 && has_columns<Floats, Pair>(tiling_)) {
-      move_columns<Pair>();
-    } else if (has_row_pairs(tiling_, sizeof(Type))) {
-      move_row_pairs();
+    if (kSize == 4 && has_columns(4)) {
+      move_columns<Words, 4>(1);
+    } else if (kSize == 2 && has_columns(2)) {
+      move_columns<Halves, 8>(1);
+    } else if (kSize == 2 && has_columns(4) && has_channel_pairs()) {
+      move_columns<Words, 4>(2);
+    } else if (kSize == 2 && has_token_pairs()) {
+      move_token_pairs();
     } else {
-      move_elements(0, count, 0, width_);
+      move_elements(0, group_.count(), 0, width_);
     }
   }
 
  private:
-  template <class Unit>
-  PD_BOTH void move_columns() const {
-    constexpr int64_t kChannels = sizeof(Unit) / sizeof(Type);
-    const int64_t tokens = group_.count() / kUnits * kUnits;
-    const int64_t channels = width_ / (kChannels * kUnits) * (kChannels * kUnits);
-    for (int64_t c = 0; c < channels; c += kChannels * kUnits) {
+  // Whether a vector of tokens' units are side by side.
+  PD_BOTH bool has_columns(int64_t unit_bytes) const {
+    return tiling_.token_stride == unit_bytes && tiling_.token_tile * unit_bytes % 16 == 0;
+  }
+  PD_BOTH bool has_channel_pairs() const {
+    return tiling_.channel_stride == kSize && tiling_.channel_tile == 2;
+  }
+  // Whether two tokens lie channel by channel, a vector at least.
+  PD_BOTH bool has_token_pairs() const {
+    return tiling_.token_tile == 2 && tiling_.token_stride == kSize &&
+           tiling_.channel_stride == 2 * kSize && tiling_.channel_tile % 8 == 0;
+  }
+
+  // Keys as attention multiplies them: a unit of one or two channels after the other.
+  template <class Vector, int64_t kUnits>
+  PD_BOTH void move_columns(int64_t unit_channels) const {
+    const int64_t step = kUnits * unit_channels;
+    const int64_t tokens = group_.count() / kUnits * kUnits, channels = width_ / step * step;
+    for (int64_t c = 0; c < channels; c += step) {
       for (int64_t t = 0; t < tokens; t += kUnits) {
-        Unit* const rows = reinterpret_cast<Unit*>(row(t) + c);
-        const int64_t step = width_ / kChannels;
-        Square<Unit> square;
-        if (!kIsLoad) transpose(rows, step, square.units[0], kUnits);
+        Vector square[kUnits];
         for (int64_t i = 0; i < kUnits; ++i) {
-          const int64_t offset = tiling_.channel_offset(c + i * kChannels);
-          group_.prefetch_next(t, offset);
-          move_bytes(group_.token(t) + offset, square.units[i], sizeof(square.units[i]));
+          const int64_t channel = c + i * unit_channels;
+          if (t * kVectorBytes / kUnits % 64 == 0) prefetch_next(t, channel);
+          square[i] = load<Vector>(kIsLoad ? in_block(t, channel) : in_tile(t + i, c));
         }
-        if (kIsLoad) transpose(square.units[0], kUnits, rows, step);
+        transpose(square);
+        for (int64_t i = 0; i < kUnits; ++i) {
+          store(kIsLoad ? in_tile(t + i, c) : in_block(t, c + i * unit_channels), square[i]);
+        }
       }
     }
     move_elements(0, tokens, channels, width_);
     move_elements(tokens, group_.count(), 0, width_);
   }
 
-  PD_BOTH void move_row_pairs() const {
-    const int64_t tokens = group_.count() / 2 * 2;
-    const int64_t channels = width_ / kUnits * kUnits;
+  // Values as attention multiplies them: two tokens' channels in turns.
+  PD_BOTH void move_token_pairs() const {
+    constexpr int64_t kChannels = 8;
+    const int64_t tokens = group_.count() / 2 * 2, channels = width_ / kChannels * kChannels;
     for (int64_t t = 0; t < tokens; t += 2) {
-      Type* const first = row(t);
-      Type* const second = row(t + 1);
-      for (int64_t c = 0; c < channels; c += kUnits) {
-        const int64_t offset = tiling_.channel_offset(c);
-        group_.prefetch_next(t, offset);
-        Type* const pairs = reinterpret_cast<Type*>(group_.token(t) + offset);
-        for (int64_t i = 0; i < kUnits; ++i) {
-          if (kIsLoad) {
-            first[c + i] = pairs[2 * i];
-            second[c + i] = pairs[2 * i + 1];
-          } else {
-            pairs[2 * i] = first[c + i];
-            pairs[2 * i + 1] = second[c + i];
+      for (int64_t c = 0; c < channels; c += kChannels) {
+        if (c % 16 == 0) prefetch_next(t, c);
+        char* const pairs = in_block(t, c);
+        if (kIsLoad) {
+          Halves a = load<Halves>(pairs), b = load<Halves>(pairs + kVectorBytes);
+          for (int64_t i = 0; i < 3; ++i) {  // round, until each is among its own again
+            const Halves low = interleave_low(a, b);
+            b = interleave_high(a, b);
+            a = low;
           }
+          store(in_tile(t, c), a);
+          store(in_tile(t + 1, c), b);
+        } else {
+          const Halves a = load<Halves>(in_tile(t, c)), b = load<Halves>(in_tile(t + 1, c));
+          store(pairs, interleave_low(a, b));
+          store(pairs + kVectorBytes, interleave_high(a, b));
         }
       }
     }
     move_elements(0, tokens, channels, width_);
     move_elements(tokens, group_.count(), 0, width_);
   }
-
-  PD_BOTH Type* row(int64_t t) const { return tile_.values + t * width_; }
 
   // One by one, wherever they are.
   PD_BOTH void move_elements(
       int64_t first_token, int64_t last_token, int64_t first_channel, int64_t last_channel) const {
     for (int64_t c = first_channel; c < last_channel; ++c) {
-      const int64_t offset = tiling_.channel_offset(c);
       for (int64_t t = first_token; t < last_token; ++t) {
-        move_bytes(group_.token(t) + offset, row(t) + c, sizeof(Type));
+        if (kIsLoad) {
+          memcpy(in_tile(t, c), in_block(t, c), kSize);
+        } else {
+          memcpy(in_block(t, c), in_tile(t, c), kSize);
+        }
       }
     }
   }
 
-  PD_BOTH void move_bytes(char* in_block, void* in_tile, size_t bytes) const {
-    kIsLoad ? memcpy(in_tile, in_block, bytes) : memcpy(in_block, in_tile, bytes);
+  PD_BOTH char* in_block(int64_t t, int64_t c) const { return group_.token(t) + tile_.channels[c]; }
+  PD_BOTH char* in_tile(int64_t t, int64_t c) const {
+    return reinterpret_cast<char*>(tile_.values + t * width_ + c);
+  }
+  PD_BOTH void prefetch_next(int64_t t, int64_t c) const {
+    group_.prefetch_next(t, tile_.channels[c]);
+  }
+  template <class Vector>
+  PD_BOTH Vector load(const char* place) const {
+    Vector vector;
+    memcpy(&vector, place, kVectorBytes);
+    return vector;
+  }
+  template <class Vector>
+  PD_BOTH void store(char* place, Vector vector) const {
+    memcpy(place, &vector, kVectorBytes);
   }
 
   const Group& group_;
