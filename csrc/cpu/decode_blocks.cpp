@@ -106,13 +106,14 @@ PD_BOTH void decode_rows(
 template <class Floats>
 PD_BOTH void decode_runs(
     const TokenRun& run, const Stripe& stripe, const char* slab, int64_t first, int64_t last) {
-  Tile<Floats> tile(run.tiling);
+  const Layout layout(run.tiling, sizeof(typename Floats::Type));
+  Tile<Floats> tile;
   for_groups(run, first, last, [&](int64_t item, int64_t g, const Group& group) PD_INLINED {
-    const Rows<Floats> rows(group, run.tiling, tile);
+    const Rows<Floats> rows(group, layout, tile);
     for_known_widths(stripe, [&](const Stripe& known) PD_INLINED {
       decode_rows<Floats>(slab + item * known.bytes(), known, g, group.count(), rows);
     });
-    if (!rows.in_block) move_tile<Floats, false>(group, run.tiling, tile);
+    move_tile<Floats, false>(group, layout, tile);
   });
 }
 

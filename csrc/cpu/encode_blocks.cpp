@@ -35,6 +35,17 @@ PD_BOTH void put_codes(
 }
 
 template <class Floats>
+PD_BOTH void extend(
+    const typename Floats::Type* __restrict row, int64_t width,
+    typename Floats::Order* __restrict low, typename Floats::Order* __restrict high) {
+  for (int64_t i = 0; i < width; ++i) {
+    const typename Floats::Order order = Floats::order(row[i]);
+    low[i] = order < low[i] ? order : low[i];
+    high[i] = order > high[i] ? order : high[i];
+  }
+}
+
+template <class Floats>
 PD_BOTH void encode_tile_by_channel(
     const Rows<Floats>& rows, const Stripe& stripe, int64_t first_that_counts, char* tile) {
   using Order = typename Floats::Order;
@@ -44,14 +55,9 @@ PD_BOTH void encode_tile_by_channel(
   const int64_t width = stripe.width;
   const auto* const first_row = rows.of[first_that_counts];
   for (int64_t i = 0; i < width; ++i) low[i] = high[i] = Floats::order(first_row[i]);
-  for (int64_t t = first_that_counts + 1; t < kTokenGroup; ++t) {
+  for (int64_t t = first_that_counts; t < kTokenGroup; ++t) {
     rows.prefetch_next(t);
-    const auto* const values = rows.of[t];
-    for (int64_t i = 0; i < width; ++i) {
-      const Order order = Floats::order(values[i]);
-      low[i] = order < low[i] ? order : low[i];
-      high[i] = order > high[i] ? order : high[i];
-    }
+    extend<Floats>(rows.of[t], width, low, high);
   }
   auto* const zeros = reinterpret_cast<uint16_t*>(tile);
   auto* const scales = zeros + width;
@@ -161,10 +167,11 @@ PD_BOTH void encode_rows(
 template <class Floats>
 PD_BOTH void encode_runs(
     const TokenRun& run, const Stripe& stripe, char* slab, int64_t first, int64_t last) {
-  Tile<Floats> tile(run.tiling);
+  const Layout layout(run.tiling, sizeof(typename Floats::Type));
+  Tile<Floats> tile;
   for_groups(run, first, last, [&](int64_t item, int64_t g, const Group& group) PD_INLINED {
-    const Rows<Floats> rows(group, run.tiling, tile);
-    if (!rows.in_block) move_tile<Floats, true>(group, run.tiling, tile);
+    const Rows<Floats> rows(group, layout, tile);
+    move_tile<Floats, true>(group, layout, tile);
     for_known_widths(stripe, [&](const Stripe& known) PD_INLINED {
       encode_rows<Floats>(rows, known, g, group.count(), slab + item * known.bytes());
     });

@@ -81,18 +81,50 @@ PD_BOTH void for_groups(const TokenRun& run, int64_t first, int64_t last, Work w
   }
 }
 
-// Up to 32 tokens of one head, [tokens, width], where a block does not have them in rows; and where
-// the block has each channel.
+// In which order the channels of a group lie, as far as that can be made use of.
+enum class Order {
+  kRows,          // a token's channels
+  kColumns,       // a channel's tokens
+  kChannelPairs,  // the tokens of two channels: keys as matrix units multiply them
+  kTokenPairs,    // the channels of two tokens: values as matrix units multiply them
+  kOther
+};
+
+PD_BOTH Order order_of(const Tiling& tiling, int64_t element_bytes) {
+  const int64_t tokens = tiling.token_tile, channels = tiling.channel_tile;
+  if (tiling.has_rows(element_bytes)) return Order::kRows;
+  if (tiling.token_stride == element_bytes && tokens % 8 == 0) return Order::kColumns;
+  if (element_bytes != 2) return Order::kOther;
+  if (channels == 2 && tiling.channel_stride == 2 && tiling.token_stride == 4 && tokens % 4 == 0) {
+    return Order::kChannelPairs;
+  }
+  if (tokens == 2 && tiling.token_stride == 2 && tiling.channel_stride == 4 && channels % 8 == 0) {
+    return Order::kTokenPairs;
+  }
+  return Order::kOther;
+}
+
+// The layout of a part, with what takes long to find out.
+struct Layout {
+  Order order;
+  int64_t width;
+  int64_t line_tokens, line_channels;  // what of either is in 64 bytes
+  int64_t channels[kMaxWidth];         // where each is
+
+  PD_BOTH Layout(const Tiling& tiling, int64_t element_bytes)
+      : order(order_of(tiling, element_bytes)), width(tiling.width) {
+    const int64_t pairs = 32 / element_bytes;
+    line_tokens = order == Order::kColumns ? 2 * pairs : order == Order::kTokenPairs ? 2 : 1;
+    line_channels = order == Order::kRows ? 2 * pairs : order == Order::kTokenPairs ? pairs : 1;
+    if (order == Order::kChannelPairs) line_tokens = pairs, line_channels = 2;
+    for (int64_t c = 0; c < width; ++c) channels[c] = tiling.channel_offset(c);
+  }
+};
+
+// Up to 32 tokens of one head, [tokens, width], where a block does not have them in rows.
 template <class Floats>
 struct Tile {
-  using Type = typename Floats::Type;
-  alignas(64) Type values[kTokenGroup * kMaxWidth];
-  int64_t channels[kMaxWidth];
-
-  // Once for all groups: divisions take long.
-  PD_BOTH explicit Tile(const Tiling& tiling) {
-    for (int64_t c = 0; c < tiling.width; ++c) channels[c] = tiling.channel_offset(c);
-  }
+  alignas(64) typename Floats::Type values[kTokenGroup * kMaxWidth];
 };
 
 // The tokens of a group as rows: in their block, or in a tile.
@@ -100,25 +132,36 @@ template <class Floats>
 struct Rows {
   using Type = typename Floats::Type;
   Type* of[kTokenGroup];
-  bool in_block;
 
-  PD_BOTH Rows(const Group& group, const Tiling& tiling, Tile<Floats>& tile)
-      : in_block(tiling.has_rows(sizeof(Type))),
-        group_(group),
-        bytes_(tiling.width * static_cast<int64_t>(sizeof(Type))) {
+  PD_BOTH Rows(const Group& group, const Layout& layout, Tile<Floats>& tile)
+      : group_(group), layout_(layout) {
+    const bool in_block = layout.order == Order::kRows;
     for (int64_t t = 0; t < kTokenGroup; ++t) {
-      of[t] = in_block ? reinterpret_cast<Type*>(group.token(t)) : tile.values + t * tiling.width;
+      of[t] = in_block ? reinterpret_cast<Type*>(group.token(t)) : tile.values + t * layout.width;
     }
   }
 
+  // A part of what comes next, with every row: more at once would have to wait.
   PD_BOTH void prefetch_next(int64_t t) const {
-    if (!in_block) return;
-    for (int64_t byte = 0; byte < bytes_; byte += 64) group_.prefetch_next(t, byte);
+    const int64_t width = layout_.width;
+    if (layout_.order == Order::kRows || layout_.order == Order::kTokenPairs) {
+      if (t % layout_.line_tokens != 0) return;
+      for (int64_t c = 0; c < width; c += layout_.line_channels) {
+        group_.prefetch_next(t, layout_.channels[c]);
+      }
+      return;
+    }
+    for (int64_t c = t * width / kTokenGroup; c < (t + 1) * width / kTokenGroup;
+         c += layout_.line_channels) {
+      for (int64_t token = 0; token < kTokenGroup; token += layout_.line_tokens) {
+        group_.prefetch_next(token, layout_.channels[c]);
+      }
+    }
   }
 
  private:
   const Group& group_;
-  int64_t bytes_;
+  const Layout& layout_;
 };
 
 // What is moved at once: 16 bytes, the vector of every instruction set. A unit is an element, or
@@ -157,37 +200,26 @@ class Mover {
   using Type = typename Floats::Type;
   static constexpr int64_t kSize = sizeof(Type);
 
-  PD_BOTH Mover(const Group& group, const Tiling& tiling, Tile<Floats>& tile)
-      : group_(group), tiling_(tiling), width_(tiling.width), tile_(tile) {}
+  PD_BOTH Mover(const Group& group, const Layout& layout, Tile<Floats>& tile)
+      : group_(group), layout_(layout), width_(layout.width), tile_(tile) {}
 
   PD_BOTH void move() const {
-    if (kSize == 4 && has_columns(4)) {
-      move_columns<Words, 4>(1);
-    } else if (kSize == 2 && has_columns(2)) {
-      move_columns<Halves, 8>(1);
-    } else if (kSize == 2 && has_columns(4) && has_channel_pairs()) {
-      move_columns<Words, 4>(2);
-    } else if (kSize == 2 && has_token_pairs()) {
-      move_token_pairs();
-    } else {
-      move_elements(0, group_.count(), 0, width_);
+    switch (layout_.order) {
+      case Order::kRows:
+        return;
+      case Order::kColumns:
+        if (kSize == 4) return move_columns<Words, 4>(1);
+        return move_columns<Halves, 8>(1);
+      case Order::kChannelPairs:
+        return move_columns<Words, 4>(2);
+      case Order::kTokenPairs:
+        return move_token_pairs();
+      case Order::kOther:
+        return move_elements(0, group_.count(), 0, width_);
     }
   }
 
  private:
-  // Whether a vector of tokens' units are side by side.
-  PD_BOTH bool has_columns(int64_t unit_bytes) const {
-    return tiling_.token_stride == unit_bytes && tiling_.token_tile * unit_bytes % 16 == 0;
-  }
-  PD_BOTH bool has_channel_pairs() const {
-    return tiling_.channel_stride == kSize && tiling_.channel_tile == 2;
-  }
-  // Whether two tokens lie channel by channel, a vector at least.
-  PD_BOTH bool has_token_pairs() const {
-    return tiling_.token_tile == 2 && tiling_.token_stride == kSize &&
-           tiling_.channel_stride == 2 * kSize && tiling_.channel_tile % 8 == 0;
-  }
-
   // Keys as attention multiplies them: a unit of one or two channels after the other.
   template <class Vector, int64_t kUnits>
   PD_BOTH void move_columns(int64_t unit_channels) const {
@@ -198,7 +230,6 @@ class Mover {
         Vector square[kUnits];
         for (int64_t i = 0; i < kUnits; ++i) {
           const int64_t channel = c + i * unit_channels;
-          if (t * kVectorBytes / kUnits % 64 == 0) prefetch_next(t, channel);
           square[i] = load<Vector>(kIsLoad ? in_block(t, channel) : in_tile(t + i, c));
         }
         transpose(square);
@@ -217,7 +248,6 @@ class Mover {
     const int64_t tokens = group_.count() / 2 * 2, channels = width_ / kChannels * kChannels;
     for (int64_t t = 0; t < tokens; t += 2) {
       for (int64_t c = 0; c < channels; c += kChannels) {
-        if (c % 16 == 0) prefetch_next(t, c);
         char* const pairs = in_block(t, c);
         if (kIsLoad) {
           Halves a = load<Halves>(pairs), b = load<Halves>(pairs + kVectorBytes);
@@ -253,12 +283,11 @@ class Mover {
     }
   }
 
-  PD_BOTH char* in_block(int64_t t, int64_t c) const { return group_.token(t) + tile_.channels[c]; }
+  PD_BOTH char* in_block(int64_t t, int64_t c) const {
+    return group_.token(t) + layout_.channels[c];
+  }
   PD_BOTH char* in_tile(int64_t t, int64_t c) const {
     return reinterpret_cast<char*>(tile_.values + t * width_ + c);
-  }
-  PD_BOTH void prefetch_next(int64_t t, int64_t c) const {
-    group_.prefetch_next(t, tile_.channels[c]);
   }
   template <class Vector>
   PD_BOTH Vector load(const char* place) const {
@@ -272,14 +301,14 @@ class Mover {
   }
 
   const Group& group_;
-  const Tiling& tiling_;
+  const Layout& layout_;
   int64_t width_;
   Tile<Floats>& tile_;
 };
 
 template <class Floats, bool kIsLoad>
-PD_BOTH void move_tile(const Group& group, const Tiling& tiling, Tile<Floats>& tile) {
-  Mover<Floats, kIsLoad>(group, tiling, tile).move();
+PD_BOTH void move_tile(const Group& group, const Layout& layout, Tile<Floats>& tile) {
+  Mover<Floats, kIsLoad>(group, layout, tile).move();
 }
 
 // Calls work(stripe) for a stripe whose width, where it is a usual one, the compiler knows when it
