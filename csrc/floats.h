@@ -25,6 +25,23 @@ PD_BOTH float float_of(uint32_t bits) {
   return value;
 }
 
+constexpr uint32_t kMagnitude = 0x7fffffffu;  // all bits of a float32 but its sign
+constexpr uint32_t kInfinity = 0x7f800000u;
+
+// The bits of a magnitude, or of `limit` where that is less. Numbers only: these are integers, for
+// compilers make branches of the likes in floating point, which do not vectorise.
+PD_BOTH uint32_t limited(uint32_t magnitude, uint32_t limit) {
+  const auto number = static_cast<int32_t>(magnitude), most = static_cast<int32_t>(limit);
+  return static_cast<uint32_t>(number < most ? number : most);
+}
+
+PD_BOTH bool is_nan(uint32_t magnitude) {
+  return static_cast<int32_t>(magnitude) > static_cast<int32_t>(kInfinity);
+}
+
+// `store` rounds a value, which is made `limit` where it is beyond that (bits of a float32); a NaN
+// stays one.
+//
 // Each has a type for integers in the order of its values, so that the smallest and the largest of
 // many are found without a floating-point compare: `order` and `at` convert.
 struct Float32 {
@@ -32,13 +49,17 @@ struct Float32 {
   using Type = float;
   using Order = int32_t;
   static PD_BOTH float load(float value) { return value; }
-  static PD_BOTH float store(float value) { return value; }
+  static PD_BOTH float store(float value, uint32_t limit = kInfinity) {
+    const uint32_t magnitude = bits_of(value) & kMagnitude;
+    const uint32_t sign = bits_of(value) & ~kMagnitude;
+    return float_of((is_nan(magnitude) ? magnitude : limited(magnitude, limit)) | sign);
+  }
   static PD_BOTH int32_t order(float value) {
     const int32_t bits = static_cast<int32_t>(bits_of(value));
     return bits ^ ((bits >> 31) & 0x7fffffff);
   }
   static PD_BOTH int32_t magnitude(float value) {
-    return static_cast<int32_t>(bits_of(value) & 0x7fffffffu);
+    return static_cast<int32_t>(bits_of(value) & kMagnitude);
   }
   static PD_BOTH float at(int32_t order) {
     return float_of(static_cast<uint32_t>(order ^ ((order >> 31) & 0x7fffffff)));
@@ -63,11 +84,12 @@ struct BFloat16 : Half {
   static constexpr float kLargest = 3.38953139e38f;
   static PD_BOTH float at(int16_t order) { return load(bits_at(order)); }
   static PD_BOTH float load(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
-  static PD_BOTH uint16_t store(float value) {
-    const uint32_t bits = bits_of(value);
+  static PD_BOTH uint16_t store(float value, uint32_t limit = kInfinity) {
+    const uint32_t magnitude = bits_of(value) & kMagnitude;
+    const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
+    const uint32_t bits = limited(magnitude, limit);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+    return static_cast<uint16_t>((is_nan(magnitude) ? (magnitude >> 16) | 0x40u : rounded) | sign);
   }
 };
 
@@ -84,15 +106,16 @@ struct Float16 : Half {
     bits = rest >= (31u << 23) ? rest | (255u << 23) : bits;
     return float_of(bits | sign);
   }
-  static PD_BOTH uint16_t store(float value) {
-    const uint32_t bits = bits_of(value) & 0x7fffffffu;
+  static PD_BOTH uint16_t store(float value, uint32_t limit = kInfinity) {
+    const uint32_t magnitude = bits_of(value) & kMagnitude;
     const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
+    const uint32_t bits = limited(magnitude, limit);
     const uint32_t normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
     // The last bit of 0.5 is worth as much as that of a denormal.
     const uint32_t denormal = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f);
     uint32_t half = bits < (113u << 23) ? denormal : normal;
     half = bits >= 0x477ff000u ? 0x7c00u : half;  // 65520, which rounds to infinity
-    half = bits > 0x7f800000u ? 0x7e00u : half;
+    half = is_nan(magnitude) ? 0x7e00u : half;
     return static_cast<uint16_t>(half | sign);
   }
 };
@@ -112,9 +135,7 @@ PD_BOTH uint16_t bfloat16_below(float value) {
 // A value that was decoded: half a scale may carry the largest of a type beyond it.
 template <class Floats>
 PD_BOTH typename Floats::Type store_within(float value) {
-  value = value > Floats::kLargest ? Floats::kLargest : value;
-  value = value < -Floats::kLargest ? -Floats::kLargest : value;
-  return Floats::store(value);
+  return Floats::store(value, bits_of(Floats::kLargest));
 }
 
 }  // namespace pd

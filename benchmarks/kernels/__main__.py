@@ -10,7 +10,8 @@ bytes of KV a second; block_bytes is what one layer has in a block.
 
 KV is laid out as attention kernels have it: in rows (a token's channels side by side, as on GPUs),
 with the keys in columns (a channel's tokens side by side, as vLLM's CPU backend keeps them), or in
-tiles (as it keeps bfloat16 for a matrix unit).
+tiles (as it keeps bfloat16, and nothing else, for a matrix unit). Columns and tiles have blocks of
+32 tokens and more there.
 """
 
 from __future__ import annotations
@@ -35,9 +36,17 @@ from vllm_pd_plugin.codecs.codec import Codec, Encoding, Part, encoding_of
 from vllm_pd_plugin.codecs.cpu_layout import parts_of_cpu_kernel
 
 HEADS, WIDTH = 8, 64
-BLOCK_TOKENS = (2, 8, 16, 128)
-TARGETS = {"pack": 0.8, "unpack": 0.8, "encode int8": 0.5}
-"""Least share of memcpy, for blocks of 4 KiB and more (encode: in rows)."""
+BLOCK_TOKENS = (2, 8, 16, 32, 128)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TARGETS = {
+    "pack": 0.8,
+    "unpack": 0.8,
+    "encode int8": 0.5,
+    "decode int8": 0.3,
+    "decode int4": 0.3,
+    "decode int2": 0.3,
+}
+"""Least share of memcpy, for blocks of 4 KiB and more, in every layout."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,7 +173,7 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         for block_tokens in BLOCK_TOKENS:
             memory = Memory(args.mib * 2**20, block_tokens, dtype)
             for case in memory.cases(str(dtype).removeprefix("torch.")):
@@ -175,7 +184,7 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
         f"One thread, on core {core}; {args.mib} MiB of KV in each measurement, blocks of "
         f"{HEADS} heads with keys and values of {WIDTH} channels, in a scattered order.",
         f"Medians of {args.repeat} repetitions; op, memcpy and PyTorch take turns. "
-        "Ratios are ratios of medians, in brackets the quartiles of those of the repetitions.",
+        "Ratios are medians of the ratios of the repetitions, in brackets their quartiles.",
     ]
     tables = [("Rates of the ops", table(rows)), ("Against the targets", targets(rows))]
     if args.json:
@@ -198,19 +207,25 @@ def row_of(case: Case, memory: Memory, repeat: int) -> dict[str, Any]:
             seconds = time.perf_counter() - began
             if repetition:  # the first one warms up
                 rates[name].append(case.kv_bytes / seconds / 1e9)
-    ratios = [a / b for a, b in zip(rates["gb_per_s"], rates["memcpy_gb_per_s"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    medians = {name: round(statistics.median(taken), 2) for name, taken in rates.items()}
+    low, median, high = quartiles(rates["gb_per_s"], rates["memcpy_gb_per_s"])
     return {
         "op": case.op,
         "codec": case.codec,
         "dtype": case.dtype,
         "layout": case.layout,
         "block_bytes": case.block_bytes,
-        **medians,
-        "to_memcpy": round(medians["gb_per_s"] / medians["memcpy_gb_per_s"], 2),
+        **{name: round(statistics.median(taken), 2) for name, taken in rates.items()},
+        "to_memcpy": round(median, 2),
         "to_memcpy_quartiles": [round(low, 2), round(high, 2)],
     }
+
+
+def quartiles(rates: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Return the quartiles of the ratios of rates that were measured in turns; the second is the
+    median."""
+    ratios = [rate / other for rate, other in zip(rates, others, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return low, median, high
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -237,17 +252,18 @@ def shown_ratio(row: Mapping[str, Any]) -> str:
 
 
 def targets(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the worst row of each op that has a target."""
     lines = []
     for name, least in TARGETS.items():
         op, _, codec = name.partition(" ")
         meant = [
             row
             for row in rows
-            if row["op"] == op and row["codec"] == (codec or "raw")
-            and row["block_bytes"] >= 4096 and row["layout"] in ("", "rows")
-        ]  # fmt: skip
+            if row["op"] == op and row["codec"] == (codec or "raw") and row["block_bytes"] >= 4096
+        ]
         worst = min(meant, key=lambda row: row["to_memcpy"])
-        where = f"{worst['dtype']}, {worst['block_bytes']} bytes"
+        layout = f" in {worst['layout']}" if worst["layout"] else ""
+        where = f"{worst['dtype']}{layout}, {worst['block_bytes']} bytes"
         lines.append([name, f"≥ {least}", shown_ratio(worst), where])
     return output.markdown(("op", "target ÷ memcpy", "worst", "where"), lines)
 

@@ -12,12 +12,13 @@ struct Ranges {
 };
 
 // The codes of one token; byte i of a row has code i of each half or quarter of it.
+template <class Floats>
 PD_BOTH void put_codes(
-    const float* __restrict row, const Stripe& stripe, const Ranges& ranges,
+    const typename Floats::Type* __restrict row, const Stripe& stripe, const Ranges& ranges,
     uint8_t* __restrict codes) {
   const uint32_t levels = stripe.levels();
   const auto code = [&](int64_t i) PD_INLINED {
-    return narrow_code(row[i], ranges.zeros[i], ranges.inverses[i], levels);
+    return narrow_code(Floats::load(row[i]), ranges.zeros[i], ranges.inverses[i], levels);
   };
   if (stripe.encoding.bits == 4) {
     const int64_t count = stripe.width / 2;
@@ -33,27 +34,35 @@ PD_BOTH void put_codes(
   }
 }
 
-PD_BOTH void encode_tile_by_channel(
-    const Tile& rows, const Stripe& stripe, int64_t first_that_counts, char* tile) {
-  Ranges ranges;
-  alignas(64) int32_t low[kMaxWidth];
-  alignas(64) int32_t high[kMaxWidth];
-  const int64_t width = stripe.width;
+template <class Floats>
+PD_BOTH void extend(
+    const typename Floats::Type* __restrict row, int64_t width,
+    typename Floats::Order* __restrict low, typename Floats::Order* __restrict high) {
   for (int64_t i = 0; i < width; ++i) {
-    low[i] = high[i] = Float32::order(rows.row(first_that_counts, width)[i]);
+    const typename Floats::Order order = Floats::order(row[i]);
+    low[i] = order < low[i] ? order : low[i];
+    high[i] = order > high[i] ? order : high[i];
   }
-  for (int64_t t = first_that_counts + 1; t < kTokenGroup; ++t) {
-    const float* const row = rows.row(t, width);
-    for (int64_t i = 0; i < width; ++i) {
-      const int32_t order = Float32::order(row[i]);
-      low[i] = order < low[i] ? order : low[i];
-      high[i] = order > high[i] ? order : high[i];
-    }
+}
+
+template <class Floats>
+PD_BOTH void encode_tile_by_channel(
+    const Rows<Floats>& rows, const Stripe& stripe, int64_t first_that_counts, char* tile) {
+  using Order = typename Floats::Order;
+  Ranges ranges;
+  alignas(64) Order low[kMaxWidth];
+  alignas(64) Order high[kMaxWidth];
+  const int64_t width = stripe.width;
+  const auto* const first_row = rows.of[first_that_counts];
+  for (int64_t i = 0; i < width; ++i) low[i] = high[i] = Floats::order(first_row[i]);
+  for (int64_t t = first_that_counts; t < kTokenGroup; ++t) {
+    rows.prefetch_next(t);
+    extend<Floats>(rows.of[t], width, low, high);
   }
   auto* const zeros = reinterpret_cast<uint16_t*>(tile);
   auto* const scales = zeros + width;
   for (int64_t i = 0; i < width; ++i) {
-    const Range range = narrow_range(Float32::at(low[i]), Float32::at(high[i]), stripe.levels());
+    const Range range = narrow_range(Floats::at(low[i]), Floats::at(high[i]), stripe.levels());
     zeros[i] = range.zero;
     scales[i] = range.scale;
     ranges.zeros[i] = BFloat16::load(range.zero);
@@ -61,11 +70,13 @@ PD_BOTH void encode_tile_by_channel(
   }
   auto* codes = reinterpret_cast<uint8_t*>(tile + stripe.tile_codes());
   for (int64_t t = 0; t < kTokenGroup; ++t, codes += stripe.row_codes()) {
-    put_codes(rows.row(t, width), stripe, ranges, codes);
+    put_codes<Floats>(rows.of[t], stripe, ranges, codes);
   }
 }
 
-PD_BOTH void encode_tile_by_token(const Tile& rows, const Stripe& stripe, char* tile) {
+template <class Floats>
+PD_BOTH void encode_tile_by_token(const Rows<Floats>& rows, const Stripe& stripe, char* tile) {
+  using Order = typename Floats::Order;
   Ranges ranges;
   const int64_t group = stripe.encoding.group;
   const int64_t groups = stripe.width / group;
@@ -73,16 +84,17 @@ PD_BOTH void encode_tile_by_token(const Tile& rows, const Stripe& stripe, char* 
   auto* const scales = zeros + stripe.ranges();
   auto* codes = reinterpret_cast<uint8_t*>(tile + stripe.tile_codes());
   for (int64_t t = 0; t < kTokenGroup; ++t, codes += stripe.row_codes()) {
-    const float* const row = rows.row(t, stripe.width);
+    rows.prefetch_next(t);
+    const auto* const values = rows.of[t];
     for (int64_t g = 0; g < groups; ++g) {
-      const float* const part = row + g * group;
-      int32_t low = Float32::order(part[0]), high = low;
+      const auto* const part = values + g * group;
+      Order low = Floats::order(part[0]), high = low;
       for (int64_t i = 0; i < group; ++i) {
-        const int32_t order = Float32::order(part[i]);
+        const Order order = Floats::order(part[i]);
         low = order < low ? order : low;
         high = order > high ? order : high;
       }
-      const Range range = narrow_range(Float32::at(low), Float32::at(high), stripe.levels());
+      const Range range = narrow_range(Floats::at(low), Floats::at(high), stripe.levels());
       zeros[t * groups + g] = range.zero;
       scales[t * groups + g] = range.scale;
       const float zero = BFloat16::load(range.zero);
@@ -92,7 +104,7 @@ PD_BOTH void encode_tile_by_token(const Tile& rows, const Stripe& stripe, char* 
         ranges.inverses[i] = inverse_scale;
       }
     }
-    put_codes(row, stripe, ranges, codes);
+    put_codes<Floats>(values, stripe, ranges, codes);
   }
 }
 
@@ -117,56 +129,66 @@ PD_BOTH void encode_wide_row(
   }
 }
 
-// The tokens of a group as rows of 8 bits a channel: rows `first` on of the `all` at `place`.
+// The first rows of a group as rows of 8 bits a channel: rows `first` on of the `all` at `place`.
+template <class Floats>
 PD_BOTH void encode_wide_rows(
-    const TokenRun& run, const TokenPlaces& places, const Stripe& stripe, int64_t first,
-    int64_t count, int64_t all, Tile& copy, char* place) {
+    const Rows<Floats>& rows, const Stripe& stripe, int64_t first, int64_t count, int64_t all,
+    char* place) {
   auto* scales = reinterpret_cast<uint16_t*>(place) + first * stripe.wide_scales();
   auto* codes = reinterpret_cast<uint8_t*>(place + stripe.wide_codes(all)) + first * stripe.width;
-  for_rows(run, places, stripe.width, count, copy, [&](auto floats, auto* row) PD_INLINED {
-    encode_wide_row<decltype(floats)>(row, stripe, scales, codes);
+  for (int64_t t = 0; t < count; ++t) {
+    rows.prefetch_next(t);
+    encode_wide_row<Floats>(rows.of[t], stripe, scales, codes);
     scales += stripe.wide_scales();
     codes += stripe.width;
-  });
+  }
 }
 
-PD_BOTH void encode_stripe(
-    const TokenRun& run, const Stripe& stripe, const PartPlane& part, int64_t head, Tile& rows,
-    char* place) {
-  const int64_t sinks = stripe.sink_tokens(), tail = stripe.tail_tokens();
-  for (int64_t g = 0; g < stripe.groups(); ++g) {
-    const TokenPlaces places(run, part, head, g * kTokenGroup);
-    load_tile(run, places, stripe.width, rows);
-    char* const tile = place + stripe.tile_offset(g);
-    if (stripe.encoding.by_channel) {
-      // Were all of them sinks, no range would be left.
-      const bool counts_all = g > 0 || sinks == kTokenGroup;
-      encode_tile_by_channel(rows, stripe, counts_all ? 0 : sinks, tile);
-    } else {
-      encode_tile_by_token(rows, stripe, tile);
-    }
-    if (g == 0) {
-      encode_wide_rows(run, places, stripe, 0, sinks, sinks, rows, place + stripe.sink_offset());
-    }
+template <class Floats>
+PD_BOTH void encode_rows(
+    const Rows<Floats>& rows, const Stripe& stripe, int64_t group, int64_t count, char* place) {
+  if (group >= stripe.groups()) {
+    const int64_t first = group * kTokenGroup - stripe.tail_start();
+    encode_wide_rows<Floats>(
+        rows, stripe, first, count, stripe.tail_tokens(), place + stripe.tail_offset());
+    return;
   }
-  for (int64_t t = 0; t < tail; t += kTokenGroup) {
-    const TokenPlaces places(run, part, head, stripe.tail_start() + t);
-    encode_wide_rows(
-        run, places, stripe, t, places.count, tail, rows, place + stripe.tail_offset());
+  const int64_t sinks = group == 0 ? stripe.sink_tokens() : 0;
+  char* const tile = place + stripe.tile_offset(group);
+  if (stripe.encoding.by_channel) {
+    // Were all of them sinks, no range would be left.
+    encode_tile_by_channel<Floats>(rows, stripe, sinks == kTokenGroup ? 0 : sinks, tile);
+  } else {
+    encode_tile_by_token<Floats>(rows, stripe, tile);
   }
+  encode_wide_rows<Floats>(rows, stripe, 0, sinks, sinks, place + stripe.sink_offset());
+}
+
+template <class Floats>
+PD_BOTH void encode_runs(
+    const TokenRun& run, const Stripe& stripe, char* slab, int64_t first, int64_t last) {
+  const Layout layout(run.tiling, sizeof(typename Floats::Type));
+  Tile<Floats> tile;
+  for_groups(run, first, last, [&](int64_t item, int64_t g, const Group& group) PD_INLINED {
+    const Rows<Floats> rows(group, layout, tile);
+    move_tile<Floats, true>(group, layout, tile);
+    for_known_widths(stripe, [&](const Stripe& known) PD_INLINED {
+      encode_rows<Floats>(rows, known, g, group.count(), slab + item * known.bytes());
+    });
+  });
 }
 
 PD_BOTH void encode(
     const TokenRun& run, const Encoding& encoding, char* slab, int64_t first, int64_t last) {
-  const Stripe whole{run.tokens, run.tiling.width, encoding};
-  Tile rows;  // one for all shapes: it is large
-  for_known_shapes(whole, [&](const Stripe& stripe) PD_INLINED {
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t index = item / run.heads;
-      const int64_t head = item - index * run.heads;
-      encode_stripe(run, stripe, run.parts[index], head, rows, slab + item * stripe.bytes());
-    }
-  });
+  const Stripe stripe{run.tokens, run.tiling.width, encoding};
+  switch (run.element) {
+    case Element::kFloat32:
+      return encode_runs<Float32>(run, stripe, slab, first, last);
+    case Element::kBFloat16:
+      return encode_runs<BFloat16>(run, stripe, slab, first, last);
+    case Element::kFloat16:
+      return encode_runs<Float16>(run, stripe, slab, first, last);
+  }
 }
 
 }  // namespace

@@ -1,146 +1,320 @@
-// What encoding and decoding on the CPU share: a group of tokens as rows of float32, whatever the
-// layout of the blocks, and loops of known length.
+// What encoding and decoding on the CPU share: a group of tokens as rows of the cache's own type,
+// whatever the layout of the blocks, and loops of known length.
 #pragma once
 
 #include "../ops.h"
 
 namespace pd {
 
-// Up to 32 tokens of one head, [tokens, width].
-struct Tile {
-  alignas(64) float values[kTokenGroup * kMaxWidth];
-
-  PD_BOTH float* row(int64_t token, int64_t width) { return values + token * width; }
-  PD_BOTH const float* row(int64_t token, int64_t width) const { return values + token * width; }
-};
-
-// Where the tokens of a group, and those of the next, begin in their blocks.
+// Where the up to 32 tokens of a group begin in the blocks of a part, in its first head.
 struct TokenPlaces {
-  char* of[2 * kTokenGroup];
-  int64_t count;  // at most 32
+  char* of[kTokenGroup];  // behind the last token: as that one
+  int64_t count;
 
-  PD_BOTH TokenPlaces(const TokenRun& run, const PartPlane& part, int64_t head, int64_t first) {
+  PD_BOTH TokenPlaces(const TokenRun& run, const PartPlane& part, int64_t first) {
+    const Tiling& tiling = run.tiling;
     const int64_t left = run.tokens - first;
-    const int64_t known = left < 2 * kTokenGroup ? left : 2 * kTokenGroup;
     count = left < kTokenGroup ? left : kTokenGroup;
-    for (int64_t i = 0; i < known; ++i) of[i] = run.token_address(part, head, first + i);
-    for (int64_t i = known; i < 2 * kTokenGroup; ++i) of[i] = of[i - 1];
-  }
-
-  // The processor cannot guess where one head's next rows are, and is told in time.
-  PD_BOTH void prefetch_next(int64_t token, int64_t offset) const {
-    __builtin_prefetch(of[kTokenGroup + token] + offset);
+    // Counted, since divisions take as long as a token's values.
+    int64_t block = first / tiling.tokens, token = first - block * tiling.tokens;
+    int64_t tile = token / tiling.token_tile, in_tile = token - tile * tiling.token_tile;
+    for (int64_t t = 0; t < kTokenGroup; ++t) {
+      if (t >= count) {
+        of[t] = of[t - 1];
+        continue;
+      }
+      of[t] = part.base + run.blocks[block] * part.block_stride + tile * tiling.token_tile_stride +
+              in_tile * tiling.token_stride;
+      if (++in_tile == tiling.token_tile) in_tile = 0, ++tile;
+      if (++token == tiling.tokens) token = tile = in_tile = 0, ++block;
+    }
   }
 };
 
-template <class Floats>
-PD_BOTH typename Floats::Type* element_at(char* place) {
-  return reinterpret_cast<typename Floats::Type*>(place);
-}
+// Where the tokens of a group begin in one head, and those that are next.
+class Group {
+ public:
+  PD_BOTH Group(
+      const TokenPlaces& places, int64_t offset, const TokenPlaces& next, int64_t next_offset)
+      : places_(places), offset_(offset), next_(next), next_offset_(next_offset) {}
 
-template <class Floats>
-PD_BOTH void load_tile(const TokenPlaces& places, const Tiling& tiling, int64_t width, Tile& tile) {
-  constexpr int64_t kSize = sizeof(typename Floats::Type);
-  if (tiling.has_rows(kSize)) {
-    for (int64_t t = 0; t < places.count; ++t) {
-      for (int64_t byte = 0; byte < width * kSize; byte += 64) places.prefetch_next(t, byte);
-      const auto* const from = element_at<Floats>(places.of[t]);
-      float* const row = tile.row(t, width);
-      for (int64_t c = 0; c < width; ++c) row[c] = Floats::load(from[c]);
-    }
-    return;
-  }
-  for (int64_t c = 0; c < width; ++c) {
-    const int64_t offset = tiling.channel_offset(c);
-    places.prefetch_next(0, offset);
-    places.prefetch_next(kTokenGroup / 2, offset);
-    for (int64_t t = 0; t < places.count; ++t) {
-      tile.row(t, width)[c] = Floats::load(*element_at<Floats>(places.of[t] + offset));
-    }
-  }
-}
+  PD_BOTH int64_t count() const { return places_.count; }
+  PD_BOTH char* token(int64_t t) const { return places_.of[t] + offset_; }
 
-template <class Floats>
-PD_BOTH void store_tile(
-    const TokenPlaces& places, const Tiling& tiling, int64_t width, const Tile& tile) {
-  constexpr int64_t kSize = sizeof(typename Floats::Type);
-  if (tiling.has_rows(kSize)) {
-    for (int64_t t = 0; t < places.count; ++t) {
-      auto* const to = element_at<Floats>(places.of[t]);
-      const float* const row = tile.row(t, width);
-      for (int64_t c = 0; c < width; ++c) to[c] = store_within<Floats>(row[c]);
-    }
-    return;
+  // The processor cannot guess where the next tokens are, and is told in time.
+  PD_BOTH void prefetch_next(int64_t t, int64_t offset) const {
+    __builtin_prefetch(next_.of[t] + next_offset_ + offset);
   }
-  for (int64_t c = 0; c < width; ++c) {
-    const int64_t offset = tiling.channel_offset(c);
-    for (int64_t t = 0; t < places.count; ++t) {
-      *element_at<Floats>(places.of[t] + offset) = store_within<Floats>(tile.row(t, width)[c]);
-    }
-  }
-}
 
-PD_BOTH void load_tile(const TokenRun& run, const TokenPlaces& places, int64_t width, Tile& tile) {
-  switch (run.element) {
-    case Element::kFloat32:
-      return load_tile<Float32>(places, run.tiling, width, tile);
-    case Element::kBFloat16:
-      return load_tile<BFloat16>(places, run.tiling, width, tile);
-    case Element::kFloat16:
-      return load_tile<Float16>(places, run.tiling, width, tile);
-  }
-}
+ private:
+  const TokenPlaces& places_;
+  int64_t offset_;
+  const TokenPlaces& next_;
+  int64_t next_offset_;
+};
 
-PD_BOTH void store_tile(
-    const TokenRun& run, const TokenPlaces& places, int64_t width, const Tile& tile) {
-  switch (run.element) {
-    case Element::kFloat32:
-      return store_tile<Float32>(places, run.tiling, width, tile);
-    case Element::kBFloat16:
-      return store_tile<BFloat16>(places, run.tiling, width, tile);
-    case Element::kFloat16:
-      return store_tile<Float16>(places, run.tiling, width, tile);
-  }
-}
-
-// Calls work(floats, row) for each of the first tokens of a group: with the row where it lies, or,
-// where it does not lie in a row, with a copy.
-template <class Floats, class Work>
-PD_BOTH void for_rows(
-    const TokenPlaces& places, const Tiling& tiling, int64_t width, int64_t count, Tile& tile,
-    Work work) {
-  constexpr int64_t kSize = sizeof(typename Floats::Type);
-  if (tiling.has_rows(kSize)) {
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t byte = 0; byte < width * kSize; byte += 64) places.prefetch_next(t, byte);
-      work(Floats(), static_cast<const typename Floats::Type*>(element_at<Floats>(places.of[t])));
-    }
-    return;
-  }
-  load_tile<Floats>(places, tiling, width, tile);
-  for (int64_t t = 0; t < count; ++t) {
-    work(Float32(), static_cast<const float*>(tile.row(t, width)));
-  }
-}
-
+// Calls work(item, index of the group, group) for all groups of tokens of items [first, last). The
+// heads of a group follow each other: they have their blocks in common, and the way to those.
 template <class Work>
-PD_BOTH void for_rows(
-    const TokenRun& run, const TokenPlaces& places, int64_t width, int64_t count, Tile& tile,
-    Work work) {
-  switch (run.element) {
-    case Element::kFloat32:
-      return for_rows<Float32>(places, run.tiling, width, count, tile, work);
-    case Element::kBFloat16:
-      return for_rows<BFloat16>(places, run.tiling, width, count, tile, work);
-    case Element::kFloat16:
-      return for_rows<Float16>(places, run.tiling, width, count, tile, work);
+PD_BOTH void for_groups(const TokenRun& run, int64_t first, int64_t last, Work work) {
+  const int64_t groups = (run.tokens + kTokenGroup - 1) / kTokenGroup;
+  while (first < last) {
+    const PartPlane& part = run.parts[first / run.heads];
+    const int64_t head = first % run.heads;
+    const int64_t heads = last - first < run.heads - head ? last - first : run.heads - head;
+    const int64_t offset = head * part.head_stride;
+    TokenPlaces places(run, part, 0);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t next_first = g + 1 < groups ? (g + 1) * kTokenGroup : 0;
+      const TokenPlaces next(run, part, next_first);
+      for (int64_t i = 0; i < heads; ++i) {
+        const int64_t here = offset + i * part.head_stride;
+        const bool is_last = i + 1 == heads;
+        work(
+            first + i, g,
+            is_last ? Group(places, here, next, offset)
+                    : Group(places, here, places, here + part.head_stride));
+      }
+      places = next;
+    }
+    first += heads;
   }
+}
+
+// In which order the channels of a group lie, as far as that can be made use of.
+enum class Order {
+  kRows,          // a token's channels
+  kColumns,       // a channel's tokens
+  kChannelPairs,  // the tokens of two channels: keys as matrix units multiply them
+  kTokenPairs,    // the channels of two tokens: values as matrix units multiply them
+  kOther
+};
+
+PD_BOTH Order order_of(const Tiling& tiling, int64_t element_bytes) {
+  const int64_t tokens = tiling.token_tile, channels = tiling.channel_tile;
+  if (tiling.has_rows(element_bytes)) return Order::kRows;
+  if (tiling.token_stride == element_bytes && tokens % 8 == 0) return Order::kColumns;
+  if (element_bytes != 2) return Order::kOther;
+  if (channels == 2 && tiling.channel_stride == 2 && tiling.token_stride == 4 && tokens % 4 == 0) {
+    return Order::kChannelPairs;
+  }
+  if (tokens == 2 && tiling.token_stride == 2 && tiling.channel_stride == 4 && channels % 8 == 0) {
+    return Order::kTokenPairs;
+  }
+  return Order::kOther;
+}
+
+// The layout of a part, with what takes long to find out.
+struct Layout {
+  Order order;
+  int64_t width;
+  int64_t line_tokens, line_channels;  // what of either is in 64 bytes
+  int64_t channels[kMaxWidth];         // where each is
+
+  PD_BOTH Layout(const Tiling& tiling, int64_t element_bytes)
+      : order(order_of(tiling, element_bytes)), width(tiling.width) {
+    const int64_t pairs = 32 / element_bytes;
+    line_tokens = order == Order::kColumns ? 2 * pairs : order == Order::kTokenPairs ? 2 : 1;
+    line_channels = order == Order::kRows ? 2 * pairs : order == Order::kTokenPairs ? pairs : 1;
+    if (order == Order::kChannelPairs) line_tokens = pairs, line_channels = 2;
+    for (int64_t c = 0; c < width; ++c) channels[c] = tiling.channel_offset(c);
+  }
+};
+
+// Up to 32 tokens of one head, [tokens, width], where a block does not have them in rows.
+template <class Floats>
+struct Tile {
+  alignas(64) typename Floats::Type values[kTokenGroup * kMaxWidth];
+};
+
+// The tokens of a group as rows: in their block, or in a tile.
+template <class Floats>
+struct Rows {
+  using Type = typename Floats::Type;
+  Type* of[kTokenGroup];
+
+  PD_BOTH Rows(const Group& group, const Layout& layout, Tile<Floats>& tile)
+      : group_(group), layout_(layout) {
+    const bool in_block = layout.order == Order::kRows;
+    for (int64_t t = 0; t < kTokenGroup; ++t) {
+      of[t] = in_block ? reinterpret_cast<Type*>(group.token(t)) : tile.values + t * layout.width;
+    }
+  }
+
+  // A part of what comes next, with every row: more at once would have to wait.
+  PD_BOTH void prefetch_next(int64_t t) const {
+    const int64_t width = layout_.width;
+    if (layout_.order == Order::kRows || layout_.order == Order::kTokenPairs) {
+      if (t % layout_.line_tokens != 0) return;
+      for (int64_t c = 0; c < width; c += layout_.line_channels) {
+        group_.prefetch_next(t, layout_.channels[c]);
+      }
+      return;
+    }
+    for (int64_t c = t * width / kTokenGroup; c < (t + 1) * width / kTokenGroup;
+         c += layout_.line_channels) {
+      for (int64_t token = 0; token < kTokenGroup; token += layout_.line_tokens) {
+        group_.prefetch_next(token, layout_.channels[c]);
+      }
+    }
+  }
+
+ private:
+  const Group& group_;
+  const Layout& layout_;
+};
+
+// What is moved at once: 16 bytes, the vector of every instruction set. A unit is an element, or
+// two halves side by side.
+using Halves = uint16_t __attribute__((vector_size(16)));
+using Words = uint32_t __attribute__((vector_size(16)));
+constexpr int64_t kVectorBytes = 16;
+
+PD_BOTH Halves interleave_low(Halves a, Halves b) {
+  return Halves{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+}
+PD_BOTH Halves interleave_high(Halves a, Halves b) {
+  return Halves{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+PD_BOTH Words interleave_low(Words a, Words b) { return Words{a[0], b[0], a[1], b[1]}; }
+PD_BOTH Words interleave_high(Words a, Words b) { return Words{a[2], b[2], a[3], b[3]}; }
+
+// As many rows as a row has units: interleaving the upper half of the rows with the lower moves the
+// highest bit of a unit's row into its column.
+template <int64_t kRows, class Vector>
+PD_BOTH void transpose(Vector (&rows)[kRows]) {
+  for (int64_t half = 1; half < kRows; half *= 2) {
+    Vector next[kRows];
+    for (int64_t i = 0; i < kRows / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kRows / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kRows / 2]);
+    }
+    for (int64_t i = 0; i < kRows; ++i) rows[i] = next[i];
+  }
+}
+
+// Copies a group from its block into the rows of a tile, or back.
+template <class Floats, bool kIsLoad>
+class Mover {
+ public:
+  using Type = typename Floats::Type;
+  static constexpr int64_t kSize = sizeof(Type);
+
+  PD_BOTH Mover(const Group& group, const Layout& layout, Tile<Floats>& tile)
+      : group_(group), layout_(layout), width_(layout.width), tile_(tile) {}
+
+  PD_BOTH void move() const {
+    switch (layout_.order) {
+      case Order::kRows:
+        return;
+      case Order::kColumns:
+        if (kSize == 4) return move_columns<Words, 4>(1);
+        return move_columns<Halves, 8>(1);
+      case Order::kChannelPairs:
+        return move_columns<Words, 4>(2);
+      case Order::kTokenPairs:
+        return move_token_pairs();
+      case Order::kOther:
+        return move_elements(0, group_.count(), 0, width_);
+    }
+  }
+
+ private:
+  // Keys as attention multiplies them: a unit of one or two channels after the other.
+  template <class Vector, int64_t kUnits>
+  PD_BOTH void move_columns(int64_t unit_channels) const {
+    const int64_t step = kUnits * unit_channels;
+    const int64_t tokens = group_.count() / kUnits * kUnits, channels = width_ / step * step;
+    for (int64_t c = 0; c < channels; c += step) {
+      for (int64_t t = 0; t < tokens; t += kUnits) {
+        Vector square[kUnits];
+        for (int64_t i = 0; i < kUnits; ++i) {
+          const int64_t channel = c + i * unit_channels;
+          square[i] = load<Vector>(kIsLoad ? in_block(t, channel) : in_tile(t + i, c));
+        }
+        transpose(square);
+        for (int64_t i = 0; i < kUnits; ++i) {
+          store(kIsLoad ? in_tile(t + i, c) : in_block(t, c + i * unit_channels), square[i]);
+        }
+      }
+    }
+    move_elements(0, tokens, channels, width_);
+    move_elements(tokens, group_.count(), 0, width_);
+  }
+
+  // Values as attention multiplies them: two tokens' channels in turns.
+  PD_BOTH void move_token_pairs() const {
+    constexpr int64_t kChannels = 8;
+    const int64_t tokens = group_.count() / 2 * 2, channels = width_ / kChannels * kChannels;
+    for (int64_t t = 0; t < tokens; t += 2) {
+      for (int64_t c = 0; c < channels; c += kChannels) {
+        char* const pairs = in_block(t, c);
+        if (kIsLoad) {
+          Halves a = load<Halves>(pairs), b = load<Halves>(pairs + kVectorBytes);
+          for (int64_t i = 0; i < 3; ++i) {  // round, until each is among its own again
+            const Halves low = interleave_low(a, b);
+            b = interleave_high(a, b);
+            a = low;
+          }
+          store(in_tile(t, c), a);
+          store(in_tile(t + 1, c), b);
+        } else {
+          const Halves a = load<Halves>(in_tile(t, c)), b = load<Halves>(in_tile(t + 1, c));
+          store(pairs, interleave_low(a, b));
+          store(pairs + kVectorBytes, interleave_high(a, b));
+        }
+      }
+    }
+    move_elements(0, tokens, channels, width_);
+    move_elements(tokens, group_.count(), 0, width_);
+  }
+
+  // One by one, wherever they are.
+  PD_BOTH void move_elements(
+      int64_t first_token, int64_t last_token, int64_t first_channel, int64_t last_channel) const {
+    for (int64_t c = first_channel; c < last_channel; ++c) {
+      for (int64_t t = first_token; t < last_token; ++t) {
+        if (kIsLoad) {
+          memcpy(in_tile(t, c), in_block(t, c), kSize);
+        } else {
+          memcpy(in_block(t, c), in_tile(t, c), kSize);
+        }
+      }
+    }
+  }
+
+  PD_BOTH char* in_block(int64_t t, int64_t c) const {
+    return group_.token(t) + layout_.channels[c];
+  }
+  PD_BOTH char* in_tile(int64_t t, int64_t c) const {
+    return reinterpret_cast<char*>(tile_.values + t * width_ + c);
+  }
+  template <class Vector>
+  PD_BOTH Vector load(const char* place) const {
+    Vector vector;
+    memcpy(&vector, place, kVectorBytes);
+    return vector;
+  }
+  template <class Vector>
+  PD_BOTH void store(char* place, Vector vector) const {
+    memcpy(place, &vector, kVectorBytes);
+  }
+
+  const Group& group_;
+  const Layout& layout_;
+  int64_t width_;
+  Tile<Floats>& tile_;
+};
+
+template <class Floats, bool kIsLoad>
+PD_BOTH void move_tile(const Group& group, const Layout& layout, Tile<Floats>& tile) {
+  Mover<Floats, kIsLoad>(group, layout, tile).move();
 }
 
 // Calls work(stripe) for a stripe whose width, where it is a usual one, the compiler knows when it
 // compiles `work`: loops of a known length are several times as fast.
 template <class Work>
-PD_BOTH void for_known_shapes(Stripe stripe, Work work) {
+PD_BOTH void for_known_widths(Stripe stripe, Work work) {
   switch (stripe.width) {
     case 64:
       stripe.width = 64;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -13,8 +14,9 @@
 namespace {
 
 // How the elements of a block lie: [heads, tokens, channels], [tokens, heads, channels], [heads,
-// channels, tokens], or [heads, tiles of tokens, tiles of channels, tokens, channels].
-enum class Layout { kHeads, kTokens, kChannels, kTiles };
+// channels, tokens], or in tiles: [heads, tiles of tokens, tiles of channels, tokens, channels], as
+// a matrix unit wants keys, and values, of which a tile is [channels, tokens].
+enum class Layout { kHeads, kTokens, kChannels, kTiles, kKeyTiles, kValueTiles };
 
 struct Case {
   pd::Element element;
@@ -64,12 +66,23 @@ struct Cache {
         part.block_stride = kHeads * part.head_stride;
         break;
       case Layout::kTiles:
-        tiling.token_tile = tokens % 4 == 0 ? 4 : 1;
+      case Layout::kKeyTiles:
+        tiling.token_tile = of.layout == Layout::kKeyTiles ? 16 : tokens % 4 == 0 ? 4 : 1;
         tiling.channel_tile = 2;
         tiling.token_stride = 2 * size;
         tiling.channel_tile_stride = tiling.token_tile * tiling.token_stride + of.gap * size;
         tiling.token_tile_stride = width / 2 * tiling.channel_tile_stride;
         part.head_stride = tokens / tiling.token_tile * tiling.token_tile_stride;
+        part.block_stride = kHeads * part.head_stride;
+        break;
+      case Layout::kValueTiles:
+        tiling.token_tile = 2;
+        tiling.channel_tile = 16;
+        tiling.token_stride = size;
+        tiling.channel_stride = 2 * size;
+        tiling.token_tile_stride = 32 * size;
+        tiling.channel_tile_stride = tokens / 2 * tiling.token_tile_stride + of.gap * size;
+        part.head_stride = width / 16 * tiling.channel_tile_stride;
         part.block_stride = kHeads * part.head_stride;
         break;
     }
@@ -414,16 +427,21 @@ std::vector<Case> cases() {
     int64_t gap, start;
   };
   const std::vector<Shape> shapes = {
-      {32, 5, 16, 4, Layout::kHeads, 0, 0},    {64, 96, 16, 4, Layout::kHeads, 3, 1},
-      {64, 33, 128, 0, Layout::kTiles, 0, 0},  {96, 70, 5, 40, Layout::kTokens, 0, 3},
-      {128, 65, 16, 1, Layout::kTokens, 8, 0}, {128, 129, 128, 0, Layout::kChannels, 0, 0},
-      {160, 63, 16, 31, Layout::kTiles, 1, 5}, {192, 32, 16, 32, Layout::kChannels, 2, 1},
-      {576, 37, 5, 2, Layout::kHeads, 0, 0},   {1024, 32, 16, 0, Layout::kTokens, 0, 0}};
+      {32, 5, 16, 4, Layout::kHeads, 0, 0},        {64, 96, 16, 4, Layout::kHeads, 3, 1},
+      {64, 33, 128, 0, Layout::kTiles, 0, 0},      {96, 70, 5, 40, Layout::kTokens, 0, 3},
+      {128, 65, 16, 1, Layout::kTokens, 8, 0},     {128, 129, 128, 0, Layout::kChannels, 0, 0},
+      {160, 63, 16, 31, Layout::kTiles, 1, 5},     {192, 32, 16, 32, Layout::kChannels, 2, 1},
+      {64, 97, 128, 4, Layout::kKeyTiles, 0, 0},   {80, 63, 16, 7, Layout::kKeyTiles, 2, 1},
+      {64, 97, 128, 4, Layout::kValueTiles, 0, 0}, {80, 63, 16, 7, Layout::kValueTiles, 2, 1},
+      {80, 63, 32, 7, Layout::kChannels, 1, 0},    {576, 37, 5, 2, Layout::kHeads, 0, 0},
+      {1024, 32, 16, 0, Layout::kTokens, 0, 0}};
   std::vector<Case> all;
   for (const auto element :
        {pd::Element::kFloat32, pd::Element::kBFloat16, pd::Element::kFloat16}) {
-    for (pd::Encoding encoding : encodings) {
+    for (const pd::Encoding& each : encodings) {
       for (const Shape& shape : shapes) {
+        pd::Encoding encoding = each;
+        encoding.group = std::gcd(each.group, shape.width);
         encoding.sinks = shape.sinks;
         all.push_back(
             {element, encoding, shape.width, shape.tokens, shape.block_tokens, shape.layout,
