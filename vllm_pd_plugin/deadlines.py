@@ -39,7 +39,8 @@ class Deadlines(Generic[Key]):
     def set(self, key: Key, at: float) -> None:
         """Make a key due at a time, whatever was set before."""
         self._at[key] = at
-        if at < self._queued.get(key, float("inf")):
+        place = self._queued.get(key)
+        if place is None or at < place:
             self._push(key, at)
 
     def remove(self, key: Key) -> None:

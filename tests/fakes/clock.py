@@ -14,3 +14,8 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+def rests(wait_s: float | None) -> bool:
+    """Whether a turn has left nothing to do but to look, in minutes, whether peers are needed."""
+    return wait_s is None or wait_s > 60.0

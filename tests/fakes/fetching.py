@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tests.fakes.clock import rests
 from tests.fakes.cluster import FakeCluster
 from vllm_pd_plugin.ids import Source
-from vllm_pd_plugin.protocol.peers import IDLE_S
 from vllm_pd_plugin.transfer.rank import Timeouts
 
 TOKENS = 8
@@ -53,4 +53,4 @@ class FetchingCluster(FakeCluster):
 
     def consumer_is_idle(self) -> bool:
         """Whether its transfer plane has nothing left to do."""
-        return self.consumer.plane.turn() in (None, IDLE_S) and not self.consumer.transport.reads
+        return rests(self.consumer.plane.turn()) and not self.consumer.transport.reads

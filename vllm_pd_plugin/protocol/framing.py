@@ -73,7 +73,7 @@ class Encoded:
 
     @classmethod
     def of(cls, message: wire.Message) -> Encoded:
-        return cls(str(message.__struct_config__.tag), msgspec.msgpack.encode(message))
+        return cls(wire.KIND_OF[type(message)], msgspec.msgpack.encode(message))
 
 
 def encode(
@@ -86,7 +86,7 @@ def encode(
     if isinstance(message, Encoded):
         kind, body = message.kind, message.body
     else:
-        kind, body = str(message.__struct_config__.tag), msgspec.msgpack.encode(message)
+        kind, body = wire.KIND_OF[type(message)], msgspec.msgpack.encode(message)
     return [_header(version, kind, sender, target), body]
 
 

@@ -42,7 +42,8 @@ class Outbox:
     def flush(self) -> None:
         """Send everything."""
         waiting, self._waiting = self._waiting, {}
-        self._contain.each("answering", waiting.items(), lambda item: self._send_all(*item))
+        for who, messages in waiting.items():
+            self._send_all(who, messages)
 
     def _send_all(self, who: ReturnAddress, messages: Sequence[Sendable]) -> None:
         if who.version >= framing.BATCHES_SINCE and len(messages) > 1:

@@ -8,6 +8,7 @@ nobody needs any more is let go of.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -72,8 +73,6 @@ class _Connection:
     peer: Peer | None = None
     version: int = framing.OLDEST_VERSION
     """Of the protocol, in which it is spoken to until it has introduced itself."""
-    deadline: float | None = None
-    """When the answer that is awaited is given up; None while none is."""
 
 
 class PeerListener(Protocol):
@@ -117,8 +116,10 @@ class PeerTable:
         self._clock = clock
         self._listener = listener
         self._connections: dict[Address, _Connection] = {}
-        self._looks = Deadlines[Address]()
-        """When an answer is given up, or it is asked whether anybody needs the connection."""
+        self._awaited: dict[Address, float] = {}
+        """When an answer is given up; the first comes first, as all have the same time."""
+        self._idle = Deadlines[Address]()
+        """When it is asked whether anybody needs a connection."""
         self.dropped_messages = 0
         self.num_bytes = 0
         """Of all messages sent and received."""
@@ -150,6 +151,7 @@ class PeerTable:
             return None
         connection = _Connection(address, found, self._clock())
         self._connections[address] = connection
+        self._idle.set(address, connection.used_at + IDLE_S)
         self._introduce(connection)
         return connection
 
@@ -185,31 +187,36 @@ class PeerTable:
             return
         connection.used_at = self._clock()
         if expects_answer:
-            self._expect(connection)
+            self._expect(connection.address)
         self._send(connection, message, peer.incarnation, peer.version)
 
     def tick(self) -> float | None:
         """Give up on silent peers, and let go of those that nobody needs; return when to call again
         (absolute), or None."""
-        self._contain.each("peers", self._looks.take(self._clock()), self._look_after)
-        return self._looks.next()
+        now = self._clock()
+        overdue = list(itertools.takewhile(lambda item: item[1] <= now, self._awaited.items()))
+        self._contain.each("peers", [address for address, _ in overdue], self._give_up)
+        self._contain.each("peers", self._idle.take(now), self._look_after)
+        due = (next(iter(self._awaited.values()), None), self._idle.next())
+        return min((at for at in due if at is not None), default=None)
+
+    def _give_up(self, address: Address) -> None:
+        if self._awaited.pop(address, None) is None:  # another's loss has led to its own
+            return
+        text = f"no answer from {_spell(address)} within {self._timeout_s:g} s"
+        self._lose(address, PeerError(Reason.PEER_UNREACHABLE, text))
 
     def _look_after(self, address: Address) -> None:
         connection, now = self._connections.get(address), self._clock()
         if connection is None:
             return
-        self._looks.set(address, now + LOOK_AGAIN_S)  # whatever comes of this
-        if connection.deadline is not None:
-            if now >= connection.deadline:
-                text = f"no answer from {_spell(address)} within {self._timeout_s:g} s"
-                self._lose(address, PeerError(Reason.PEER_UNREACHABLE, text))
-        elif now >= connection.used_at + IDLE_S:
-            if self._listener.needs_peer(address):
-                connection.used_at = now
-            else:
-                self._let_go(address)
-        if self._connections.get(address) is connection:
-            self._looks.set(address, _next_look(connection))
+        self._idle.set(address, now + LOOK_AGAIN_S)  # whatever comes of this
+        if now < connection.used_at + IDLE_S:
+            self._idle.set(address, connection.used_at + IDLE_S)
+        elif address in self._awaited or self._listener.needs_peer(address):
+            self._idle.set(address, now + IDLE_S)
+        else:
+            self._let_go(address)
 
     def _make_room(self) -> None:
         """Let go of the peer that nobody needs and that was used the longest time ago."""
@@ -224,7 +231,8 @@ class PeerTable:
         self._listener.peer_let_go(address)
 
     def _remove(self, address: Address) -> _Connection:
-        self._looks.remove(address)
+        self._awaited.pop(address, None)
+        self._idle.remove(address)
         return self._connections.pop(address)
 
     def drop(self, address: Address, error: PeerError) -> None:
@@ -233,14 +241,14 @@ class PeerTable:
             self._lose(address, error)
 
     def close(self) -> None:
-        self._contain.each("closing", self._connections.values(), self._close)
-        self._connections.clear()
+        for address in list(self._connections):
+            self._close(self._remove(address))
 
     def _close(self, connection: _Connection) -> None:
         self._contain.run("closing", connection.channel.close, None)
 
     def _introduce(self, connection: _Connection) -> None:
-        self._expect(connection)
+        self._expect(connection.address)
         hello = wire.Hello(self._identity.engine_id, framing.PROTOCOL_VERSION)
         self._send(connection, hello, Incarnation(""), connection.version)
 
@@ -248,14 +256,13 @@ class PeerTable:
         self, connection: _Connection, message: wire.Request, target: Incarnation, version: int
     ) -> None:
         frames = framing.encode(message, self._identity.incarnation, target, version)
-        self.num_bytes += sum(map(len, frames))
+        self.num_bytes += len(frames[0]) + len(frames[1])
         # What cannot be sent is a message lost: whoever waits for an answer has a deadline.
         self._contain.run("sending", lambda: connection.channel.send(frames), None)
 
-    def _expect(self, connection: _Connection) -> None:
-        if connection.deadline is None:
-            connection.deadline = self._clock() + self._timeout_s
-            self._looks.set(connection.address, connection.deadline)
+    def _expect(self, address: Address) -> None:
+        if address not in self._awaited:
+            self._awaited[address] = self._clock() + self._timeout_s
 
     def _lose(self, address: Address, error: PeerError) -> None:
         self._close(self._remove(address))
@@ -288,8 +295,7 @@ class PeerTable:
                 return
             self.dropped_messages += 1
             return
-        connection.deadline = None
-        self._looks.set(address, _next_look(connection))
+        self._awaited.pop(address, None)
         peer = connection.peer
         if isinstance(message, wire.Welcome):
             self._introduced(address, connection, header, message)
@@ -339,10 +345,6 @@ def _check_complete(welcome: wire.Welcome) -> None:
         len(rank.regions) != layers for rank in welcome.ranks
     ):
         raise PeerError(Reason.PEER_INCOMPATIBLE, "the peer describes its memory inconsistently")
-
-
-def _next_look(connection: _Connection) -> float:
-    return connection.deadline if connection.deadline is not None else connection.used_at + IDLE_S
 
 
 def _restarted(address: Address) -> PeerError:

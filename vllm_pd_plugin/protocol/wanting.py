@@ -211,9 +211,8 @@ class Wanting:
         if peer is None:  # until it has introduced itself
             return
         self._heartbeats.set(address, now + _interval_s(peer))
-        held = tuple(w.source.handoff_id for w in self._consuming.at(address) if w.asked)
-        if held:
-            self._peers.send(peer, wire.Heartbeat(held))
+        if asked := self._consuming.asked_at(address):
+            self._peers.send(peer, wire.Heartbeat(asked))
 
     def _cancel(self, peer: Peer, source: Source) -> None:
         if source.incarnation in (None, peer.incarnation):

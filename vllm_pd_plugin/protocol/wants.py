@@ -106,6 +106,11 @@ class ConsumerTable:
         """Return what is wanted from one peer."""
         return list(self._by_address.get(address, {}).values())
 
+    def asked_at(self, address: Address) -> tuple[HandoffId, ...]:
+        """Return what one peer has been asked for."""
+        there = self._by_address.get(address, {})
+        return tuple([handoff_id for handoff_id, wanted in there.items() if wanted.asked])
+
     def is_wanted_from(self, address: Address) -> bool:
         """Say whether anything is."""
         return address in self._by_address

@@ -319,3 +319,4 @@ KINDS: dict[str, type[Message]] = {
     )
 }  # fmt: skip
 """By the name that a header has."""
+KIND_OF = {kind: name for name, kind in KINDS.items()}
