@@ -35,7 +35,7 @@ MAX_READS = 2
 announced meanwhile gathers into one."""
 
 _MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
-_MAX_BLOCKS, _MAX_DESCRIPTORS = 2048, 512
+_MAX_BLOCKS, _MAX_DESCRIPTORS = 2048, 256
 """Of one plan, and of one read: more would hold up everything else on the thread. NIXL and UCX take
 two microseconds or more to start what one descriptor says."""
 _ASK_AGAIN_S = 2.0
