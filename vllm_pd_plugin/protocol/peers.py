@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
@@ -258,7 +259,7 @@ class PeerTable:
         frames = framing.encode(message, self._identity.incarnation, target, version)
         self.num_bytes += len(frames[0]) + len(frames[1])
         # What cannot be sent is a message lost: whoever waits for an answer has a deadline.
-        self._contain.run("sending", lambda: connection.channel.send(frames), None)
+        self._contain.run("sending", partial(connection.channel.send, frames), None)
 
     def _expect(self, address: Address) -> None:
         if address not in self._awaited:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.deadlines import Deadlines
@@ -203,10 +204,10 @@ class Wanting:
         """Send the heartbeats that are due; return when the next one is."""
         now = self._clock()
         due = self._heartbeats.take(now)
-        self._contain.each("heartbeats", due, lambda address: self._beat_at(address, now))
+        self._contain.each("heartbeats", due, partial(self._beat_at, now))
         return self._heartbeats.next()
 
-    def _beat_at(self, address: Address, now: float) -> None:
+    def _beat_at(self, now: float, address: Address) -> None:
         peer = self._peers.get(address)
         if peer is None:  # until it has introduced itself
             return
