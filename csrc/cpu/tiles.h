@@ -108,7 +108,7 @@ PD_BOTH Order order_of(const Tiling& tiling, int64_t element_bytes) {
 struct Layout {
   Order order;
   int64_t width;
-  int64_t line_tokens, line_channels;  // what of either is in 64 bytes
+  int64_t line_tokens, line_channels;  // what of either is in 64 bytes: powers of two
   int64_t channels[kMaxWidth];         // where each is
 
   PD_BOTH Layout(const Tiling& tiling, int64_t element_bytes)
@@ -145,7 +145,7 @@ struct Rows {
   PD_BOTH void prefetch_next(int64_t t) const {
     const int64_t width = layout_.width;
     if (layout_.order == Order::kRows || layout_.order == Order::kTokenPairs) {
-      if (t % layout_.line_tokens != 0) return;
+      if ((t & (layout_.line_tokens - 1)) != 0) return;
       for (int64_t c = 0; c < width; c += layout_.line_channels) {
         group_.prefetch_next(t, layout_.channels[c]);
       }
