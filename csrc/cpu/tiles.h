@@ -70,6 +70,10 @@ PD_BOTH void for_groups(const TokenRun& run, int64_t first, int64_t last, Work w
       for (int64_t i = 0; i < heads; ++i) {
         const int64_t here = offset + i * part.head_stride;
         const bool is_last = i + 1 == heads;
+        // The way to the next group's blocks is long where each is in a page of its own.
+        for (int64_t t = i * kTokenGroup / heads; t < (i + 1) * kTokenGroup / heads; ++t) {
+          __builtin_prefetch(next.of[t] + offset);
+        }
         work(
             first + i, g,
             is_last ? Group(places, here, next, offset)
