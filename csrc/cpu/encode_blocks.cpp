@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "../codes.h"
 #include "isa.h"
 #include "tiles.h"
@@ -34,6 +36,20 @@ PD_BOTH void put_codes(
   }
 }
 
+// `values` has room for a row.
+template <class Floats>
+PD_BOTH void put_row(
+    const typename Floats::Type* __restrict row, const Stripe& stripe, const Ranges& ranges,
+    float* __restrict values, uint8_t* codes) {
+  if (!std::is_same<Floats, Float16>::value) {
+    put_codes<Floats>(row, stripe, ranges, codes);
+    return;
+  }
+  // It takes so many operations to load that several at once find no registers.
+  for (int64_t i = 0; i < stripe.width; ++i) values[i] = Floats::load(row[i]);
+  put_codes<Float32>(values, stripe, ranges, codes);
+}
+
 template <class Floats>
 PD_BOTH void extend(
     const typename Floats::Type* __restrict row, int64_t width,
@@ -50,6 +66,7 @@ PD_BOTH void encode_tile_by_channel(
     const Rows<Floats>& rows, const Stripe& stripe, int64_t first_that_counts, char* tile) {
   using Order = typename Floats::Order;
   Ranges ranges;
+  alignas(64) float loaded[kMaxWidth];
   alignas(64) Order low[kMaxWidth];
   alignas(64) Order high[kMaxWidth];
   const int64_t width = stripe.width;
@@ -70,7 +87,7 @@ PD_BOTH void encode_tile_by_channel(
   }
   auto* codes = reinterpret_cast<uint8_t*>(tile + stripe.tile_codes());
   for (int64_t t = 0; t < kTokenGroup; ++t, codes += stripe.row_codes()) {
-    put_codes<Floats>(rows.of[t], stripe, ranges, codes);
+    put_row<Floats>(rows.of[t], stripe, ranges, loaded, codes);
   }
 }
 
@@ -78,6 +95,7 @@ template <class Floats>
 PD_BOTH void encode_tile_by_token(const Rows<Floats>& rows, const Stripe& stripe, char* tile) {
   using Order = typename Floats::Order;
   Ranges ranges;
+  alignas(64) float loaded[kMaxWidth];
   const int64_t group = stripe.encoding.group;
   const int64_t groups = stripe.width / group;
   auto* const zeros = reinterpret_cast<uint16_t*>(tile);
@@ -104,7 +122,7 @@ PD_BOTH void encode_tile_by_token(const Rows<Floats>& rows, const Stripe& stripe
         ranges.inverses[i] = inverse_scale;
       }
     }
-    put_codes<Floats>(values, stripe, ranges, codes);
+    put_row<Floats>(values, stripe, ranges, loaded, codes);
   }
 }
 

@@ -58,6 +58,7 @@ class Group {
 template <class Work>
 PD_BOTH void for_groups(const TokenRun& run, int64_t first, int64_t last, Work work) {
   const int64_t groups = (run.tokens + kTokenGroup - 1) / kTokenGroup;
+  if (groups <= 0) return;
   while (first < last) {
     const PartPlane& part = run.parts[first / run.heads];
     const int64_t head = first % run.heads;
@@ -70,6 +71,10 @@ PD_BOTH void for_groups(const TokenRun& run, int64_t first, int64_t last, Work w
       for (int64_t i = 0; i < heads; ++i) {
         const int64_t here = offset + i * part.head_stride;
         const bool is_last = i + 1 == heads;
+        // The way to the next group's blocks is long where each is in a page of its own.
+        for (int64_t t = i * kTokenGroup / heads; t < (i + 1) * kTokenGroup / heads; ++t) {
+          __builtin_prefetch(next.of[t] + offset);
+        }
         work(
             first + i, g,
             is_last ? Group(places, here, next, offset)
@@ -108,15 +113,29 @@ PD_BOTH Order order_of(const Tiling& tiling, int64_t element_bytes) {
 struct Layout {
   Order order;
   int64_t width;
-  int64_t line_tokens, line_channels;  // what of either is in 64 bytes
+  int64_t line_tokens, line_channels;  // what of either is in 64 bytes: powers of two
   int64_t channels[kMaxWidth];         // where each is
 
   PD_BOTH Layout(const Tiling& tiling, int64_t element_bytes)
       : order(order_of(tiling, element_bytes)), width(tiling.width) {
-    const int64_t pairs = 32 / element_bytes;
-    line_tokens = order == Order::kColumns ? 2 * pairs : order == Order::kTokenPairs ? 2 : 1;
-    line_channels = order == Order::kRows ? 2 * pairs : order == Order::kTokenPairs ? pairs : 1;
-    if (order == Order::kChannelPairs) line_tokens = pairs, line_channels = 2;
+    const int64_t elements = 64 / element_bytes;
+    switch (order) {
+      case Order::kRows:
+        line_tokens = 1, line_channels = elements;
+        break;
+      case Order::kColumns:
+        line_tokens = elements, line_channels = 1;
+        break;
+      case Order::kChannelPairs:
+        line_tokens = elements / 2, line_channels = 2;
+        break;
+      case Order::kTokenPairs:
+        line_tokens = 2, line_channels = elements / 2;
+        break;
+      case Order::kOther:  // as if a few lines had all tokens of a channel
+        line_tokens = 16, line_channels = 1;
+        break;
+    }
     for (int64_t c = 0; c < width; ++c) channels[c] = tiling.channel_offset(c);
   }
 };
@@ -145,7 +164,7 @@ struct Rows {
   PD_BOTH void prefetch_next(int64_t t) const {
     const int64_t width = layout_.width;
     if (layout_.order == Order::kRows || layout_.order == Order::kTokenPairs) {
-      if (t % layout_.line_tokens != 0) return;
+      if ((t & (layout_.line_tokens - 1)) != 0) return;
       for (int64_t c = 0; c < width; c += layout_.line_channels) {
         group_.prefetch_next(t, layout_.channels[c]);
       }
@@ -179,8 +198,9 @@ PD_BOTH Halves interleave_high(Halves a, Halves b) {
 PD_BOTH Words interleave_low(Words a, Words b) { return Words{a[0], b[0], a[1], b[1]}; }
 PD_BOTH Words interleave_high(Words a, Words b) { return Words{a[2], b[2], a[3], b[3]}; }
 
-// As many rows as a row has units: interleaving the upper half of the rows with the lower moves the
-// highest bit of a unit's row into its column.
+// As many rows as a row has units. Interleaving the first half of the rows with the second makes
+// the highest bit of a unit's row the lowest of its column; all bits of either have changed places
+// then.
 template <int64_t kRows, class Vector>
 PD_BOTH void transpose(Vector (&rows)[kRows]) {
   for (int64_t half = 1; half < kRows; half *= 2) {

@@ -434,7 +434,7 @@ std::vector<Case> cases() {
       {64, 97, 128, 4, Layout::kKeyTiles, 0, 0},   {80, 63, 16, 7, Layout::kKeyTiles, 2, 1},
       {64, 97, 128, 4, Layout::kValueTiles, 0, 0}, {80, 63, 16, 7, Layout::kValueTiles, 2, 1},
       {80, 63, 32, 7, Layout::kChannels, 1, 0},    {576, 37, 5, 2, Layout::kHeads, 0, 0},
-      {1024, 32, 16, 0, Layout::kTokens, 0, 0}};
+      {64, 0, 16, 4, Layout::kHeads, 0, 0},        {1024, 32, 16, 0, Layout::kTokens, 0, 0}};
   std::vector<Case> all;
   for (const auto element :
        {pd::Element::kFloat32, pd::Element::kBFloat16, pd::Element::kFloat16}) {
