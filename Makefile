@@ -26,7 +26,8 @@ DEVICE ?= cuda
 TOOLS := iproute2
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/* tests/gpu/native/* tests/gpu/emulator/*.[ch]*)
-HAS_NVCC := $(if $(shell command -v nvcc),1,0)
+NVCC := $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+HAS_NVCC := $(if $(NVCC),1,0)
 # Torch's headers have parameters that they do not use.
 STRICT := -Wextra -Wno-unused-parameter -Werror
 SETUP := .venv/.done
@@ -92,7 +93,7 @@ check: setup
 		$(BIN)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
 	@test $(HAS_NVCC) = 0 || for source in tests/gpu/native/*.c*; do \
 		echo "nvcc $$source"; \
-		nvcc -std=c++17 -fmad=false -DPD_USE_CUDA -Werror all-warnings -c $$source -o build/kernel.o || exit 1; done
+		$(NVCC) -std=c++17 -fmad=false -DPD_USE_CUDA -Werror all-warnings -c $$source -o build/kernel.o || exit 1; done
 
 wheel: setup
 	@$(BIN)/python packaging/make_wheel.py dist
@@ -105,7 +106,6 @@ format: setup
 bench: setup
 	@$(BIN)/python -m tests.models tiny-llama
 	$(BIN)/python -m benchmarks.idle --json benchmarks/results/idle.json
-	$(BIN)/python -m benchmarks.control --json benchmarks/results/control.json
 	@$(BIN)/python -m tests.models bench-llama
 	$(BIN)/python -m benchmarks.handoff --prompts 512 --link-mbit 0 --repeat 7 --json benchmarks/results/handoff-unlimited.json
 	$(BIN)/python -m benchmarks.handoff --prompts 512,2048 --link-mbit 300,1000 --json benchmarks/results/handoff-limited.json
@@ -123,6 +123,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.chaos --frontend --topology 2P2D --json benchmarks/results/chaos-frontend.json
 	$(BIN)/python -m benchmarks.ingress --json benchmarks/results/ingress.json
 	$(BIN)/python -m benchmarks.autoscale --json benchmarks/results/autoscale.json
+	$(BIN)/python -m benchmarks.control --json benchmarks/results/control.json
 
 quality: setup
 	@$(BIN)/python -m tests.models smollm2

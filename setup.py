@@ -17,7 +17,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
@@ -41,7 +41,7 @@ def native_modules() -> dict:
         raise SystemExit(f"PD_USE_CUDA={wanted} is not known; allowed are auto, 0 and 1")
     try:
         import torch
-        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         if wanted != "auto":
             raise SystemExit(
@@ -50,62 +50,70 @@ def native_modules() -> dict:
             ) from error
         print("torch is not there: vllm-pd-plugin is installed without its native modules")
         return {}
-
-    def module(name: str, sources: list, **more: list) -> Extension:
-        return cpp_extension.CppExtension(
-            f"vllm_pd_plugin.{name}",
-            sources,
-            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-            extra_compile_args=[*OPTIMIZED, "-Wall"],
-            py_limited_api=True,
-            optional=wanted == "auto",
-            **{"depends": DEPENDS, **more},
-        )
-
-    cpu = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-    modules = [module("_C", ["csrc/bindings/cpu.cpp", *cpu])]
     nvcc = find_nvcc()
     if nvcc is None and wanted == "1":
         raise SystemExit("PD_USE_CUDA=1 asks for CUDA kernels, and nvcc is missing: set CUDA_HOME")
-    if nvcc is not None and (wanted == "1" or (wanted == "auto" and torch.version.cuda)):
-        kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-        modules.append(
-            module(
-                "_C_cuda",
-                ["csrc/bindings/cuda.cpp"],
-                depends=[*DEPENDS, *kernels],
-                # Linked in, and out of sight: torch has a CUDA runtime of its own, of any version.
-                libraries=["cudart_static", "dl", "pthread", "rt"],
-                extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
-            )
-        )
+    has_cuda = nvcc is not None and (wanted == "1" or (wanted == "auto" and torch.version.cuda))
+    common = {
+        "define_macros": [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        "extra_compile_args": [*OPTIMIZED, "-Wall"],
+        "py_limited_api": True,
+        "optional": wanted == "auto",
+    }
+    described = [cpu_module(), cuda_module()] if has_cuda else [cpu_module()]
 
-    class Build(cpp_extension.BuildExtension):
+    class Build(BuildExtension):
         """nvcc compiles kernels, which know nothing of torch. Torch's own way of calling it wants a
         CUDA build of torch."""
 
         def build_extension(self, extension: Extension) -> None:
             kernels = [name for name in extension.depends if name.endswith(".cu")]
             if kernels:
-                includes, libraries = folders_of(nvcc)
-                extension.include_dirs += includes
-                extension.library_dirs += libraries
-                options = architecture_options(nvcc)
-                for kernel in kernels:
-                    compiled = Path(self.build_temp, kernel).with_suffix(".o")
-                    compiled.parent.mkdir(parents=True, exist_ok=True)
-                    if self.force or newer_group([*DEPENDS, kernel], compiled):
-                        self.spawn(
-                            [nvcc, "-c", kernel, "-o", str(compiled), *OPTIMIZED_CUDA, *options]
-                        )
-                    extension.extra_objects.append(str(compiled))
+                compile_kernels(self, nvcc, kernels, extension)
             super().build_extension(extension)
 
     return {
-        "ext_modules": modules,
+        "ext_modules": [CppExtension(**each, **common) for each in described],
         "cmdclass": {"build_ext": Build.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
+
+
+def cpu_module() -> dict:
+    """Return what makes ``_C`` what it is."""
+    kernels = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+    return {
+        "name": "vllm_pd_plugin._C",
+        "sources": ["csrc/bindings/cpu.cpp", *kernels],
+        "depends": DEPENDS,
+    }
+
+
+def cuda_module() -> dict:
+    """Return what makes ``_C_cuda`` what it is; its kernels are among what it depends on."""
+    return {
+        "name": "vllm_pd_plugin._C_cuda",
+        "sources": ["csrc/bindings/cuda.cpp"],
+        "depends": [*DEPENDS, *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
+        # Linked in, and out of sight: torch has a CUDA runtime of its own, of any version.
+        "libraries": ["cudart_static", "dl", "pthread", "rt"],
+        "extra_link_args": ["-Wl,--exclude-libs,libcudart_static.a"],
+    }
+
+
+def compile_kernels(build: Command, nvcc: str, kernels: list, extension: Extension) -> None:
+    """Compile what is out of date, and let the extension be linked with it. build: the command that
+    builds extensions."""
+    includes, libraries = folders_of(nvcc)
+    extension.include_dirs += includes
+    extension.library_dirs += libraries
+    options = architecture_options(nvcc)
+    for kernel in kernels:
+        compiled = Path(build.build_temp, kernel).with_suffix(".o")
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        if build.force or newer_group([*DEPENDS, kernel], compiled):
+            build.spawn([nvcc, "-c", kernel, "-o", str(compiled), *OPTIMIZED_CUDA, *options])
+        extension.extra_objects.append(str(compiled))
 
 
 def find_nvcc() -> str | None:

@@ -29,9 +29,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build the wheel with the native modules.")
     parser.add_argument("folder", type=Path, help="gets the wheel, in the place of an older one")
     folder: Path = parser.parse_args().folder
-    has_nvcc = "CUDA_HOME" in os.environ or shutil.which("nvcc")
+    has_nvcc = find_nvcc() is not None
     use_cuda = os.environ.get("PD_USE_CUDA", "1" if has_nvcc else "0")
-    print(f"PD_USE_CUDA={use_cuda}" + ("" if has_nvcc else ": nvcc is not on the PATH"), flush=True)
+    print(
+        f"PD_USE_CUDA={use_cuda}"
+        + ("" if has_nvcc else ": there is no nvcc; set CUDA_HOME where it is"),
+        flush=True,
+    )
     for old in folder.glob("vllm_pd_plugin-*.whl"):
         old.unlink()
     with tempfile.TemporaryDirectory() as untagged:
@@ -39,6 +43,13 @@ def main() -> int:
         tag(next(Path(untagged).glob("*.whl")), folder)
     print(*folder.glob("vllm_pd_plugin-*.whl"))
     return 0
+
+
+def find_nvcc() -> str | None:
+    """Return the CUDA compiler, sought where ``setup.py`` seeks it."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def build(folder: Path, use_cuda: str) -> None:

@@ -249,10 +249,9 @@ def _check_extension() -> str:
 
     from vllm_pd_plugin.codecs import native
 
-    on_cuda = torch.version.cuda is not None
     devices = {"CPU": native.missing(on_cuda=False)}
-    if on_cuda:
-        devices["CUDA"] = native.missing(on_cuda=True)
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        devices["GPU"] = native.missing(on_cuda=True)
     for device, missing in devices.items():
         if missing is not None:
             raise _Slower(

@@ -145,27 +145,24 @@ inline int64_t packed_bytes(const BlockRun& run) {
   return run.num_planes * run.num_blocks * run.block_bytes();
 }
 
-// Checks all that an encoding needs, and returns it.
-inline Encoding check_encoding(
-    const TokenRun& run, int64_t bits, int64_t group, bool by_channel, int64_t sinks,
-    const Tensor& slab, const Tensor& part) {
-  const int64_t width = run.tiling.width;
+// Checks all that an encoding needs.
+inline void check_encoding(
+    const TokenRun& run, const Encoding& encoding, const Tensor& slab, const Tensor& part) {
+  const int64_t width = run.tiling.width, bits = encoding.bits, group = encoding.group;
   STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8, not ", bits);
   STD_TORCH_CHECK(
       width <= kMaxWidth, "rows of ", width, " channels are too wide; ", kMaxWidth, " are allowed");
   STD_TORCH_CHECK(
       width % (8 / bits) == 0, width, " channels of ", bits, " bits do not fill whole bytes");
   STD_TORCH_CHECK(
-      by_channel || (group > 0 && (bits == 8 || width % group == 0)), "groups of ", group,
+      encoding.by_channel || (group > 0 && (bits == 8 || width % group == 0)), "groups of ", group,
       " channels do not divide ", width);
-  STD_TORCH_CHECK(sinks >= 0, "sinks must not be negative");
+  STD_TORCH_CHECK(encoding.sinks >= 0, "sinks must not be negative");
   STD_TORCH_CHECK(
       reinterpret_cast<uintptr_t>(slab.data_ptr()) % kAlignment == 0,
       "a slab begins at a multiple of ", kAlignment, " bytes");
-  const Encoding encoding{bits, by_channel, group, sinks};
   const Stripe stripe{run.tokens, width, encoding};
   check_slab(slab, part, run.num_parts * run.heads * stripe.bytes());
-  return encoding;
 }
 
 }  // namespace pd::bindings

@@ -21,7 +21,10 @@ void in_parallel(int64_t items, int64_t bytes, const Work& work) {
   torch::stable::parallel_for(0, items, grain, work);
 }
 
-void pack_blocks_cpu(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
+// Checks what packing and unpacking have in common, and calls copy(run, slab, first item, last).
+template <class Copy>
+void with_slab(
+    const std::vector<Tensor>& planes, const Tensor& blocks, const Tensor& slab, Copy copy) {
   const Planes checked = check_planes(planes);
   check_blocks(blocks, planes[0]);
   check_bounds(blocks, planes);
@@ -29,50 +32,45 @@ void pack_blocks_cpu(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
   check_slab(slab, planes[0], packed_bytes(run));
   auto* const bytes = static_cast<char*>(slab.data_ptr());
   in_parallel(pd::packing_items(run), slab.numel(), [&](int64_t first, int64_t last) {
-    pd::pack_blocks_cpu(run, bytes, first, last);
+    copy(run, bytes, first, last);
   });
 }
 
+void pack_blocks_cpu(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
+  with_slab(planes, blocks, slab, pd::pack_blocks_cpu);
+}
+
 void unpack_blocks_cpu(Tensor slab, Tensor blocks, std::vector<Tensor> planes) {
-  const Planes checked = check_planes(planes);
-  check_blocks(blocks, planes[0]);
-  check_bounds(blocks, planes);
-  const pd::BlockRun run = checked.run(blocks);
-  check_slab(slab, planes[0], packed_bytes(run));
-  const auto* const bytes = static_cast<const char*>(slab.data_ptr());
-  in_parallel(pd::packing_items(run), slab.numel(), [&](int64_t first, int64_t last) {
-    pd::unpack_blocks_cpu(run, bytes, first, last);
+  with_slab(planes, blocks, slab, pd::unpack_blocks_cpu);
+}
+
+// The same of encoding and decoding: code(run, encoding, slab, first item, last).
+template <class Code>
+void with_codes(
+    const std::vector<Tensor>& parts, const Tensor& blocks, int64_t tokens,
+    const pd::Encoding& encoding, const Tensor& slab, Code code) {
+  const Parts checked = check_parts(parts);
+  check_blocks(blocks, parts[0]);
+  check_bounds(blocks, parts);
+  check_tokens(tokens, blocks, checked.tiling.tokens);
+  const pd::TokenRun run = checked.run(blocks, tokens);
+  check_encoding(run, encoding, slab, parts[0]);
+  auto* const bytes = static_cast<char*>(slab.data_ptr());
+  in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
+    code(run, encoding, bytes, first, last);
   });
 }
 
 void encode_blocks_cpu(
     std::vector<Tensor> parts, Tensor blocks, int64_t tokens, int64_t bits, int64_t group,
     bool by_channel, int64_t sinks, Tensor slab) {
-  const Parts checked = check_parts(parts);
-  check_blocks(blocks, parts[0]);
-  check_bounds(blocks, parts);
-  check_tokens(tokens, blocks, checked.tiling.tokens);
-  const pd::TokenRun run = checked.run(blocks, tokens);
-  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
-  auto* const bytes = static_cast<char*>(slab.data_ptr());
-  in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
-    pd::encode_blocks_cpu(run, encoding, bytes, first, last);
-  });
+  with_codes(parts, blocks, tokens, {bits, by_channel, group, sinks}, slab, pd::encode_blocks_cpu);
 }
 
 void decode_blocks_cpu(
     Tensor slab, Tensor blocks, int64_t tokens, int64_t bits, int64_t group, bool by_channel,
     int64_t sinks, std::vector<Tensor> parts) {
-  const Parts checked = check_parts(parts);
-  check_blocks(blocks, parts[0]);
-  check_bounds(blocks, parts);
-  check_tokens(tokens, blocks, checked.tiling.tokens);
-  const pd::TokenRun run = checked.run(blocks, tokens);
-  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
-  const auto* const bytes = static_cast<const char*>(slab.data_ptr());
-  in_parallel(pd::encoding_items(run), slab.numel(), [&](int64_t first, int64_t last) {
-    pd::decode_blocks_cpu(run, encoding, bytes, first, last);
-  });
+  with_codes(parts, blocks, tokens, {bits, by_channel, group, sinks}, slab, pd::decode_blocks_cpu);
 }
 
 Tensor digest_blocks_cpu(std::vector<Tensor> planes, Tensor blocks) {

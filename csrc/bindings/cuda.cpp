@@ -58,50 +58,52 @@ class OnDevice {
   Tensor items_;
 };
 
-void pack_blocks_cuda(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
+// Checks what packing and unpacking have in common, and calls launch(run, slab, stream).
+template <class Launch>
+void with_slab(
+    const std::vector<Tensor>& planes, const Tensor& blocks, const Tensor& slab, Launch launch) {
   const Planes checked = check_planes(planes);
   check_blocks(blocks, planes[0]);
   OnDevice device(blocks);
   const pd::BlockRun run = device.with(checked);
   check_slab(slab, planes[0], packed_bytes(run));
-  pd::pack_blocks_cuda(run, static_cast<char*>(slab.data_ptr()), device.stream());
+  launch(run, static_cast<char*>(slab.data_ptr()), device.stream());
   check(cudaGetLastError());
 }
 
+void pack_blocks_cuda(std::vector<Tensor> planes, Tensor blocks, Tensor slab) {
+  with_slab(planes, blocks, slab, pd::pack_blocks_cuda);
+}
+
 void unpack_blocks_cuda(Tensor slab, Tensor blocks, std::vector<Tensor> planes) {
-  const Planes checked = check_planes(planes);
-  check_blocks(blocks, planes[0]);
+  with_slab(planes, blocks, slab, pd::unpack_blocks_cuda);
+}
+
+// The same of encoding and decoding: launch(run, encoding, slab, stream).
+template <class Launch>
+void with_codes(
+    const std::vector<Tensor>& parts, const Tensor& blocks, int64_t tokens,
+    const pd::Encoding& encoding, const Tensor& slab, Launch launch) {
+  const Parts checked = check_parts(parts);
+  check_blocks(blocks, parts[0]);
+  check_tokens(tokens, blocks, checked.tiling.tokens);
   OnDevice device(blocks);
-  const pd::BlockRun run = device.with(checked);
-  check_slab(slab, planes[0], packed_bytes(run));
-  pd::unpack_blocks_cuda(run, static_cast<const char*>(slab.data_ptr()), device.stream());
+  const pd::TokenRun run = device.with(checked, tokens);
+  check_encoding(run, encoding, slab, parts[0]);
+  launch(run, encoding, static_cast<char*>(slab.data_ptr()), device.stream());
   check(cudaGetLastError());
 }
 
 void encode_blocks_cuda(
     std::vector<Tensor> parts, Tensor blocks, int64_t tokens, int64_t bits, int64_t group,
     bool by_channel, int64_t sinks, Tensor slab) {
-  const Parts checked = check_parts(parts);
-  check_blocks(blocks, parts[0]);
-  check_tokens(tokens, blocks, checked.tiling.tokens);
-  OnDevice device(blocks);
-  const pd::TokenRun run = device.with(checked, tokens);
-  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
-  pd::encode_blocks_cuda(run, encoding, static_cast<char*>(slab.data_ptr()), device.stream());
-  check(cudaGetLastError());
+  with_codes(parts, blocks, tokens, {bits, by_channel, group, sinks}, slab, pd::encode_blocks_cuda);
 }
 
 void decode_blocks_cuda(
     Tensor slab, Tensor blocks, int64_t tokens, int64_t bits, int64_t group, bool by_channel,
     int64_t sinks, std::vector<Tensor> parts) {
-  const Parts checked = check_parts(parts);
-  check_blocks(blocks, parts[0]);
-  check_tokens(tokens, blocks, checked.tiling.tokens);
-  OnDevice device(blocks);
-  const pd::TokenRun run = device.with(checked, tokens);
-  const pd::Encoding encoding = check_encoding(run, bits, group, by_channel, sinks, slab, parts[0]);
-  pd::decode_blocks_cuda(run, encoding, static_cast<const char*>(slab.data_ptr()), device.stream());
-  check(cudaGetLastError());
+  with_codes(parts, blocks, tokens, {bits, by_channel, group, sinks}, slab, pd::decode_blocks_cuda);
 }
 
 Tensor digest_blocks_cuda(std::vector<Tensor> planes, Tensor blocks) {

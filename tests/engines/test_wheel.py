@@ -76,6 +76,7 @@ def test_vllm_pd_check_finds_everything_in_the_wheel(tmp_path: Path) -> None:
     assert "native extension: built" in text
 
 
+# Not `needs`: `make tools` does not bring a CUDA toolkit, and all else can do without one.
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="without nvcc there are no CUDA kernels")
 def test_both_native_modules_of_the_wheel_load(tmp_path: Path) -> None:
     found = run("python", "-c", LOAD, cwd=tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import sys
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +28,11 @@ _registered: list[object] = []
 def run(notes: Notes) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise NotTriedError(f"no {', '.join(missing)}: `make gpu-site` brings it along")
+        python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        raise NotTriedError(
+            f"no {', '.join(missing)}: `python -m tests.gpu.site --python {python}`, run where "
+            "there is a network, brings it along"
+        )
     kernels = _kernels(library_in(notes.work), notes.device)
     _try(notes, kernels, "opened memory")
     if importlib.util.find_spec("nixl") is None:

@@ -118,7 +118,7 @@ class Trial:
         return dict(zip(OPS, saw, strict=True))
 
     def decoded_is_seen(self) -> bool:
-        """Decode on one stream, wait for it as ``packing.coder`` does, and read on the other."""
+        """Decode on one stream, wait for it on the host, and read on the other."""
         kv = _kv(20, 0)
         encoded = _encoded(kv, self._how)
         self._encoded[0].copy_(encoded)

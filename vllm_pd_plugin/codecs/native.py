@@ -24,6 +24,10 @@ _BUILD = (
 )
 
 
+_NO_DRIVER = "there is no CUDA driver here"
+"""What ``_C_cuda`` says; see ``csrc/bindings/cuda.cpp``."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Missing:
     """A native module that does not serve. why: half a sentence. remedy: what to do about it."""
@@ -56,7 +60,12 @@ def _missing_cuda(cuda_version: str | None) -> Missing | None:
     """cuda_version: what torch was built with; None for a CPU and for a ROCm build."""
     if cuda_version is None:
         return Missing("this torch is not a CUDA build", "there are no kernels for other GPUs")
-    return _import("_C_cuda", f"beside a CUDA toolkit that the driver serves, {_BUILD}")
+    missing = _import("_C_cuda", f"beside a CUDA toolkit that the driver serves, {_BUILD}")
+    if missing is not None and _NO_DRIVER in missing.why:
+        return Missing(
+            missing.why, "run it where an NVIDIA driver is, or give the container its GPU"
+        )
+    return missing
 
 
 def _import(name: str, remedy: str) -> Missing | None:

@@ -155,7 +155,9 @@ def _check_places(config: KVCacheConfig, views: Mapping[str, torch.Tensor]) -> N
                     f"the KV cache of {layer} lies {found[0]} bytes after that of "
                     f"{tensor.layers[0]}, and its blocks {found[1]} bytes apart; vLLM's own "
                     f"configuration says {number * tensor.layer_stride} and "
-                    f"{tensor.block_stride}: the attention backend lays it out in a way of its own"
+                    f"{tensor.block_stride}: the attention backend lays it out in a way of its "
+                    "own; choose another one with --attention-backend, or another "
+                    "VLLM_KV_CACHE_LAYOUT"
                 )
 
 

@@ -365,9 +365,9 @@ class SchedulerSide:
         """Sleep a little in a step that computes nothing, unless there is news.
 
         vLLM steps an engine that only waits as often as it can: others need the core. Events and
-        new requests end a rest; an abort waits for its end. No rest follows at once: with two steps
-        in flight, what the workers say of one is taken in when the next is scheduled. Data parallel
-        ranks step together: one that rests holds up all others."""
+        new requests end a rest; an abort waits for its end. None follows at once on one that news
+        has ended: with two steps in flight, what the workers say of one is taken in when the next
+        is scheduled. Data parallel ranks step together: one that rests holds up all others."""
         has_to_wait = len(self._consuming) > 0 or self._producing.holds_blocks
         waits = is_empty and self._may_rest and has_to_wait
         if waits and not self._has_news.wait(self._rest_s):

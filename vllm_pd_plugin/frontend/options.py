@@ -220,6 +220,10 @@ def engine_url(text: str) -> EngineKey:
         is_address = parts.hostname and parts.port != 0 and not rest
     except ValueError:
         is_address = False
+    if is_address is False and text.rpartition("#")[2].isdigit():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is one rank of an engine; name its server, {text.rpartition('#')[0]}"
+        )
     if not is_address or parts.scheme not in ("http", "https"):
         raise argparse.ArgumentTypeError(f"{text!r} is not an engine's address (http://HOST:PORT)")
     return f"{parts.scheme}://{parts.netloc}"

@@ -55,7 +55,7 @@ class NixlTransport:
     it for certain; with an agent for each peer that concerns nobody else.
 
     To make one takes some 30 ms, and seconds where much GPU memory has to be registered. So one is
-    always made ahead, on another thread: a new peer holds up nobody.
+    always made ahead, on another thread: a new peer holds up nobody, unless another has just come.
 
     memory_kind: NIXL's name for the KV's memory, ``DRAM`` or ``VRAM``.
     device: CUDA device index; 0 for host memory.

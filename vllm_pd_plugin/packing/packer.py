@@ -111,7 +111,7 @@ class Packer:
         key = _key(stage)
         if key in self._staged:
             self._again.append(stage)
-        elif key not in self._wanted:
+        elif key not in self._wanted and not self._is_writing_down(key):
             self._wanted.add(key)
             self._waiting.setdefault(stage.consumer, deque()).append(stage)
 
@@ -131,11 +131,14 @@ class Packer:
             stage = self._again.popleft()
             if staged := self._staged.get(_key(stage)):
                 return wire.Staged(stage.pack.handoff_id, stage.pack.rank, staged[0], None)
-        if self._writing is None:
-            refused = self._begin()
-            if refused is not None:
-                return refused
-        return self._finish()
+        while True:
+            if self._writing is None:
+                refused = self._begin()
+                if refused is not None or self._writing is None:
+                    return refused
+            staged = self._finish()
+            if staged is not None or self._writing is not None:
+                return staged
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -177,10 +180,10 @@ class Packer:
         return _Place(offset, piece.num_bytes, consumer)
 
     def _finish(self) -> wire.Staged | None:
-        """Return the answer of a piece that has been written down."""
+        """Return the answer of a piece that has been written down; None while it is not, or when
+        nobody needs it any more."""
         writing = self._writing
-        if writing is None:
-            return None
+        assert writing is not None
         is_done = self._contain.run("packing", writing.coding.is_done, None)
         if is_done is False:
             return None
@@ -203,6 +206,10 @@ class Packer:
         pack, size = stage.pack, place.num_bytes
         digest = self._coder.digest_outgoing(place.offset, size) if pack.digest else b""
         return wire.Packed(pack.handoff_id, pack.epoch, pack.number, place.offset, size, digest)
+
+    def _is_writing_down(self, key: _Key) -> bool:
+        writing = self._writing
+        return writing is not None and not writing.is_void and _key(writing.stage) == key
 
     def _forget(self, is_meant: Callable[[_Key], bool]) -> None:
         for stages in list(self._waiting.values()):

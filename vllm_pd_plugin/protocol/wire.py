@@ -264,7 +264,8 @@ class Examined(msgspec.Struct, frozen=True, array_like=True, tag="examined"):
 
 class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
     """Inside one engine, the control plane to a worker rank: a piece is wanted; answered by Staged,
-    when there is room for it. consumer: the rank that wants it."""
+    when there is room for it. consumer: the incarnation of who wants it; those that
+    have none yet share one turn."""
 
     pack: Pack
     tables: tuple[tuple[BlockId, ...], ...]

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
     from vllm.v1.worker import gpu_worker
 
-    from vllm_pd_plugin.edge.hooks import leave_room_for_staging
+    from vllm_pd_plugin.edge import hooks
 
 GIB = 2**30
 STAGING_BYTES = 64 * 2**20
@@ -40,9 +40,16 @@ def measured(*args: Any, **kwargs: Any) -> Iterator[Any]:
     )
 
 
+def test_installing_the_hooks_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(hooks, "leave_room_for_staging", lambda: calls.append(None))
+    hooks.install()
+    assert calls == [None]
+
+
 @pytest.fixture(autouse=True)
 def _wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_room_for_staging()
+    hooks.leave_room_for_staging()
     monkeypatch.setattr(gpu_worker, "memory_profiling", measured)
 
 
@@ -112,11 +119,11 @@ def test_cpus_and_other_connectors_keep_all_of_it(device: str, connector: str | 
 
 
 def test_the_executor_is_wrapped_once() -> None:
-    leave_room_for_staging()
+    hooks.leave_room_for_staging()
     assert available() == 5 * GIB - STAGING_BYTES
 
 
 def test_a_process_without_engine_core_does_not_import_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "vllm.v1.executor.abstract")
-    leave_room_for_staging()
+    hooks.leave_room_for_staging()
     assert "vllm.v1.executor.abstract" not in sys.modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,16 @@ def test_every_kernel_for_cuda_is_right(tmp_path: Path, notes: Notes) -> None:
     assert notes.finish(), notes.found["failures"]
 
 
-def test_a_barrier_that_is_left_out_is_found(tmp_path: Path) -> None:
-    def without(source: str) -> str:
-        return source.replace("__syncwarp();", "")
+def without_warp_barriers(source: str) -> str:
+    return source.replace("__syncwarp();", "")
 
+
+def without_block_barriers(source: str) -> str:
+    return source.replace("__syncthreads();", "")
+
+
+@pytest.mark.parametrize("without", [without_warp_barriers, without_block_barriers])
+def test_a_barrier_that_is_left_out_is_found(tmp_path: Path, without: Callable[[str], str]) -> None:
     wrong = few_ops.wrong(Kernels(build_emulated(tmp_path, without)), CPU)
     assert wrong
     assert all("encode_blocks" in text for text in wrong)

@@ -168,6 +168,43 @@ def test_a_piece_that_is_given_up_while_it_is_written_keeps_its_place_until_then
     assert not rank.packer.is_writing
 
 
+def test_what_waits_behind_a_piece_that_is_given_up_is_begun_at_once(rank: Rank) -> None:
+    rank.coder.holds = True
+    rank.want(A, 1)
+    rank.packer.turn()
+    rank.want(B, 1, "another")
+    rank.packer.unstage(A, 1)
+    rank.coder.finish()
+    rank.coder.holds = False
+    staged = rank.packer.turn()
+    assert staged is not None, "nobody calls again before another message comes"
+    assert staged.handoff_id == B
+
+
+def test_a_piece_that_is_wanted_again_while_it_is_written_has_one_place(rank: Rank) -> None:
+    rank.coder.holds = True
+    rank.want(A, 1)
+    rank.packer.turn()
+    rank.want(A, 1)
+    rank.coder.finish()
+    rank.coder.holds = False
+    assert rank.packed() == [(A, 1)]
+    rank.packer.unstage(A, 1)
+    assert rank.packer.taken_bytes == 0
+
+
+def test_a_piece_that_is_wanted_again_after_it_was_given_up_is_written_again(rank: Rank) -> None:
+    rank.coder.holds = True
+    rank.want(A, 1)
+    rank.packer.turn()
+    rank.packer.unstage(A, 1)
+    rank.want(A, 1)
+    rank.coder.finish()
+    rank.coder.holds = False
+    assert rank.packed() == [(A, 1)]
+    assert rank.packer.taken_bytes == ALIGNMENT
+
+
 def test_a_device_that_fails_while_it_writes_is_answered_for(rank: Rank) -> None:
     class Broken:
         def is_done(self) -> bool:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 EngineKey = str
 """Its URL; see ``engine_port.link.Link``."""
-"""An engine's URL, as the operator gave it."""
 
 _TYPICAL_RATE = 2000.0
 """Prompt tokens a second of an engine of which nothing is known yet; only ratios matter then."""
