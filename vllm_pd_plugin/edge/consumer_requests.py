@@ -178,10 +178,10 @@ class ConsumingRequests:
         if consuming is None:
             return
         request = consuming.request
-        fits = offer.num_tokens <= request.num_tokens
-        if consuming.seeds:  # the token that it brings must be the next one
-            fits = offer.num_tokens == request.num_tokens
-        prompt = consuming.prompt
+        most = request.num_tokens  # with a seed, which must be the next token, all of them
+        fits = offer.num_tokens == most if consuming.seeds else offer.num_tokens <= most
+        if (prompt := consuming.prompt) is not None:
+            prompt.look_again()
         if not fits or prompt is None or prompt.of(offer.num_tokens) != offer.prompt:
             self._close(request.request_id, cancel=False)
             text = "the handoff is of another prompt"

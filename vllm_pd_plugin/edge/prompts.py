@@ -24,16 +24,16 @@ class PromptFingerprint:
     """
 
     def __init__(self, request: Request, adapters: AdapterFingerprints | None = None) -> None:
+        self._request = request
+        self._adapters = adapters
         self._tokens = request.all_token_ids[:]
-        self._context: list[bytes] = []
-        if lora := request.lora_request:
-            assert adapters is not None
-            self._context.append(adapters.of(lora).encode())
-        for feature in request.mm_features or ():
-            position = feature.mm_position
-            facts = (feature.identifier, position.offset, position.length)
-            self._context.append(repr(facts).encode())
-        self._last: tuple[int, bytes] = (-1, b"")
+        self._context = self._look()
+        self._last: tuple[int, tuple[bytes, ...], bytes] = (-1, (), b"")
+
+    def look_again(self) -> None:
+        """Take what the adapter contains now: it may have been loaded anew while the request has
+        waited. On the engine's own thread."""
+        self._context = self._look()
 
     def hash_ahead(self) -> None:
         """Do the work now for the whole prompt: it is asked for soon, and somewhere else."""
@@ -41,14 +41,27 @@ class PromptFingerprint:
 
     def of(self, num_tokens: int) -> bytes:
         """Return the fingerprint of the first ``num_tokens``; any thread may ask."""
-        known, fingerprint = self._last
-        if known == num_tokens:
+        context = self._context
+        known, of_context, fingerprint = self._last
+        if (known, of_context) == (num_tokens, context):
             return fingerprint
         digest = hashlib.blake2b(digest_size=16)
         tokens = self._tokens[:num_tokens]
         for start in range(0, len(tokens), _TOKENS_AT_ONCE):
             digest.update(array.array("q", tokens[start : start + _TOKENS_AT_ONCE]))
-        for facts in self._context:
+        for facts in context:
             digest.update(facts)
-        self._last = num_tokens, digest.digest()
-        return self._last[1]
+        fingerprint = digest.digest()
+        self._last = num_tokens, context, fingerprint
+        return fingerprint
+
+    def _look(self) -> tuple[bytes, ...]:
+        context = []
+        if lora := self._request.lora_request:
+            assert self._adapters is not None
+            context.append(self._adapters.of(lora).encode())
+        for feature in self._request.mm_features or ():
+            position = feature.mm_position
+            facts = (feature.identifier, position.offset, position.length)
+            context.append(repr(facts).encode())
+        return tuple(context)

@@ -46,6 +46,8 @@ class Keeper:
                 self._remove(member)
         for key, wanted in engines.items():
             self._keep(key, wanted)
+        for member in self._pool:  # the others of a server whose first cannot be asked now, too
+            self._keep(member.key, engines[server_of(member.key)])
         self.judge()
 
     def _keep(self, key: EngineKey, wanted: Wanted) -> None:

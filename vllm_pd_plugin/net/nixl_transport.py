@@ -6,13 +6,14 @@ drives progress through ``poll_read`` and ``progress``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -84,7 +85,11 @@ class NixlTransport:
     def register(self, spans: Sequence[tuple[int, int]]) -> bytes:
         self._spans = spans
         self._lender = self._new_agent()
-        self._make_spare()
+        if self._maker is not None:
+            # Not on the other thread yet: vLLM may capture CUDA graphs next, and while it does no
+            # thread may do anything else with the device.
+            self._spare = Future()
+            self._spare.set_result(self._new_agent())
         return msgspec.msgpack.encode((self._device, self._lender.get_agent_metadata()))
 
     def add_peer(self, metadata: bytes) -> PeerName:
@@ -154,18 +159,24 @@ class NixlTransport:
             self.remove_peer(peer)
         self._lender = None
         if self._maker is not None:
-            self._maker.shutdown(cancel_futures=True)
+            self._maker.shutdown(wait=False, cancel_futures=True)
         self._spare = None
 
     def _make_spare(self) -> None:
         if self._maker is not None:
-            self._spare = self._maker.submit(self._new_agent)
+            with contextlib.suppress(BrokenExecutor):  # the thread could not enter the device
+                self._spare = self._maker.submit(self._new_agent)
 
     def _take_agent(self) -> Any:
         """Return the agent that was made ahead, and have another one made."""
         spare, self._spare = self._spare, None
         self._make_spare()
-        return spare.result() if spare is not None else self._new_agent()
+        if spare is not None:
+            try:
+                return spare.result()
+            except Exception as error:  # at that time; it may go well now
+                logger.warning("NIXL could not make an agent ahead: %s", error)
+        return self._new_agent()
 
     def _new_agent(self) -> Any:
         """Return an agent that knows our memory."""

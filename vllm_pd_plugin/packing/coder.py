@@ -93,7 +93,9 @@ class BlockCoder:
         for _ in range(_TRIALS if fits else 0):
             began = time.perf_counter()
             self.encode(piece, codec, tables, 0).wait()
-            self._incoming[: piece.num_bytes].copy_(self._outgoing[: piece.num_bytes])
+            with self._stream.entered() as copying:
+                self._incoming[: piece.num_bytes].copy_(self._outgoing[: piece.num_bytes])
+            copying.wait()
             self.decode(piece, codec, tables, 0).wait()
             best_s = min(best_s, time.perf_counter() - began)
         return piece.kv_bytes / best_s

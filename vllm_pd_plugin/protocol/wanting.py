@@ -92,13 +92,12 @@ class Wanting:
         if wanted is None or not cancel:
             return
         source = wanted.source
-        self._cancels.setdefault(source.address, []).append(source)
         peer = self._peers.get(source.address)
-        if peer is None:
+        if peer is not None and source.incarnation in (None, peer.incarnation):
+            self._cancel(peer, source)
             return
-        if source.incarnation in (None, peer.incarnation):
-            self._cancel_all(peer)
-        else:
+        self._cancels.setdefault(source.address, []).append(source)
+        if peer is not None:
             self._peers.refresh(source.address)
 
     def turn(self) -> float | None:
@@ -133,7 +132,8 @@ class Wanting:
         self._fits(welcome)
 
     def peer_ready(self, address: Address, peer: Peer) -> None:
-        if self._consuming.is_wanted_from(address):
+        # An introduction puts none off.
+        if self._consuming.is_wanted_from(address) and address not in self._heartbeats:
             self._heartbeats.set(address, self._clock() + _interval_s(peer))
         self._cancel_all(peer)
         self._ask(peer)

@@ -124,8 +124,9 @@ class TransferPlane:
         due = [self._fetches[request_id] for request_id in self._alarms.take(clock())]
         for fetch in due:
             self._drive(fetch)
-        run("making room", self._use_room, None)
-        due_at = [run("peers", self._peers.tick, again), self._alarms.next()]
+        peers_due_at = run("peers", self._peers.tick, again)
+        run("making room", self._use_room, None)  # one that is lost gives some back
+        due_at = [peers_due_at, self._alarms.next()]
         waits = [at - clock() for at in due_at if at is not None]
         if self._lending:
             waits.append(LENDING_INTERVAL_S)
@@ -278,6 +279,8 @@ class TransferPlane:
         spec = fetch.spec
         del self._fetches[spec.request_id]
         self._alarms.remove(spec.request_id)
+        if (incoming := self._rank.local.incoming) is not None:
+            incoming.room.leave(spec.request_id)
         there = self._by_address[spec.source.address]
         del there[spec.request_id]
         if not there:

@@ -197,6 +197,20 @@ def test_an_adapter_is_looked_at_anew_when_it_was_loaded_again(tmp_path: Path) -
     assert known.of(adapter) != one
 
 
+def test_a_prompt_is_of_the_adapter_that_is_loaded_now(tmp_path: Path) -> None:
+    known = AdapterFingerprints(new_incarnation())
+    request: Any = FakeRequest("r", [1, 2, 3])
+    request.lora_request = write_adapter(tmp_path / "adapter")
+    prompt = PromptFingerprint(request, known)
+    prompt.hash_ahead()
+    before = prompt.of(3)
+    write_adapter(tmp_path / "adapter", number=1.5)
+    known.reloaded(1)
+    assert prompt.of(3) == before
+    prompt.look_again()
+    assert prompt.of(3) == PromptFingerprint(request, known).of(3) != before
+
+
 def test_an_adapter_that_cannot_be_read_is_nobody_else_s(tmp_path: Path) -> None:
     missing: Any = SimpleNamespace(lora_path=str(tmp_path / "missing"), lora_int_id=1)
     one, other = (AdapterFingerprints(new_incarnation()).of(missing) for _ in range(2))

@@ -86,6 +86,18 @@ def test_they_are_what_their_server_is_to_be() -> None:
     run(story)
 
 
+def test_they_drain_with_their_server_also_while_its_first_is_not_there() -> None:
+    def story(world: World) -> None:
+        world.use({SERVER: Wanted(Role.PREFILL)})
+        world.attach(SERVER, *RANKS[1:])
+        world.links[SERVER].is_attached = False
+        world.use({SERVER: Wanted(Role.DECODE, time.time() + 60, generation="new")})
+        kept = [(m.role, m.is_draining, m.generation) for m in world.pool]
+        assert kept == [(Role.DECODE, True, "new")] * 3
+
+    run(story)
+
+
 def test_they_leave_with_their_server() -> None:
     def story(world: World) -> None:
         world.use({SERVER: Wanted(Role.BOTH), "http://other:1": Wanted(Role.BOTH)})

@@ -137,9 +137,21 @@ def test_what_fails_of_our_own_is_not_said_of_the_peer(monkeypatch: pytest.Monke
         with pytest.raises(PeerError, match="no locked memory") as ours:
             transport.add_peer(metadata)
         assert ours.value.reason is Reason.NOT_REGISTERED
-    with pytest.raises(PeerError, match="no locked memory"):
-        transport.add_peer(metadata)  # which was made ahead
-    transport.add_peer(metadata)
+    transport.add_peer(metadata)  # what could not be made ahead is made now
+    transport.close()
+
+
+def test_a_thread_that_cannot_enter_the_device_costs_no_peer() -> None:
+    from vllm_pd_plugin.net.nixl_transport import NixlTransport
+
+    def fail() -> None:
+        raise RuntimeError("no context")
+
+    transport = NixlTransport("DRAM", 0, enter_device=fail)
+    memory = np.ones(4096, np.uint8)
+    metadata = transport.register([(memory.ctypes.data, memory.nbytes)])
+    for _ in range(3):
+        transport.add_peer(metadata)
     transport.close()
 
 
@@ -164,10 +176,10 @@ def test_agents_are_made_ahead_on_a_thread_that_has_entered_the_device(
     transport.add_peer(metadata)
     transport.close()
     here = threading.get_ident()
-    assert made[0] == here, "the one that peers read through"
-    assert set(made[1:]) == set(entered)
+    assert made[:2] == [here, here], "the one that peers read through, and the first to read with"
+    assert set(made[2:]) == set(entered)
     assert here not in entered
-    assert len(made) >= 3
+    assert len(made) >= 4
 
 
 def test_who_reads_from_nobody_makes_no_agent_for_it() -> None:

@@ -173,6 +173,29 @@ def test_a_cancel_for_a_peer_that_is_only_known_before_its_restart_is_delivered_
     assert cluster.producer.events == [Released("p", ProducerState.CANCELLED)]
 
 
+def test_a_cancel_that_waits_for_another_run_of_the_producer_outlives_one_of_this(
+    cluster: FakeCluster,
+) -> None:
+    cluster.offer("known")
+    old = cluster.consumer.control
+    cluster.restart_producer()
+    source = cluster.producer.produce("p", [1], 4)
+    old.want("new", source)
+    old.close("new", cancel=True)  # waits until the producer has introduced itself again
+    old.close("known", cancel=True)  # the one that is thought to be there
+    cluster.settle()
+    assert cluster.producer.events == [Released("p", ProducerState.CANCELLED)]
+
+
+def test_introductions_put_no_heartbeat_off(cluster: FakeCluster) -> None:
+    cluster.offer()
+    for _ in range(round(6 * LEASE_S)):
+        cluster.want("other", cluster.invented())  # introduces itself again
+        cluster.pass_time(0.5)
+    assert cluster.network.delivered.count("hello") > 2 * LEASE_S
+    assert cluster.producer.released() == []
+
+
 def test_closing_an_unknown_request_does_nothing(cluster: FakeCluster) -> None:
     cluster.consumer.control.close("nobody", cancel=True)
     assert cluster.network.in_flight == []
