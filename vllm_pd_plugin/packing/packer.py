@@ -136,9 +136,9 @@ class Packer:
                 refused = self._begin()
                 if refused is not None or self._writing is None:
                     return refused
-            staged = self._finish()
-            if staged is not None or self._writing is not None:
-                return staged
+            answer = self._finish()
+            if answer is not None or self._writing is not None:
+                return answer
 
     # --- inside --------------------------------------------------------------------------------
 

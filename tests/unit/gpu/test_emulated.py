@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,16 +27,23 @@ def test_every_kernel_for_cuda_is_right(tmp_path: Path, notes: Notes) -> None:
     assert notes.finish(), notes.found["failures"]
 
 
-def without_warp_barriers(source: str) -> str:
-    return source.replace("__syncwarp();", "")
+@pytest.mark.parametrize(
+    "barrier",
+    [
+        "__syncwarp();",
+        "__syncthreads();  // until here",
+        "__syncthreads();  // every warp reads",  # without the one between, nothing but a crash
+    ],
+)
+def test_a_barrier_that_is_left_out_is_found(tmp_path: Path, barrier: str) -> None:
+    found = []
 
+    def without(source: str) -> str:
+        found.append(source.count(barrier))
+        return source.replace(barrier, "//")
 
-def without_block_barriers(source: str) -> str:
-    return source.replace("__syncthreads();", "")
-
-
-@pytest.mark.parametrize("without", [without_warp_barriers, without_block_barriers])
-def test_a_barrier_that_is_left_out_is_found(tmp_path: Path, without: Callable[[str], str]) -> None:
     wrong = few_ops.wrong(Kernels(build_emulated(tmp_path, without)), CPU)
+    assert sum(found) > 0
+    assert sum(found) > 0
     assert wrong
     assert all("encode_blocks" in text for text in wrong)

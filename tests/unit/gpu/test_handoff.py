@@ -59,7 +59,7 @@ def test_without_its_packages_a_handoff_is_not_tried(
     work: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "zmq" else name)
-    with pytest.raises(NotTriedError, match="no zmq: `make gpu-site`"):
+    with pytest.raises(NotTriedError, match=r"no zmq: `python -m tests\.gpu\.site --python 3"):
         handoff.run(notes)
 
 
