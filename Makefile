@@ -3,17 +3,20 @@
 #   make demo    a chat over one prefill and one decode engine, with a frontend before them
 #   make demo-ray  the same on a local Ray, with `serve run`
 #   make test    all tests (unit tests, then real engines); make test-unit: the first half
+#   make test-outage  engines that cannot hand off, in every way that we know
 #   make tools   what tests and benchmarks need that pip does not install, with apt-get
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make wheel   the wheel to install elsewhere, in dist; with CUDA kernels if nvcc is there
 #   make bench   benchmarks; results in benchmarks/results
 #   make compatibility  which KV caches of vLLM's attention backends can be handed off: docs/compatibility.md
+#   make conformance  vLLM's own server tests, on `vllm serve` and on `vllm-pd up`: docs/conformance.md
 #   make gpu     whether the kernels are right on an NVIDIA GPU, and how fast: docs/gpu.md. PYTHON needs PyTorch, no set-up
 #   make gpu-site  what a handoff in `make gpu` needs besides, to be carried to a machine without a network
 #   make quality what lossy codecs do to a real model; also writes the table in docs/codecs.md
 #
 # PYTHON       interpreter that .venv is made with (3.11 or later); of `make gpu`, the one that has PyTorch
 # DURATIONS    where `make test` writes how long each module took
+# MODULE       of `make conformance`: runs the modules anew that have this in their path
 # OUT          folder for the results of `make gpu`
 # DEVICE       what it runs on: cuda, or cpu for a rehearsal without a GPU
 # TORCH_INDEX  URL of PyTorch's CPU wheel index, where pip does not find torch's +cpu wheel by itself
@@ -23,6 +26,7 @@ TORCH_INDEX ?=
 DURATIONS ?= build/durations.json
 OUT ?= build/gpu-results
 DEVICE ?= cuda
+MODULE ?=
 TOOLS := iproute2
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.* csrc/*/* tests/native/* tests/gpu/native/* tests/gpu/emulator/*.[ch]*)
@@ -35,7 +39,7 @@ SETUP := .venv/.done
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit check wheel format bench quality compatibility gpu gpu-site lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit test-outage check wheel format bench quality compatibility conformance gpu gpu-site lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -67,7 +71,11 @@ demo-ray: setup
 test: setup test-unit
 	@$(BIN)/python -m tests.models
 	@$(BIN)/python -m tests.wheel
-	$(BIN)/python -m pytest tests/engines -n 2 --dist loadgroup --table $(DURATIONS) --run-name engines
+	$(BIN)/python -m pytest tests/engines -m "not outage" -n 2 --dist loadgroup --table $(DURATIONS) --run-name engines
+
+test-outage: setup
+	@$(BIN)/python -m tests.models
+	$(BIN)/python -m pytest tests/engines/test_routers.py -m outage -s
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit
@@ -128,6 +136,10 @@ bench: setup
 quality: setup
 	@$(BIN)/python -m tests.models smollm2
 	$(BIN)/python -m benchmarks.quality --json benchmarks/results/quality.json --page docs/codecs.md
+
+conformance: setup
+	@$(BIN)/python -m tests.models smollm2 tiny-llama
+	$(BIN)/python -m tests.conformance --module "$(MODULE)" --json benchmarks/results/conformance.json
 
 compatibility: setup
 	@mkdir -p build

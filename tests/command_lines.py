@@ -1,13 +1,16 @@
-"""Runs many command lines of vLLM, each in a fork of one process that has imported it.
+"""Runs many command lines of ``vllm`` and ``vllm-pd``, each in a fork of one process that has
+imported vLLM.
 
     python -m tests.command_lines < CASES > OUTCOMES
 
-CASES: JSON, a list of arguments after ``vllm`` for each. OUTCOMES: ``[status, text]`` for each, and
-text is all that it printed. What a user starts imports vLLM itself: ten seconds a time.
+CASES: JSON, a list of words for each. OUTCOMES: ``[status, text]`` for each; text is all that it
+printed. Words before the program set its environment, as a shell has it: ``NAME=VALUE vllm-pd up``.
+What a user starts imports vLLM itself: ten seconds a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -18,9 +21,13 @@ from pathlib import Path
 
 from vllm.entrypoints.cli.main import main as vllm_main
 
+from vllm_pd_plugin import cli
+from vllm_pd_plugin.frontend import commands  # noqa: F401 to be there in each fork
+from vllm_pd_plugin.frontend.doctor import command  # noqa: F401
 
-def outcome(arguments: Sequence[str]) -> tuple[int, str]:
-    """Run ``vllm`` with these arguments to its end."""
+
+def outcome(words: Sequence[str]) -> tuple[int, str]:
+    """Run a command line to its end."""
     with tempfile.NamedTemporaryFile() as printed:
         child = os.fork()
         if child == 0:
@@ -28,7 +35,7 @@ def outcome(arguments: Sequence[str]) -> tuple[int, str]:
             try:
                 os.dup2(printed.fileno(), 1)
                 os.dup2(printed.fileno(), 2)
-                status = _run(arguments)
+                status = _run(words)
             finally:
                 if sys.exc_info()[0] is not None:
                     traceback.print_exc()
@@ -39,9 +46,13 @@ def outcome(arguments: Sequence[str]) -> tuple[int, str]:
         return os.waitstatus_to_exitcode(status), Path(printed.name).read_text()
 
 
-def _run(arguments: Sequence[str]) -> int:
-    sys.argv = ["vllm", *arguments]
+def _run(words: Sequence[str]) -> int:
+    settings = [word for word in itertools.takewhile(lambda word: "=" in word, words)]
+    os.environ.update(setting.split("=", 1) for setting in settings)
+    sys.argv = list(words[len(settings) :])
     try:
+        if sys.argv[0] == "vllm-pd":
+            return cli.main()
         vllm_main()
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -53,4 +64,4 @@ def _run(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     cases = json.load(sys.stdin)
-    json.dump([outcome(arguments) for arguments in cases], sys.stdout)
+    json.dump([outcome(words) for words in cases], sys.stdout)

@@ -31,6 +31,7 @@ GROUPS = {
         "test_role_both",
     ),
     "failures": ("failures/test_requests", "failures/test_peers"),
+    "alike": ("test_alike",),
     "tiny-mla": ("test_parity[tiny-mla]", "test_codecs[tiny-mla]"),
     "tiny-gemma3": ("test_parity[tiny-gemma3]", "test_wheel"),
 }

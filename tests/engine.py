@@ -10,7 +10,6 @@ import random
 import secrets
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -23,15 +22,10 @@ from typing import Any, TextIO
 import httpx
 import psutil
 
+from tests.http_client import HTTP
+
 START_TIMEOUT_S = 240.0
 
-HTTP = httpx.Client(
-    verify=ssl.create_default_context(),
-    trust_env=False,
-    limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-)
-"""For every question of the tests: ``httpx.get`` reads certificates each time, and takes 40 ms.
-Servers come and go, so connections are not kept."""
 
 PRODUCE = {"do_remote_decode": True}
 """What a router sends to a producer."""

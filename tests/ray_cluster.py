@@ -20,7 +20,8 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.engine import HTTP, free_port, spawn
+from tests.engine import free_port, spawn
+from tests.http_client import HTTP
 
 START_TIMEOUT_S = 120.0
 

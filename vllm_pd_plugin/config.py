@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_pd_plugin.codecs.codec import AUTO, Codec
@@ -13,6 +14,10 @@ from vllm_pd_plugin.net.hosts import is_host, is_loopback, is_wildcard
 CLUSTER_KEY_VARIABLE = "VLLM_PD_CLUSTER_KEY"
 ADMIN_KEY_VARIABLE = "VLLM_PD_ADMIN_KEY"
 """The key of a frontend's admin API; see ``frontend.api.admin``."""
+API_KEY_VARIABLE = "VLLM_API_KEY"
+"""vLLM's own variable for the key of the OpenAI API."""
+FILE_SUFFIX = "_FILE"
+"""Of a variable that names a file with the secret in it, as it is mounted from a secret store."""
 MIN_CLUSTER_KEY_LENGTH = 16
 
 
@@ -43,7 +48,8 @@ class PdConfig:
         it reads; 0 packs nothing, and sends and fetches raw KV only.
     weights_id: what the operator calls these weights, instead of what their files say; needed where
         they are not in files, or are changed in place. Equal means equal.
-    cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY``; None without.
+    cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY`` or the file that
+        ``VLLM_PD_CLUSTER_KEY_FILE`` names; None without.
     """
 
     host: str = "127.0.0.1"
@@ -176,9 +182,37 @@ def _one_of(options: Mapping[str, Any], name: str, default: str, allowed: Sequen
     return str(value)
 
 
+def read_secret(environ: Mapping[str, str], variable: str) -> str | None:
+    """Return the secret that a variable holds, or the file that ``VARIABLE_FILE`` names.
+
+    None without either; a variable that is empty counts as not set. Line breaks at the end of the
+    file are no part of the secret.
+
+    Raises:
+        ConfigError: both are set, or the file cannot be read, is empty, or has several lines.
+    """
+    secret, path = environ.get(variable) or None, environ.get(variable + FILE_SUFFIX)
+    if not path:
+        return secret
+    name = variable + FILE_SUFFIX
+    if secret is not None:
+        raise ConfigError(f"{variable} and {name} are both set; give the secret in one place only")
+    try:
+        text = Path(path).read_text("utf-8").rstrip("\r\n")
+    except OSError as error:
+        raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: {path} is no text; write the secret as characters") from error
+    if not text.strip():
+        raise ConfigError(f"{name}: {path} is empty; write the secret into it")
+    if len(text.splitlines()) > 1:
+        raise ConfigError(f"{name}: {path} has several lines; the secret is one")
+    return text
+
+
 def _cluster_key(environ: Mapping[str, str]) -> str | None:
-    key = environ.get(CLUSTER_KEY_VARIABLE, "")
-    if not key:
+    key = read_secret(environ, CLUSTER_KEY_VARIABLE)
+    if key is None:
         return None
     if len(key) < MIN_CLUSTER_KEY_LENGTH:
         raise ConfigError(

@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.common.statistics import percentile
 from vllm_pd_plugin.frontend.routing.choice import Role
-from vllm_pd_plugin.frontend.telemetry.metrics import Objectives, Totals
+from vllm_pd_plugin.frontend.telemetry.metrics import Totals
+from vllm_pd_plugin.frontend.telemetry.outcomes import Objectives
 from vllm_pd_plugin.ray_serve.demand import Targets, decode_need, prefill_need, replicas
 from vllm_pd_plugin.ray_serve.registry_frontend import DemandMeter
 

@@ -197,9 +197,10 @@ def reason_counts(metrics: Mapping[str, float]) -> dict[str, dict[str, int]]:
     """Return what a frontend has counted of routes, retries and failures, by reason."""
     counts: dict[str, dict[str, int]] = {"routes": {}, "retries": {}, "failures": {}}
     for key, value in metrics.items():
-        found = re.fullmatch(r'pd_frontend_(\w+)_total\{reason="([^"]+)"\}', key)
+        found = re.fullmatch(r'pd_frontend_(\w+)_total\{reason="([^"]+)"[^}]*\}', key)
         if found and found[1] in counts and value:
-            counts[found[1]][found[2]] = int(value)
+            of_name = counts[found[1]]  # a reason comes once for each class of requests
+            of_name[found[2]] = of_name.get(found[2], 0) + int(value)
     return counts
 
 

@@ -4,7 +4,9 @@ Parts: `canned`, the frontend alone, over engines that answer at once and comput
 `pdplugin` and `nixl`, the whole path on real engines with tiny-llama: CPU a request of everything
 that is not an engine core, behind `vllm-pd serve` and behind vllm-router with vLLM's NixlConnector.
 On the canned engines also `--streams N` that are open at once, and the memory of `--soak N`
-requests. Needs two cores; the whole path needs some 10 GB of memory.
+requests. With `--engines N` instead of all that: so many canned engines with `--streams`, each of
+which gets a token in two seconds, and how long one choice among them takes. Needs two cores; the
+whole path needs some 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -22,26 +24,28 @@ from benchmarks.common.engines import SMALL_FLAGS
 from benchmarks.common.processes import Cores
 from benchmarks.common.program import some_of, whole_numbers
 from benchmarks.common.statistics import Row
-from benchmarks.frontend.rows import CANNED, NOTES, SOAK, STREAMS, tables
+from benchmarks.frontend.rows import CANNED, NOTES, SCALE, SOAK, STREAMS, tables
 from benchmarks.frontend.run import (
     ANSWER_TOKENS,
+    SCALE_STEP_MS,
     SOAK_SAMPLES,
     SOAK_WARM_UP,
     Canned,
     WholePath,
-    raise_open_files,
     start_site,
     stream_tokens,
 )
 from benchmarks.goodput.arms import start_arms
 from tests import models
 from tests.engine import say
+from vllm_pd_plugin.frontend.processes.open_files import raise_open_files
 
 EXAMPLES = """examples:
   python -m benchmarks.frontend --quick
   python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
   python -m benchmarks.frontend --arms canned --workers 2 --concurrency 64,256
   python -m benchmarks.frontend --arms pdplugin,nixl --requests 400 --repeat 7
+  python -m benchmarks.frontend --engines 1000 --streams 10000 --json FILE
 """
 
 ARMS = (CANNED, "pdplugin", "nixl")
@@ -80,6 +84,10 @@ def parse_arguments() -> argparse.Namespace:
         help="also open so many canned streams at once (%(default)s: not)",
     )  # fmt: skip
     parser.add_argument(
+        "--engines", type=int, metavar="N",
+        help="only: so many canned engines with so many streams (not)",
+    )  # fmt: skip
+    parser.add_argument(
         "--stream-seconds", type=float, default=20.0, metavar="SECONDS",
         help="for how long they are watched (%(default)g)",
     )  # fmt: skip
@@ -114,6 +122,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("times must be above 0, numbers 1 or more")
     if args.prompt_tokens > MAX_PROMPT_TOKENS:
         parser.error(f"--prompt-tokens must be {MAX_PROMPT_TOKENS} or less")
+    if args.engines is not None and (args.engines < 2 or args.streams < 1):
+        parser.error("--engines must be 2 or more, and --streams 1 or more with it")
     if args.streams < 0 or args.soak < 0 or 0 < args.soak < SOAK_SAMPLES:
         parser.error(f"--streams must be 0 or more, --soak 0, or {SOAK_SAMPLES} or more")
     if args.streams and stream_tokens(args.step_ms, args.stream_seconds) > MAX_STREAM_TOKENS:
@@ -126,12 +136,16 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
     facts = output.machine()
     folder = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
     folder.mkdir(parents=True, exist_ok=True)
-    raise_open_files()
+    raise_open_files(args.engines or 0)
     rows: list[Row] = []
     for is_wanted, part in (
-        (CANNED in args.arms or args.soak, measure_fast),
-        (args.streams, measure_streams),
-        (set(args.arms) - {CANNED}, measure_whole_path),
+        ((True, measure_scale),)
+        if args.engines
+        else (
+            (CANNED in args.arms or args.soak, measure_fast),
+            (args.streams, measure_streams),
+            (set(args.arms) - {CANNED}, measure_whole_path),
+        )
     ):
         if not is_wanted:
             continue
@@ -177,6 +191,16 @@ def measure_streams(
     canned = Canned(site, Prompts(2), args.prompt_tokens)
     keep(canned.streams(args.streams, args.step_ms, args.stream_seconds))
     return notes(STREAMS, step=args.step_ms)
+
+
+def measure_scale(
+    args: argparse.Namespace, folder: Path, stack: ExitStack, keep: Keep
+) -> list[str]:
+    """Measure the frontend with many engines and streams."""
+    say(f"starting {args.engines} canned engines and a frontend for {args.streams} streams")
+    site = start_site(models.tiny_llama(), args.workers, SCALE_STEP_MS, folder, stack, args.engines)
+    keep(Canned(site, Prompts(4), args.prompt_tokens).scale(args.engines, args.streams))
+    return notes(SCALE, step=SCALE_STEP_MS / 1e3)
 
 
 def measure_whole_path(

@@ -1,18 +1,21 @@
-"""A prefill or decode engine for `benchmarks.frontend` that computes nothing.
+"""Prefill or decode engines for `benchmarks.frontend` that compute nothing.
 
-It speaks the control channel's protocol with frontends (``vllm_pd_plugin.tokens``), and has an HTTP
-server that says where that is. Every request is given the same token in every step, until it has as
-many as it may have: a prefill engine's has one, as that is all that a frontend asks of it.
+They speak the control channel's protocol with frontends (``vllm_pd_plugin.engine_port``), and have
+HTTP servers that say where that is; several engines behind one server are its data parallel ranks.
+Every request is given the same token in every step, until it has as many as it may have: a prefill
+engine's has one, as that is all that a frontend asks of it.
 
-    python -m benchmarks.frontend.fake --role decode --port 8200 --token 13592
+    python -m benchmarks.frontend.fake --role decode --ports 8200 --token 13592
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import heapq
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,6 +33,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.version import __version__ as VLLM_VERSION
 
 from vllm_pd_plugin.engine_port import messages
+from vllm_pd_plugin.frontend.processes.open_files import raise_open_files
 from vllm_pd_plugin.ids import Incarnation, RequestId, new_incarnation
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.net.channel import Listener, Loop
@@ -41,11 +45,13 @@ VOCAB_SIZE = 49_152
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Frontend:
-    """identity: where its messages come from. num_outputs: how many Outputs it has been sent."""
+    """identity: where its messages come from. num_outputs: how many Outputs it has been sent.
+    last_add: the number of its last request."""
 
     incarnation: Incarnation
     identity: bytes
     num_outputs: int = 0
+    last_add: int = 0
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -63,7 +69,7 @@ class CannedEngine:
     """The frontends that are attached, and their requests; owned by the control thread.
 
     step_s: time between two steps; 0 for as fast as possible. description: set before the start.
-    send: sends frames to an identity.
+    send: sends frames to an identity. on_work: called when there may be something to do.
     """
 
     def __init__(
@@ -71,12 +77,14 @@ class CannedEngine:
         token: int,
         step_s: float,
         send: Callable[[bytes, list[bytes]], None],
+        on_work: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.description: messages.EngineDescription
         self._token = token
         self._step_s = step_s
         self._send_frames = send
+        self._on_work = on_work
         self._clock = clock
         self._incarnation = new_incarnation()
         self._encoder = MsgpackEncoder()
@@ -96,13 +104,15 @@ class CannedEngine:
             self._reply(_Frontend(header.sender, identity), messages.Unknown())
             return
         match message:
-            case messages.Add(request_id):
+            case messages.Add(request_id, number):
+                frontend.last_add = number
                 self._add(frontend, request_id, payload)
+                self._on_work()
             case messages.Abort(request_ids):
                 for request_id in request_ids:
                     self._open.pop(request_id, None)
             case messages.Ping():
-                self._reply(frontend, messages.State(self._load(), frontend.num_outputs))
+                self._reply(frontend, self._state(frontend))
 
     def turn(self) -> float | None:
         """Take a step, if it is time; return in how many seconds the next one is."""
@@ -124,6 +134,14 @@ class CannedEngine:
         request = self._decoder.decode(payload)
         left, length = request.sampling_params.max_tokens, len(request.prompt_token_ids)
         self._open[request_id] = _Open(request_id, frontend, left, length)
+
+    def _state(self, frontend: _Frontend) -> messages.State:
+        return messages.State(
+            self._load(),
+            frontend.num_outputs,
+            last_add=frontend.last_add,
+            num_frontends=len(self._frontends),
+        )
 
     def _load(self) -> messages.EngineLoad:
         return messages.EngineLoad(running=len(self._open))
@@ -162,9 +180,44 @@ class CannedEngine:
         self._send_frames(to.identity, frames)
 
 
-def serve_description(description: messages.EngineDescription, port: int) -> None:
+class Turns:
+    """Lets each of many engines take its steps when they are due; owned by the control thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._engines: list[CannedEngine] = []
+        self._due: list[tuple[float, int]] = []
+        self._waiting: set[int] = set()
+
+    def add(self, engine: CannedEngine) -> None:
+        self._engines.append(engine)
+
+    def wake(self, number: int) -> None:
+        """The engine that was added so many before has something to do."""
+        if number not in self._waiting:
+            self._push(self._clock(), number)
+
+    def turn(self) -> float | None:
+        """Take the steps that are due; return in how many seconds the next one is."""
+        now = self._clock()
+        due: list[int] = []
+        while self._due and self._due[0][0] <= now:
+            due.append(heapq.heappop(self._due)[1])
+        self._waiting.difference_update(due)
+        for number in due:
+            wait_s = self._engines[number].turn()
+            if wait_s is not None:
+                self._push(now + wait_s, number)
+        return max(0.0, self._due[0][0] - now) if self._due else None
+
+    def _push(self, at: float, number: int) -> None:
+        heapq.heappush(self._due, (at, number))
+        self._waiting.add(number)
+
+
+def serve_descriptions(descriptions: Sequence[messages.EngineDescription], port: int) -> None:
     """Answer health checks and frontends, until the process is ended."""
-    pages = {"/health": b"", messages.DESCRIPTION_PATH: msgspec.json.encode([description])}
+    pages = {"/health": b"", messages.DESCRIPTION_PATH: msgspec.json.encode(descriptions)}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -181,32 +234,45 @@ def serve_description(description: messages.EngineDescription, port: int) -> Non
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
-def start_engine(
-    role: str, model: str, token: int, step_s: float
-) -> tuple[Loop, messages.EngineDescription]:
-    """Start the control thread; its loop is to be closed at the end."""
-    engine = CannedEngine(token, step_s, lambda identity, frames: listener.send(identity, frames))
-    loop = Loop("canned engine", engine.turn)
-    listener = Listener(loop, ("127.0.0.1", 0), None, engine.receive)
-    engine.description = messages.EngineDescription(
-        engine_id=f"canned {role}",
-        role=role,
-        model=model,
-        vllm_version=VLLM_VERSION,
-        control_host="127.0.0.1",
-        control_port=listener.port,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=4096,
-        max_num_batched_tokens=MAX_MODEL_LEN,
-        data_parallel_size=1,
-        codecs=("auto", "raw"),
-        vocab_size=VOCAB_SIZE,
-        kv=KvIdentity("", "", Weights("canned"), "", "", "", "", ""),
-        kv_tokens=2**24,
-        block_tokens=128,
-    )
-    loop.start()
-    return loop, engine.description
+class Engines:
+    """Engines of one role in this process, on one control thread. step_s: see ``CannedEngine``."""
+
+    def __init__(self, role: str, model: str, token: int, step_s: float) -> None:
+        self._role, self._model, self._token, self._step_s = role, model, token, step_s
+        self._turns = Turns()
+        self._num_engines = 0
+        self.loop = Loop("canned engines", self._turns.turn)
+
+    def make(self, server: int, rank: int, num_ranks: int) -> messages.EngineDescription:
+        """Make an engine, before the loop starts; return where it is. server: its HTTP port."""
+        number, self._num_engines = self._num_engines, self._num_engines + 1
+        engine = CannedEngine(
+            self._token,
+            self._step_s,
+            lambda identity, frames: listener.send(identity, frames),
+            lambda: self._turns.wake(number),
+        )
+        self._turns.add(engine)
+        listener = Listener(self.loop, ("127.0.0.1", 0), None, engine.receive)
+        engine.description = messages.EngineDescription(
+            engine_id=f"canned {self._role} {server}#{rank}",
+            role=self._role,
+            model=self._model,
+            vllm_version=VLLM_VERSION,
+            control_host="127.0.0.1",
+            control_port=listener.port,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=4096,
+            max_num_batched_tokens=MAX_MODEL_LEN,
+            data_parallel_size=num_ranks,
+            codecs=("auto", "raw"),
+            vocab_size=VOCAB_SIZE,
+            kv=KvIdentity("", "", Weights("canned"), "", "", "", "", ""),
+            kv_tokens=2**24,
+            block_tokens=128,
+            data_parallel_rank=rank,
+        )
+        return engine.description
 
 
 def main() -> None:
@@ -216,18 +282,33 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--role", choices=("prefill", "decode"), required=True)
-    parser.add_argument("--port", type=int, required=True, help="of HTTP")
+    parser.add_argument(
+        "--ports", type=int, nargs="+", required=True, help="of HTTP servers, in the order of use"
+    )
+    parser.add_argument("--engines", type=int, default=1, help="in all (%(default)s)")
     parser.add_argument("--token", type=int, required=True, help="that every request is given")
     parser.add_argument("--model", default="canned", help="its name (%(default)s)")
     parser.add_argument(
         "--step-ms", type=float, default=0.0, help="time between two steps (%(default)g: none)"
     )
     args = parser.parse_args()
-    loop, description = start_engine(args.role, args.model, args.token, args.step_ms / 1e3)
+    raise_open_files(args.engines)
+    engines = Engines(args.role, args.model, args.token, args.step_ms / 1e3)
+    sizes = [len(range(place, args.engines, len(args.ports))) for place in range(len(args.ports))]
+    served = [
+        [engines.make(port, rank, size) for rank in range(size)]
+        for port, size in zip(args.ports, sizes, strict=True)
+    ]
+    engines.loop.start()
     try:
-        serve_description(description, args.port)
+        for descriptions, port in zip(served[1:], args.ports[1:], strict=True):
+            serve = threading.Thread(
+                target=serve_descriptions, args=(descriptions, port), daemon=True
+            )
+            serve.start()
+        serve_descriptions(served[0], args.ports[0])
     finally:
-        loop.close()
+        engines.loop.close()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.common.output import markdown
 from benchmarks.common.statistics import Row, median, percentile, quartiles, ratio
+from benchmarks.frontend.load import Window
 
-CANNED, STREAMS, SOAK = "canned", "streams", "soak"
+CANNED, STREAMS, SOAK, SCALE = "canned", "streams", "soak", "scale"
 """Arms without engines; the others are named after what answers."""
 
 NOTES = {
@@ -35,6 +36,15 @@ NOTES = {
     SOAK: (
         "Soak: resident memory of the frontend's processes after a warm-up of {warm_up} requests, "
         "and after all; growth is the slope of a straight line through {samples} samples.",
+    ),
+    SCALE: (
+        "Scale: canned engines in two processes, each with a control channel of its own; one of "
+        "five prefills. Every stream gets a token in {step:g} s. When all have their first they "
+        "are watched for a while; share is that of the tokens which the stream that got fewest "
+        "could have had. Memory is the frontend's; a stream's is what came on top from before the "
+        "first was opened.",
+        "Time of a choice: the frontend's own pool, prefix index and rules in one process, with as "
+        "many engines and streams and no connections (`benchmarks.frontend.routing`).",
     ),
     "engines": (
         "Whole path: tiny-llama on a prefill and a decode engine, {prompt} random tokens in, "
@@ -172,16 +182,52 @@ def soak_row(
     }
 
 
+def scale_row(
+    num_engines: int,
+    step_ms: float,
+    window: Window,
+    attached_s: float,
+    resident_mib: tuple[float, float],
+    cpu_s: Mapping[str, float],
+    chosen: Row,
+) -> Row:
+    """Return the row of many streams over many engines.
+
+    attached_s: until all engines were up, since the frontend answered. resident_mib: before the
+    first stream, and with all. chosen: how long choices took.
+    """
+    before, after = resident_mib
+    streams, expected = len(window.marks), 1e3 * window.seconds / step_ms
+    return {
+        "arm": SCALE,
+        "engines": num_engines,
+        "streams": streams,
+        **{name: chosen[name] for name in ("route_ms_p50", "route_ms_p99", "admit_ms_p50")},
+        "rss_mib": round(after, 1),
+        "rss_before_mib": round(before, 1),
+        "stream_kib": round(1024 * (after - before) / streams, 2),
+        "slowest_stream_share": round(min(window.marks) / expected, 3),
+        "longest_gap_ms": round(max(window.longest_gap_ms), 1),
+        "tokens_per_s": round(sum(window.marks) / window.seconds, 1),
+        "seconds": round(window.seconds, 2),
+        "attached_s": round(attached_s, 2),
+        "opening_s": round(window.opening_s, 2),
+        "step_ms": step_ms,
+        "cores": {label: round(s / window.seconds, 3) for label, s in cpu_s.items()},
+    }
+
+
 def tables(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return title and text of each table that there are rows for."""
     by_kind: dict[str, list[Row]] = {}
     for row in rows:
-        kind = row["arm"] if row["arm"] in (CANNED, STREAMS, SOAK) else "engines"
+        kind = row["arm"] if row["arm"] in (CANNED, STREAMS, SOAK, SCALE) else "engines"
         by_kind.setdefault(kind, []).append(row)
     known = (
         (CANNED, "The frontend alone, over canned engines", _canned_table),
         (STREAMS, "Streams open at once", _streams_table),
         (SOAK, "Memory over many requests", _soak_table),
+        (SCALE, "Many engines, many streams", _scale_table),
         ("engines", "CPU of all that stands before the engine cores", _engines_table),
     )
     return [(title, make(by_kind[kind])) for kind, title, make in known if kind in by_kind]
@@ -248,6 +294,25 @@ def _soak_table(rows: Sequence[Row]) -> str:
             str(row["requests"]), str(row["concurrency"]), str(row["workers"]),
             _ms(row["resident_before_mib"]), _ms(row["resident_mib"]),
             f"{row['growth_mib']:.2f}", f"{row['growth_bytes_per_request']:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def _scale_table(rows: Sequence[Row]) -> str:
+    head = (
+        "engines", "streams", "choice p50 ms", "choice p99 ms", "slowest stream's share",
+        "longest gap ms", "tokens/s", "all open after s", "cores", "MiB before", "MiB open",
+        "KiB a stream",
+    )  # fmt: skip
+    lines = [
+        [
+            str(row["engines"]), str(row["streams"]), f"{row['route_ms_p50']:.3f}",
+            f"{row['route_ms_p99']:.3f}", f"{row['slowest_stream_share']:.2f}",
+            _ms(row["longest_gap_ms"]), f"{row['tokens_per_s']:.0f}", f"{row['opening_s']:.0f}",
+            _shares(row["cores"]), _ms(row["rss_before_mib"]), _ms(row["rss_mib"]),
+            f"{row['stream_kib']:.1f}",
         ]
         for row in rows
     ]  # fmt: skip

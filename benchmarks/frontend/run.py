@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import resource
 import sys
 import time
+import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +20,7 @@ from benchmarks.common.arms import stop_all
 from benchmarks.common.client import Prompts, RequestFailed
 from benchmarks.common.processes import family, own_cpu_seconds, part_of
 from benchmarks.common.statistics import MIB, Row, growth, rotated
+from benchmarks.frontend import routing
 from benchmarks.frontend.load import (
     CHUNK_MARK,
     Closed,
@@ -29,7 +30,7 @@ from benchmarks.frontend.load import (
     open_streams,
     run,
 )
-from benchmarks.frontend.rows import CANNED, Run, load_row, soak_row, streams_row
+from benchmarks.frontend.rows import CANNED, Run, load_row, scale_row, soak_row, streams_row
 from benchmarks.goodput.arms import Arm
 from tests.engine import Engine, EngineError, free_port, say, spawn, start_frontend
 
@@ -41,7 +42,10 @@ WARM_UP_REQUESTS, WARM_UP_CONCURRENCY = 32, 8
 NUM_BODIES = 512
 SETTLE_S, ALL_LISTEN_S = 2.0, 120.0
 PROMPT_END_TOKENS = 8
+_UP_SERIES = "pd_frontend_engines{"
 STREAMS_OPENING_S = 60.0
+PREFILLS_OF, ENGINES_A_PORT = 5, 20
+SCALE_STEP_MS, SCALE_S, SCALE_OPENING_S, ALL_ATTACHED_S = 2000.0, 60.0, 120.0, 120.0
 SOAK_CONCURRENCY, SOAK_WARM_UP, SOAK_SAMPLES = 32, 2000, 10
 
 
@@ -68,10 +72,18 @@ class Site:
         return sum(map(_resident_bytes, family(self.frontend.process.pid))) / MIB
 
 
-def start_site(model: Path, workers: int, step_ms: float, folder: Path, stack: ExitStack) -> Site:
+def start_site(
+    model: Path,
+    workers: int,
+    step_ms: float,
+    folder: Path,
+    stack: ExitStack,
+    num_engines: int = 2,
+) -> Site:
     """Start canned engines and a frontend, and wait until it answers.
 
-    step_ms: of the decode engine. stack: gets what stops it all.
+    step_ms: of decode engines. stack: gets what stops it all. num_engines: at least two; one of
+        five prefills, one at least. All of a role are one process.
 
     Raises:
         EngineError: a process did not start.
@@ -79,22 +91,23 @@ def start_site(model: Path, workers: int, step_ms: float, folder: Path, stack: E
     (token,) = AutoTokenizer.from_pretrained(model)(WORD, add_special_tokens=False).input_ids
     servers: list[Engine] = []
     stack.callback(stop_all, servers)
-    for role, step in (("prefill", 0.0), ("decode", step_ms)):
-        port = free_port()
+    arguments = ["--local-below", "0", "--disable-uvicorn-access-log"]
+    num_prefill = max(1, num_engines // PREFILLS_OF)
+    for role, step, number in (
+        ("prefill", 0.0, num_prefill), ("decode", step_ms, num_engines - num_prefill),
+    ):  # fmt: skip
+        ports = [str(free_port()) for _ in range(0, number, ENGINES_A_PORT)]
         command = [
             sys.executable, "-m", "benchmarks.frontend.fake", "--role", role,
-            "--port", str(port), "--token", str(token), "--model", model.name,
-            "--step-ms", str(step),
+            "--ports", *ports, "--engines", str(number), "--token", str(token),
+            "--model", model.name, "--step-ms", str(step),
         ]  # fmt: skip
-        log = folder / f"canned-{role}-{port}.log"
+        log = folder / f"canned-{role}-{ports[0]}.log"
         process = spawn(command, {}, log)
-        url = f"http://127.0.0.1:{port}"
-        servers.append(Engine(f"canned {role}", url, model.name, process, log))
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        servers.append(Engine(f"canned {role}", urls[0], model.name, process, log))
+        arguments += [f"--{role}", *urls]
     prefill, decode = servers
-    arguments = [
-        "--prefill", prefill.url, "--decode", decode.url, "--local-below", "0",
-        "--disable-uvicorn-access-log",
-    ]  # fmt: skip
     if workers > 1:
         arguments += ["--workers", str(workers)]
     frontend = start_frontend("serve", model, arguments, folder=folder)
@@ -179,6 +192,43 @@ class Canned:
             window.longest_gap_ms, resident, cpu,
         )  # fmt: skip
 
+    def scale(self, num_engines: int, number: int) -> Row:
+        """Return the row of so many streams over so many engines."""
+        attached_s = self._wait_until_attached(num_engines)
+        steps = math.ceil(1e3 * (SCALE_OPENING_S + SCALE_S) / SCALE_STEP_MS)
+        requests = self._bodies(number, steps)
+        before_mib = self.site.resident_mib()
+        after: dict[str, float] = {}
+        cpu: dict[str, float] = {}
+
+        def at_end() -> None:
+            cpu.update(less(self.site.cpu_seconds(), dict(cpu)))
+            after["mib"] = self.site.resident_mib()
+
+        window = run(
+            open_streams(
+                self.site.frontend.url, self.site.mark, requests, SCALE_S, SCALE_OPENING_S,
+                lambda: cpu.update(self.site.cpu_seconds()), at_end,
+            )
+        )  # fmt: skip
+        chosen = routing.measure(num_engines, number)
+        return scale_row(
+            num_engines, SCALE_STEP_MS, window, attached_s, (before_mib, after["mib"]), cpu, chosen
+        )
+
+    def _wait_until_attached(self, num_engines: int) -> float:
+        """Wait until all engines are up; return how long that took, in seconds.
+
+        Raises:
+            EngineError: they were not in time.
+        """
+        start = time.monotonic()
+        while (number := engines_up(self.site.frontend.url)) < num_engines:
+            if time.monotonic() - start > ALL_ATTACHED_S:
+                raise EngineError(f"{number} of {num_engines} engines are attached")
+            time.sleep(0.25)
+        return time.monotonic() - start
+
     def soak(self, number: int) -> Row:
         """Return the row of so many requests one after another, some at a time."""
         requests = self._bodies(NUM_BODIES, ANSWER_TOKENS)
@@ -211,6 +261,13 @@ class Canned:
             text = f"{taken.marks} tokens in {len(taken.whole_ms)} answers of {ANSWER_TOKENS}"
             raise RequestFailed(text)
         return taken
+
+
+def engines_up(url: str) -> int:
+    """Return how many engines a frontend can use, as its metrics say."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith(_UP_SERIES))
 
 
 def stream_tokens(step_ms: float, seconds: float) -> int:
@@ -278,12 +335,6 @@ def arm_cpu_seconds(arm: Arm) -> dict[str, float]:
 
 def less(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
     return {label: value - before.get(label, 0.0) for label, value in after.items()}
-
-
-def raise_open_files() -> None:
-    """Let this process, and what it starts, have as many files open as it may."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _run(taken: Closed, tokens: int, cpu_s: Mapping[str, float], resident_mib: float | None) -> Run:

@@ -78,7 +78,7 @@ def outcomes() -> dict[str, tuple[int, str]]:
     """What became of each line."""
     cases = lines()
     assert tuple(cases) == NAMES
-    typed = [["serve", *arguments] for arguments, _, _ in cases.values()]
+    typed = [["vllm", "serve", *arguments] for arguments, _, _ in cases.values()]
     module = (sys.executable, "-m", "tests.command_lines")
     status, out, problems = run(*module, stdin=json.dumps(typed))
     assert status == 0, problems
@@ -110,6 +110,6 @@ def test_a_refused_config_of_llm_says_what_to_do() -> None:
 
 def test_the_offline_example_answers_alike() -> None:
     status, text, problems = run(sys.executable, "examples/offline_llm.py", str(models.smollm2()))
-    assert status == 0, (text + problems)[-3000:]
+    assert status == 0, (problems + text)[-3000:]
     assert "identical: yes" in text
     assert "Paris" in text

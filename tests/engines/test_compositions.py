@@ -14,7 +14,6 @@ import pytest
 
 from tests import models
 from tests.engine import (
-    HTTP,
     Engine,
     at_once,
     free_port,
@@ -25,6 +24,7 @@ from tests.engine import (
     start,
 )
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

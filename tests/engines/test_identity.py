@@ -15,8 +15,9 @@ import httpx
 import pytest
 
 from tests import models
-from tests.engine import HTTP, Engine, connector_arguments, hand_off, running, start, start_frontend
+from tests.engine import Engine, connector_arguments, hand_off, running, start, start_frontend
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

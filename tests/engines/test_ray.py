@@ -17,9 +17,10 @@ import yaml
 
 from tests import models
 from tests.alone import Alone
-from tests.engine import HTTP, Engine
+from tests.engine import Engine
 from tests.engines.conftest import random_prompt
 from tests.engines.frontend_failures.cluster import stream
+from tests.http_client import HTTP
 from tests.ray_cluster import RayCluster, kill_family, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]

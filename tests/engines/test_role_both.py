@@ -13,9 +13,10 @@ import httpx
 import pytest
 
 from tests import models
-from tests.engine import HTTP, PRODUCE, Engine, hand_off, running, start, start_frontend
+from tests.engine import PRODUCE, Engine, hand_off, running, start, start_frontend
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
 from tests.engines.frontend_failures.cluster import stream
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import subprocess
 import sys
 import time
@@ -13,16 +15,20 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import models
 from tests.engine import (
-    HTTP,
     Completion,
     Engine,
     free_port,
     hand_off,
     parse_completion,
     parse_event,
+    running,
+    start_frontend,
 )
+from tests.engines import outages, overload
 from tests.engines.conftest import Trio, random_prompt
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine
@@ -146,3 +152,95 @@ def test_min_tokens_and_penalties_survive_the_handoff(llama: Trio) -> None:
         prompt, 12, kv_transfer_params=first.kv_transfer_params, min_tokens=6, **options
     )
     compare(expected, answer, FLOAT32)
+
+
+# --- engines between which nothing can be handed over ----------------------------------------
+
+
+def assert_all_are_answered(kind: outages.Kind, num_requests: int, llama: Trio, logs: Path) -> None:
+    """Every answer is the right one; how long the first token takes is reported."""
+    with outages.outage(kind, llama, logs) as (frontend, decode):
+        here, there = [], []
+        for number in range(num_requests):
+            prompt = random_prompt(300, 800 + number)
+            expected = llama.alone.tokens(prompt, 8)
+            answer, first_s = outages.streamed(frontend, prompt, 8)
+            assert answer == expected, f"request {number}"
+            there.append(first_s)
+            # Another prompt of the same length: this one is in the engine's cache now.
+            here.append(outages.streamed(decode, random_prompt(300, 1800 + number), 8)[1])
+        ratio = statistics.median(there[3:]) / statistics.median(here[3:])
+        print(f"{kind.__name__}: TTFT from the fourth request on {ratio:.2f} of the engine's alone")
+        metrics = frontend.metrics()
+        failed = {k: v for k, v in metrics.items() if k.startswith("pd_frontend_failures") and v}
+        pool = HTTP.get(f"{frontend.url}/pd/v1/pool", timeout=10).json()["engines"]
+        states = {engine["url"]: (engine["state"], engine["problem"]) for engine in pool}
+        assert (failed, states[decode.url][0]) == ({}, "up")
+        if kind is not outages.other_weights:  # of which nothing is tried
+            assert metrics["pd_frontend_pairs_open"] == 1
+            assert "handoffs from" in states[decode.url][1]
+            assert metrics['pd_frontend_routes_total{reason="disaggregated"}'] < num_requests / 2
+        decode.wait_until_at_rest(60)
+
+
+@pytest.mark.timeout(600)
+def test_a_pool_whose_engines_do_not_reach_each_other_answers_every_request(
+    llama: Trio, logs: Path
+) -> None:
+    assert_all_are_answered(outages.control_unreachable, 10, llama, logs)
+
+
+@pytest.mark.outage
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        outages.nixl_unreachable,
+        outages.control_unreachable,
+        outages.other_weights,
+        outages.other_blocks,
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_whatever_keeps_a_pool_from_handing_off_it_answers_every_request(
+    kind: outages.Kind, llama: Trio, logs: Path
+) -> None:
+    assert_all_are_answered(kind, 50, llama, logs)
+
+
+@pytest.mark.outage
+@pytest.mark.timeout(600)
+def test_five_times_the_load_that_a_pool_can_carry_is_turned_away_in_time(
+    llama: Trio, logs: Path
+) -> None:
+    bound_s = 5
+    pool = ("--prefill", llama.producer.url, "--decode", llama.consumer.url)
+    words = (*pool, "--max-model-len", "4096", "--queue-timeout", str(bound_s))
+    frontend = start_frontend("serve", models.tiny_llama(), words, folder=logs)
+    with running([frontend]):
+        seeds = itertools.count(50_000)
+        overload.rate(frontend, 5, seeds)  # engines' rates are learnt
+        rate = overload.rate(frontend, 10, seeds)
+        outcomes = overload.flood(frontend, 5 * rate, 60, 100_000)
+        ended_at = time.monotonic()
+        answered = sorted(each.ttft_s for each in outcomes if each.status == 200)
+        refused = [each for each in outcomes if each.status != 200]
+        p99 = answered[int(0.99 * (len(answered) - 1))]
+        print(
+            f"{rate:.1f} requests a second; of {len(outcomes)} at five times that "
+            f"{len(answered)} were answered, TTFT p50 {statistics.median(answered):.2f} s, "
+            f"p99 {p99:.2f} s, and {len(refused)} refused"
+        )
+        assert {each.status for each in refused} <= {429, 503}
+        assert all(int(each.retry_after or 0) >= 1 for each in refused)
+        assert not [each.error for each in outcomes if each.error]
+        assert len(answered) > 0.6 * rate * 60, "less than it can do"
+        assert p99 < bound_s + 2
+        engines = HTTP.get(f"{frontend.url}/pd/v1/pool", timeout=10).json()["engines"]
+        assert {engine["state"] for engine in engines} == {"up"}
+        metrics = frontend.metrics()
+        assert metrics["pd_frontend_engines_lost_total"] == 0
+        assert not any(v for k, v in metrics.items() if k.startswith("pd_frontend_retries_total"))
+        for engine in (llama.producer, llama.consumer):
+            engine.wait_until_at_rest(max(1, 10 - (time.monotonic() - ended_at)))
+        assert frontend.metrics()["pd_frontend_requests_open"] == 0

@@ -12,7 +12,6 @@ import pytest
 
 from tests import models
 from tests.engine import (
-    HTTP,
     PRODUCE,
     Engine,
     connector_arguments,
@@ -22,6 +21,7 @@ from tests.engine import (
     start_frontend,
 )
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine

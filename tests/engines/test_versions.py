@@ -10,7 +10,6 @@ import pytest
 
 from tests import models
 from tests.engine import (
-    HTTP,
     Engine,
     connector_arguments,
     free_port,
@@ -22,6 +21,7 @@ from tests.engine import (
 )
 from tests.engine_site import Changes, environ_of
 from tests.engines.conftest import ARGUMENTS, Trio, random_prompt
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 from vllm_pd_plugin.protocol.framing import PROTOCOL_VERSION
 

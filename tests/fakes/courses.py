@@ -15,10 +15,11 @@ with warnings.catch_warnings():
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
+    from vllm_pd_plugin.frontend.requests.blame import Blame
     from vllm_pd_plugin.frontend.requests.course import Course, Leg
     from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
     from vllm_pd_plugin.frontend.requests.legs import LegKind
-    from vllm_pd_plugin.frontend.routing.choice import EngineKey, Reason, Route, Unroutable
+    from vllm_pd_plugin.frontend.routing.choice import EngineKey, Pair, Reason, Route, Unroutable
 
 PROMPT = [11, 12, 13, 14]
 P, D = "http://prefill:8000", "http://decode:8000"
@@ -66,6 +67,7 @@ class FakeDispatcher:
 
     next_route: where the next attempt goes.
     sent: each leg, and what its engine got. dropped: each leg, and whether its engine is told.
+    blamed, counted: which engines may be at fault for each failure, and whose breaker counts it.
     """
 
     def __init__(self, route: Route | Unroutable = DISAGGREGATED) -> None:
@@ -76,6 +78,7 @@ class FakeDispatcher:
         self.emitted: list[EngineCoreOutput] = []
         self.retries: list[Failure] = []
         self.blamed: list[set[EngineKey]] = []
+        self.counted: list[EngineKey | Pair | None] = []
         self.queued: list[Unroutable] = []
         self.endings: list[Ending | None] = []
 
@@ -105,9 +108,12 @@ class FakeDispatcher:
         seen.new_token_ids = list(output.new_token_ids)
         self.emitted.append(seen)
 
-    def try_again(self, course: Course, engines: Sequence[EngineKey], failure: Failure) -> None:
+    def failed(self, blame: Blame) -> None:
+        self.blamed.append(set(blame.engines))
+        self.counted.append(blame.counts_for)
+
+    def try_again(self, course: Course, failure: Failure) -> None:
         self.retries.append(failure)
-        self.blamed.append(set(engines))
 
     def queue(self, course: Course, why: Unroutable) -> None:
         self.queued.append(why)

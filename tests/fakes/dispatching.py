@@ -29,14 +29,11 @@ HANDED_OFF = Policy(local_below=0)
 
 
 class Counts:
-    """Takes what a frontend counts, and calls every class of requests the same."""
+    """Takes what a frontend counts."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.to_compute: tuple[int, ...] = ()
-
-    def slo_class(self, wanted: str | None) -> str:
-        return "default"
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args: self._note(name, args)
@@ -48,15 +45,14 @@ class Counts:
 
 
 class World:
-    """A dispatch, its engines, and what its clients get."""
+    """A dispatch, its engines, and what its clients get. metrics: what takes its counts."""
 
-    def __init__(self, policy: Policy = HANDED_OFF) -> None:
+    def __init__(self, policy: Policy = HANDED_OFF, metrics: Any = None) -> None:
         self.batches: list[list[EngineCoreOutput]] = []
         self.failed: list[tuple[str, Ending]] = []
         self.on_failed: Callable[[Course, Ending], None] = lambda course, ending: None
-        self.metrics = Counts()
-        metrics: Any = self.metrics
-        self.dispatch = Dispatch(policy, LIMITS, metrics, self._give, self._fail)
+        self.metrics = metrics or Counts()
+        self.dispatch = Dispatch(policy, LIMITS, self.metrics, self._give, self._fail)
 
     def engine(self, url: str, role: Role, started_as: str | None = None) -> FakeLink:
         """An engine comes up."""
@@ -100,11 +96,15 @@ class World:
         self.on_failed(course, ending)
 
 
-def run(story: Callable[[World], Coroutine[Any, Any, None]], policy: Policy = HANDED_OFF) -> None:
+def run(
+    story: Callable[[World], Coroutine[Any, Any, None]],
+    policy: Policy = HANDED_OFF,
+    metrics: Any = None,
+) -> None:
     """Let a story happen in a loop that does not wait."""
 
     async def tell() -> None:
-        world = World(policy)
+        world = World(policy, metrics)
         await story(world)
         await world.dispatch.close()
 

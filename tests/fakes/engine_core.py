@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import queue
+import threading
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 
 MAX_MODEL_LEN, VOCABULARY = 64, 1000
+GATE_TIMEOUT_S = 10.0
 ADD, ABORT = EngineCoreRequestType.ADD, EngineCoreRequestType.ABORT
 
 
@@ -65,6 +67,7 @@ class Scheduled:
     num_computed_tokens: int = 0
     status: RequestStatus = RequestStatus.RUNNING
     kv_transfer_params: Any = None
+    num_output_tokens: int = 0
 
 
 class FakeScheduler:
@@ -86,24 +89,44 @@ class FakeCore:
     """What a token server uses of an engine core.
 
     prepared: every request that went through ``preprocess_add_request``.
-    refusal: what that raises, if anything.
+    refusal: what that raises, if anything. grammar: what becomes of a request's.
+    gates: requests that it prepares only when these are open, by their ids; at_gate: set when one
+        of them waits.
+    log_stats: whether it keeps statistics.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_stats: bool = True) -> None:
         self.input_queue: queue.Queue[Any] = queue.Queue()
         self.aborts_queue: queue.Queue[Any] = queue.Queue()
         self.output_queue: queue.Queue[Any] = queue.Queue()
         self.scheduler = FakeScheduler()
+        self.log_stats = log_stats
         self.prepared: list[EngineCoreRequest] = []
         self.refusal: Exception | None = None
+        self.grammar: Any = None
+        self.gates: dict[str, threading.Event] = {}
+        self.at_gate = threading.Event()
         model = SimpleNamespace(max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCABULARY)
         self.vllm_config = SimpleNamespace(model_config=model, lora_config=None)
 
     def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[EngineCoreRequest, int]:
         if self.refusal is not None:
             raise self.refusal
+        if (gate := self.gates.get(request.request_id)) is not None:
+            self.at_gate.set()
+            assert gate.wait(GATE_TIMEOUT_S)
         self.prepared.append(request)
-        return request, request.current_wave
+        assert request.sampling_params is not None
+        if request.sampling_params.structured_outputs is None:
+            return request, request.current_wave
+        waits: Any = SimpleNamespace(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling_params=request.sampling_params,
+            lora_request=request.lora_request,
+            structured_output_request=SimpleNamespace(grammar=self.grammar),
+        )
+        return waits, request.current_wave
 
     def taken(self, kind: EngineCoreRequestType) -> list[Any]:
         """What has come in of a kind; it stays there."""
@@ -131,14 +154,17 @@ class FakeFrontend:
         target = self._engine.incarnation if target is None else target
         frames = messages.encode(message, self.incarnation, target, payload)
         self._engine.server.receive(self.identity, frames)
-        self._engine.settle()
+        if not self._engine.core.gates:
+            self._engine.settle()
 
     def attach(self) -> None:
         self.say(messages.Attach(self.name), target=Incarnation(""))
 
-    def add(self, request_id: str = "r", request: EngineCoreRequest | None = None) -> None:
+    def add(
+        self, request_id: str = "r", request: EngineCoreRequest | None = None, number: int = 0
+    ) -> None:
         payload = [bytes(each) for each in MsgpackEncoder().encode(request or make_request())]
-        self.say(messages.Add(request_id), payload)
+        self.say(messages.Add(request_id, number), payload)
 
     def abort(self, *request_ids: str) -> None:
         self.say(messages.Abort(request_ids))
@@ -172,9 +198,10 @@ class FakeFrontend:
 class ServingEngine:
     """A token server with what is around it; its threads wait for each other in ``settle``."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_stats: bool = True, lora_config: Any = None) -> None:
         self.clock = FakeClock()
-        self.core = FakeCore()
+        self.core = FakeCore(log_stats)
+        self.core.vllm_config.lora_config = lora_config
         self.incarnation = new_incarnation()
         self.frontends: dict[bytes, FakeFrontend] = {}
         self._calls: list[Callable[[], None]] = []
@@ -191,10 +218,17 @@ class ServingEngine:
 
     def settle(self) -> None:
         """Let the thread that prepares requests come to rest, and then the control thread."""
-        self.server._preparing.submit(lambda: None).result()
-        calls, self._calls[:] = list(self._calls), []
-        for call in calls:
-            call()
+        self.server._intake._thread.submit(lambda: None).result()
+        while self._calls:
+            calls, self._calls[:] = list(self._calls), []
+            for call in calls:
+                call()
+
+    def told(self) -> list[EngineCoreOutputs]:
+        """What has gone to the engine's API server; it is gone then."""
+        items = [self.core.output_queue.get() for _ in range(self.core.output_queue.qsize())]
+        assert {index for index, _ in items} <= {0}
+        return [outputs for _, outputs in items]
 
     def give(
         self,
@@ -202,10 +236,12 @@ class ServingEngine:
         *tokens_given: int,
         request_id: str = "r",
         finish: FinishReason | None = None,
+        timestamp: float = 0.0,
+        **more: Any,
     ) -> None:
         """A step has given something out for a frontend's request."""
-        output = EngineCoreOutput(request_id, list(tokens_given), finish_reason=finish)
-        outputs = EngineCoreOutputs(outputs=[output])
+        output = EngineCoreOutput(request_id, list(tokens_given), finish_reason=finish, **more)
+        outputs = EngineCoreOutputs(outputs=[output], timestamp=timestamp)
         self.core.output_queue.put_nowait((frontend.client_index, outputs))
         self.settle()
 

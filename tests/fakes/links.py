@@ -34,6 +34,7 @@ class FakeLink:
     def __init__(self, url: str, is_attached: bool = True, **description: Any) -> None:
         self.url = url
         self.others: tuple[str, ...] = ()
+        self.twin: str | None = None
         self.is_attached = is_attached
         self.problem = "" if is_attached else "not there"
         self.description = describe(**description)
@@ -42,6 +43,7 @@ class FakeLink:
         self.sent: list[RequestId] = []
         self.aborted: list[RequestId] = []
         self.is_closed = False
+        self.behind_s = 0.0
         self.on_encode: Callable[[EngineCoreRequest], None] = lambda request: None
 
     def encode(self, request: EngineCoreRequest) -> list[bytes]:
@@ -49,10 +51,11 @@ class FakeLink:
         self.requests[request.request_id] = request
         return [request.request_id.encode()]
 
-    def add(self, request_id: RequestId, payload: list[bytes]) -> None:
+    def add(self, request_id: RequestId, payload: list[bytes]) -> int:
         assert self.is_attached, "a request was sent to an engine that is not there"
         assert payload == [request_id.encode()]
         self.sent.append(request_id)
+        return len(self.sent)
 
     def abort(self, request_ids: tuple[RequestId, ...]) -> None:
         assert self.is_attached, "an engine that is not there was told something"

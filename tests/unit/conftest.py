@@ -3,15 +3,33 @@ green."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.fakes.producer import Producer
 
-settings.register_profile("repeatable", derandomize=True, database=None)
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # a machine that does something else, too
+)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """Whatever one test does to loggers, and what vLLM imports does to them, the next test finds
+    what we log."""
+    logger = logging.getLogger("vllm_pd_plugin")
+    before, logger.parent = logger.parent, logging.getLogger()
+    logging.getLogger().setLevel(logging.WARNING)
+    yield
+    logger.parent = before
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_pd_plugin.codecs.codec import Codec
-from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig
+from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, PdConfig, read_secret
 from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.net.hosts import is_loopback
 
@@ -219,6 +220,44 @@ def test_a_key_of_just_the_minimum_is_allowed() -> None:
 
 def test_an_empty_key_is_no_key() -> None:
     assert PdConfig.parse({}, {CLUSTER_KEY_VARIABLE: ""}).cluster_key is None
+
+
+def test_a_key_comes_from_a_file_as_a_secret_store_mounts_it(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text(KEY + "\n")
+    assert PdConfig.parse({}, {f"{CLUSTER_KEY_VARIABLE}_FILE": str(path)}).cluster_key == KEY
+    path.write_text(f" {KEY}\r\n")
+    assert read_secret({"K_FILE": str(path)}, "K") == f" {KEY}"
+
+
+def test_neither_a_key_nor_a_file_is_no_key() -> None:
+    assert read_secret({}, "K") is None
+    assert read_secret({"K": "", "K_FILE": ""}, "K") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"one\ntwo\n", "has several lines"),
+        (b"\xff\xfe", "is no text"),
+    ],
+)
+def test_a_file_without_a_key_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_secret({"K_FILE": str(path)}, "K")
+    assert str(caught.value).startswith(f"K_FILE: {path} {why}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_key_in_two_places_is_refused() -> None:
+    with pytest.raises(ConfigError, match="K and K_FILE are both set"):
+        read_secret({"K": "a", "K_FILE": "/b"}, "K")
 
 
 def test_the_key_is_never_shown() -> None:

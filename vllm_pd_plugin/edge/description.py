@@ -9,6 +9,7 @@ from vllm.version import __version__ as vllm_version
 
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.engine_port.messages import EngineDescription
+from vllm_pd_plugin.engine_port.served_options import served_options
 from vllm_pd_plugin.ids import EngineId
 from vllm_pd_plugin.memory.identity import KvIdentity
 from vllm_pd_plugin.protocol.params import allowed_codecs
@@ -59,4 +60,6 @@ def describe(
         kv_tokens=vllm_config.cache_config.kv_cache_size_tokens or 0,
         block_tokens=vllm_config.cache_config.block_size,
         data_parallel_rank=vllm_config.parallel_config.data_parallel_index,
+        options=served_options(vllm_config),
+        has_lora=vllm_config.lora_config is not None,
     )

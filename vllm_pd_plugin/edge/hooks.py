@@ -54,6 +54,7 @@ def install() -> None:
             refuse_bad_config(config, own)
             leave_room_for_staging()  # an engine core may be a fork of this process
             add_description_route()
+            count_frontends_requests()
         return config
 
     EngineArgs.add_cli_args = staticmethod(with_flags)
@@ -271,6 +272,35 @@ def _describe_engine(core: Any) -> dict[str, Any]:
     """A utility method of the engine core, that API servers may call."""
     description: dict[str, Any] = own_connector(core.scheduler.get_kv_connector()).describe_engine()
     return description
+
+
+def count_frontends_requests() -> None:
+    """Let the loggers of an API server of this process count what its engine cores did for
+    frontends, beside what came through here: in metrics, in the log line, in whatever there is."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    from vllm_pd_plugin.engine_port.request_statistics import carried
+
+    if getattr(StatLoggerManager, _MARK, False):
+        return
+    record = StatLoggerManager.record
+
+    @functools.wraps(record)
+    def and_theirs(
+        self: StatLoggerManager,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int | None = None,
+    ) -> None:
+        theirs = carried(scheduler_stats)
+        for step in theirs or ():
+            record(self, None, step, None, engine_idx)
+        told = scheduler_stats if theirs is None else None
+        record(self, told, iteration_stats, mm_cache_stats, engine_idx)
+
+    StatLoggerManager.record = and_theirs
+    setattr(StatLoggerManager, _MARK, True)
 
 
 def add_description_route() -> None:

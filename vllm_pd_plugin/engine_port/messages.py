@@ -46,12 +46,15 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
 
     waiting_tokens: prompt tokens that it still has to compute.
     kv_usage: share of the KV cache in use, 0 to 1.
+    num_steps: that have given something out so far, to whomever: an engine that has something to do
+        and at which it does not grow stands still.
     """
 
     running: Count = 0
     waiting: Count = 0
     waiting_tokens: Count = 0
     kv_usage: float = 0.0
+    num_steps: Count = 0
 
 
 class EngineDescription(msgspec.Struct, frozen=True):
@@ -63,6 +66,8 @@ class EngineDescription(msgspec.Struct, frozen=True):
     kv: what its KV is; engines of one pool have the same.
     kv_tokens: size of its KV cache. block_tokens: of one block.
     data_parallel_rank: of its server's engine cores; each is an engine of its own to a frontend.
+    options: what it samples by, see ``served_options``; empty where that is not known.
+    has_lora: whether it takes requests with LoRA adapters.
     """
 
     engine_id: EngineId
@@ -81,6 +86,8 @@ class EngineDescription(msgspec.Struct, frozen=True):
     kv_tokens: int
     block_tokens: int
     data_parallel_rank: int = 0
+    options: dict[str, str] = {}
+    has_lora: bool = False
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
@@ -96,9 +103,13 @@ class Attached(msgspec.Struct, frozen=True, array_like=True, tag="attached"):
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
-    """A request; its ``EngineCoreRequest`` follows as further frames. Outputs answer it."""
+    """A request; its ``EngineCoreRequest`` follows as further frames. Outputs answer it.
+
+    number: counts them from 1, since the frontend has attached; 0 if it does not count.
+    """
 
     request_id: RequestId
+    number: Count = 0
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -121,10 +132,21 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True, tag="outputs"):
 
 
 class State(msgspec.Struct, frozen=True, array_like=True, tag="state"):
-    """How busy the engine is. last_outputs: the number of the last Outputs that was sent."""
+    """How busy the engine is. last_outputs: the number of the last Outputs that was sent.
+
+    begun: those of the frontend's requests that have given nothing out yet, and wait no longer: the
+        engine computes them, or reads their KV. preempted: those that have, and wait again.
+    last_add: the number of the frontend's last Add that is in ``load``, as are all before it; None
+        if the engine does not say.
+    num_frontends: that have attached, this one included; 0 if the engine does not say.
+    """
 
     load: EngineLoad
     last_outputs: Count
+    begun: tuple[RequestId, ...] = ()
+    preempted: tuple[RequestId, ...] = ()
+    last_add: Count | None = None
+    num_frontends: Count = 0
 
 
 class Unknown(msgspec.Struct, frozen=True, array_like=True, tag="unknown"):

@@ -6,33 +6,31 @@ clients by an index. A frontend is one client more: the engine's own API server,
 tokenizer and detokenizer, has no part in its requests.
 
 Owned by the engine's control thread, but for ``take_outputs``. Requests are prepared on a thread of
-their own: a grammar may take seconds, and the control thread keeps leases.
+their own: the first grammar may take seconds, and the control thread keeps leases. What is given up
+does not wait there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
-    EngineCoreRequest,
-    EngineCoreRequestType,
-    FinishReason,
 )
-from vllm.v1.kv_cache_interface import KVCacheSpecKind
-from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.engine_port import messages
-from vllm_pd_plugin.engine_port.peer_decoder import PeerDecoder
+from vllm_pd_plugin.engine_port.attached import AttachedFrontend, Entry
+from vllm_pd_plugin.engine_port.intake import Intake
+from vllm_pd_plugin.engine_port.load import load_of, state_of
+from vllm_pd_plugin.engine_port.prefix_changes import PrefixChanges
+from vllm_pd_plugin.engine_port.refusals import refuse_bad_grammar
+from vllm_pd_plugin.engine_port.request_statistics import RequestStatistics
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.ids import Incarnation, RequestId
 from vllm_pd_plugin.memory.identity import KvIdentity
@@ -41,27 +39,18 @@ from vllm_pd_plugin.protocol.framing import VersionError, WireError
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVEventBatch
     from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 
 _FIRST_CLIENT_INDEX = 1_000_000
 """Above any index that vLLM gives to its own API servers."""
+_LOADER_INDEX = _FIRST_CLIENT_INDEX
+"""That of this package itself, when it has the core load adapters."""
+_API_SERVER = 0
+"""The index of the one that publishes an engine's metrics."""
 _MAX_FRONTENDS, _MAX_NAME = 1024, 80
-_WHOLE_PREFIX = (KVCacheSpecKind.FULL_ATTENTION.value, KVCacheSpecKind.MLA_ATTENTION.value)
-"""Kinds of layers that need the whole prefix: where these have it, the others do."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Frontend:
-    """identity: of the connection on which it has attached."""
-
-    name: str
-    incarnation: Incarnation
-    client_index: int
-    identity: bytes
-    expires_at: float
-    num_outputs: int = 0
-    open: set[RequestId] = dataclasses.field(default_factory=set)
 
 
 class TokenServer:
@@ -87,14 +76,15 @@ class TokenServer:
         self._call = call
         self._send_frames = send
         self._clock = clock
-        self._decoder = PeerDecoder(EngineCoreRequest)
         self._encoder = MsgpackEncoder()
-        self._by_incarnation: dict[Incarnation, _Frontend] = {}
-        self._by_index: dict[int, _Frontend] = {}
-        self._next_index = _FIRST_CLIENT_INDEX
+        self._by_incarnation: dict[Incarnation, AttachedFrontend] = {}
+        self._by_index: dict[int, AttachedFrontend] = {}
+        self._next_index = _LOADER_INDEX + 1
+        self._intake = Intake(core, _LOADER_INDEX, call, self._began, self._refused)
         self._dropped = 0
-        self._preparing = ThreadPoolExecutor(1, "pd-prepare")
-        self._prefix_groups: set[int | None] = set()
+        self._prefix_changes = PrefixChanges()
+        self._num_steps = 0
+        self._counts = RequestStatistics(self._tell_api_server, clock) if core.log_stats else None
 
     @property
     def description(self) -> messages.EngineDescription:
@@ -140,15 +130,28 @@ class TokenServer:
             return  # it was on its way when the frontend attached anew
         frontend.expires_at = self._clock() + messages.LEASE_S
         match message:
-            case messages.Add(request_id):
-                self._add(frontend, request_id, payload)
+            case messages.Add(request_id, number):
+                self._add(frontend, request_id, number, payload)
             case messages.Abort(request_ids):
                 self._abort(frontend, request_ids)
             case messages.Ping():
-                state = messages.State(self._load(), frontend.num_outputs)
-                self._reply(identity, frontend.incarnation, state)
+                self._reply(identity, frontend.incarnation, self._state(frontend))
             case _:
                 self._dropped += 1
+
+    def _state(self, frontend: AttachedFrontend) -> messages.State:
+        return state_of(
+            self._core.scheduler,
+            self._num_steps,
+            frontend.num_outputs,
+            {i: entry.number for i, entry in frontend.open.items() if not entry.needs_adapter},
+            frontend.last_add,
+            len(self._by_index),
+        )
+
+    def step_gave_out(self) -> None:
+        """A step has given something out, to whomever; from the engine's own thread."""
+        self._num_steps += 1
 
     def take_outputs(self, client_index: int, outputs: EngineCoreOutputs) -> None:
         """Take what a step gave out for a frontend; from the engine's own thread."""
@@ -170,26 +173,10 @@ class TokenServer:
     def _take_events(self, batch: KVEventBatch) -> None:
         """Take what a step has changed in the prefix cache; from the engine's own thread."""
         if self._by_index:
-            changes = tuple(change for event in batch.events if (change := self._change(event)))
+            found = (self._prefix_changes.of(event) for event in batch.events)
+            changes = tuple(change for change in found if change is not None)
             if changes:
                 self._call(lambda: self._tell_all(messages.Blocks(changes)))
-
-    def _change(self, event: Any) -> messages.Stored | messages.Removed | messages.Cleared | None:
-        """Return what a frontend can use of an event: plain text, in layers that need all of it."""
-        match event:
-            case BlockStored():
-                is_plain = not event.lora_name and not any(event.extra_keys or ())
-                if event.kv_cache_spec_kind not in _WHOLE_PREFIX or not is_plain:
-                    return None
-                self._prefix_groups.add(event.group_idx)
-                hashes, token_ids = tuple(event.block_hashes), tuple(event.token_ids)
-                return messages.Stored(event.parent_block_hash, hashes, token_ids, event.block_size)
-            case BlockRemoved() if event.group_idx in self._prefix_groups:
-                return messages.Removed(tuple(event.block_hashes))
-            case AllBlocksCleared():
-                return messages.Cleared()
-            case _:
-                return None
 
     def _tell_all(self, message: messages.ToFrontend) -> None:
         self._contain.each(
@@ -203,9 +190,14 @@ class TokenServer:
         now = self._clock()
         silent = [f for f in self._by_index.values() if now >= f.expires_at]
         self._contain.each("leases", silent, self._expire)
-        return min((f.expires_at for f in self._by_index.values()), default=None)
+        times = [f.expires_at for f in self._by_index.values()]
+        if self._counts is not None:
+            due = self._contain.run("counting", self._counts.turn, None)
+            if due is not None:
+                times.append(due)
+        return min(times, default=None)
 
-    def _expire(self, frontend: _Frontend) -> None:
+    def _expire(self, frontend: AttachedFrontend) -> None:
         text = "frontend %s is silent for %.0f s: its %d requests are ended"
         logger.warning(text, frontend.name, messages.LEASE_S, len(frontend.open))
         self._forget(frontend)
@@ -218,7 +210,7 @@ class TokenServer:
             self._reply(identity, incarnation, messages.Unknown())
             return
         name = name[:_MAX_NAME]
-        frontend = _Frontend(
+        frontend = AttachedFrontend(
             name, incarnation, self._next_index, identity, self._clock() + messages.LEASE_S
         )
         self._next_index += 1
@@ -226,93 +218,72 @@ class TokenServer:
         logger.info("frontend %s has attached", name)
         self._reply(identity, incarnation, messages.Attached(self._description, self._load()))
 
-    def _forget(self, frontend: _Frontend) -> None:
+    def _forget(self, frontend: AttachedFrontend) -> None:
         del self._by_incarnation[frontend.incarnation]
         del self._by_index[frontend.client_index]
         self._abort(frontend, tuple(frontend.open))
 
-    def _add(self, frontend: _Frontend, request_id: RequestId, payload: list[bytes]) -> None:
+    def _add(
+        self, frontend: AttachedFrontend, request_id: RequestId, number: int, payload: list[bytes]
+    ) -> None:
+        frontend.last_add = number
         if request_id in frontend.open:
             self._dropped += 1
             return
-        frontend.open.add(request_id)
-        index = frontend.client_index
-        self._preparing.submit(lambda: self._prepare(index, request_id, payload))
+        frontend.open[request_id] = entry = Entry(number)
+        self._intake.add(frontend.client_index, request_id, entry, payload)
 
-    def _prepare(self, client_index: int, request_id: RequestId, payload: list[bytes]) -> None:
-        """Do what vLLM's input thread does; on the thread for that."""
-        # Client input must never end the engine: whatever is wrong with it ends the request only.
-        try:
-            request = self._decoder.decode(payload)
-            request.request_id, request.client_index = request_id, client_index
-            # Data parallel ranks of a mixture of experts step together, or all pause. vLLM's own
-            # clients wake the others; a request of no wave of steps lets this rank do it.
-            request.current_wave = -1
-            self._refuse(request)
-            prepared = self._core.preprocess_add_request(request)
-        except Exception:
-            logger.exception("request %s is refused", request_id)
-            output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
-            self.take_outputs(client_index, EngineCoreOutputs(outputs=[output]))
+    def _refused(self, client_index: int, output: EngineCoreOutput) -> None:
+        self.take_outputs(client_index, EngineCoreOutputs(outputs=[output]))
+
+    def _began(self, client_index: int, request: Request, arrived_at: float) -> None:
+        """Note a request that goes into the core, unless its frontend has given it up meanwhile."""
+        frontend = self._by_index.get(client_index)
+        if frontend is None or request.request_id not in frontend.open:
             return
-        self._core.input_queue.put_nowait((EngineCoreRequestType.ADD, prepared))
+        prompt, params = request.prompt_token_ids, request.sampling_params
+        assert prompt is not None
+        assert params is not None
+        if params.structured_outputs is not None:  # the grammar is compiled while it waits
+            frontend.grammars[request.request_id] = request
+        if self._counts is not None:
+            self._counts.began(request.request_id, arrived_at, prompt, params)
 
-    def _refuse(self, request: EngineCoreRequest) -> None:
-        """Refuse what the engine's own thread would not survive. Raises ValueError."""
-        config = self._core.vllm_config
-        prompt = request.prompt_token_ids
-        if request.sampling_params is None or request.pooling_params is not None or not prompt:
-            raise ValueError("only a prompt of tokens to go on from can be served")
-        if request.prompt_embeds is not None or request.mm_features:
-            raise ValueError("only text can be served")
-        if request.resumable or request.abort_immediately:
-            raise ValueError("a session cannot be served")
-        if len(prompt) >= config.model_config.max_model_len:
-            raise ValueError(f"a prompt of {len(prompt)} tokens is too long")
-        if min(prompt) < 0 or max(prompt) >= config.model_config.get_vocab_size():
-            raise ValueError("the prompt has tokens that the model does not know")
-        if request.lora_request is not None and config.lora_config is None:
-            raise ValueError("this engine has no LoRA adapters")
-        if request.request_id in self._core.scheduler.requests:
-            raise ValueError("its id is in use")
+    def _tell_api_server(self, stats: SchedulerStats) -> None:
+        outputs = EngineCoreOutputs(scheduler_stats=stats)
+        self._core.output_queue.put_nowait((_API_SERVER, outputs))
 
-    def _abort(self, frontend: _Frontend, request_ids: Sequence[RequestId]) -> None:
-        ended = [each for each in request_ids if each in frontend.open]
-        if ended:
-            frontend.open.difference_update(ended)
-            self._preparing.submit(lambda: self._end(ended))  # after their ADD
-
-    def _end(self, request_ids: list[RequestId]) -> None:
-        # As vLLM's own input thread does: one queue is read in a step, the other keeps the order.
-        self._core.aborts_queue.put_nowait(request_ids)
-        self._core.input_queue.put_nowait((EngineCoreRequestType.ABORT, request_ids))
+    def _abort(self, frontend: AttachedFrontend, request_ids: Sequence[RequestId]) -> None:
+        entries = {each: entry for each in request_ids if (entry := frontend.open.pop(each, None))}
+        for request_id in entries:
+            frontend.grammars.pop(request_id, None)
+        if self._counts is not None:
+            self._counts.dropped(entries)
+        self._intake.give_up(entries)
 
     def close(self) -> None:
         """Stop the thread; nothing more is added."""
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._intake.close()
 
     def _send_outputs(self, client_index: int, outputs: EngineCoreOutputs) -> None:
+        if client_index == _LOADER_INDEX and outputs.utility_output is not None:
+            self._intake.adapter_loaded(outputs.utility_output)
         frontend = self._by_index.get(client_index)
         if frontend is None:
             return
         for output in outputs.outputs:
             if output.finish_reason is not None:
-                frontend.open.discard(output.request_id)
+                frontend.open.pop(output.request_id, None)
+                refuse_bad_grammar(output, frontend.grammars.pop(output.request_id, None))
         frontend.num_outputs += 1
         payload = [bytes(buffer) for buffer in self._encoder.encode(outputs)]
         message = messages.Outputs(frontend.num_outputs)
         self._reply(frontend.identity, frontend.incarnation, message, payload)
+        if (counts := self._counts) is not None:
+            self._contain.run("counting", lambda: counts.gave_out(outputs), None)
 
     def _load(self) -> messages.EngineLoad:
-        scheduler = self._core.scheduler
-        running, waiting = scheduler.get_request_counts()
-        requests: list[Any] = list(scheduler.requests.values())
-        return messages.EngineLoad(
-            running,
-            waiting,
-            sum(_tokens_to_compute(request) for request in requests),
-            scheduler.get_kv_cache_usage(),
-        )
+        return load_of(self._core.scheduler, self._num_steps)
 
     def _reply(
         self,
@@ -326,22 +297,13 @@ class TokenServer:
         self._contain.run("answering", lambda: self._send_frames(identity, frames), None)
 
 
-def _tokens_to_compute(request: Any) -> int:
-    """Return how much of its prompt a request has yet to compute on this engine."""
-    params = request.kv_transfer_params
-    fetches = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or (
-        isinstance(params, dict)
-        and params.get("do_remote_prefill")
-        and request.num_computed_tokens == 0
-    )
-    return 0 if fetches else max(0, request.num_prompt_tokens - request.num_computed_tokens)
-
-
 def divert_outputs(core: EngineCoreProc, server: TokenServer, statistics: StepStatistics) -> None:
     """Let what the core gives out for frontends go to the token server."""
     put_nowait = core.output_queue.put_nowait
 
     def divert(item: Any) -> None:
+        if _computes(item):
+            server.step_gave_out()
         if isinstance(item, tuple) and item[0] >= _FIRST_CLIENT_INDEX:
             client_index, outputs = item
             stats, outputs.scheduler_stats = outputs.scheduler_stats, None
@@ -349,7 +311,17 @@ def divert_outputs(core: EngineCoreProc, server: TokenServer, statistics: StepSt
             if stats is None or not statistics.are_due(stats):
                 return
             # vLLM gives a step's statistics to any one client; only the API server publishes them.
-            item = (0, EngineCoreOutputs(scheduler_stats=stats))
+            item = (_API_SERVER, EngineCoreOutputs(scheduler_stats=stats))
         put_nowait(item)
 
     core.output_queue.put_nowait = divert
+
+
+def _computes(item: Any) -> bool:
+    """Say whether a step that has computed something gives this out: vLLM tells of empty ones, too,
+    and answers calls, in an engine that does nothing."""
+    if not isinstance(item, tuple):
+        return False
+    outputs = item[1]
+    stats = outputs.scheduler_stats
+    return bool(outputs.outputs) or (stats is not None and stats.num_running_reqs > 0)

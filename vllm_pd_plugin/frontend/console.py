@@ -9,15 +9,20 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE
+from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE, FILE_SUFFIX, read_secret
 from vllm_pd_plugin.errors import PdError
+from vllm_pd_plugin.frontend import admin_keys
+from vllm_pd_plugin.frontend.option_words import seconds, some_seconds
+from vllm_pd_plugin.net.hosts import is_loopback
 
 _DEFAULT_FRONTEND = "http://127.0.0.1:8000"
 _TIMEOUT_S = 10.0
@@ -26,7 +31,8 @@ _STATE_STYLES = {"up": "green", "down": "red", "draining": "yellow", "broken": "
 
 _ENGINES = f"""See and change the engines of a running frontend.
 
-The admin key, if the frontend has one, is read from {ADMIN_KEY_VARIABLE}.
+The admin key is that of {ADMIN_KEY_VARIABLE}, or in the file that
+{ADMIN_KEY_VARIABLE}{FILE_SUFFIX} names. Of a frontend of yours on this machine it is found without.
 
 examples:
   vllm-pd engines list
@@ -47,24 +53,50 @@ class AdminError(PdError):
     """A frontend does not do what is asked; the message says why."""
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer: the key is for the frontend that was named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
+"""Goes to the frontend itself: a proxy would see the key, and cannot reach loopback."""
+
+
 def call(frontend: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """Call a frontend's admin API. Raises AdminError."""
+    """Call a frontend's admin API. Raises AdminError, or ConfigError for a key that is none."""
+    frontend = frontend.rstrip("/") if "://" in frontend else f"http://{frontend.rstrip('/')}"
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(ADMIN_KEY_VARIABLE):
+    if key := _key_for(frontend):
         headers["Authorization"] = f"Bearer {key}"
-    url = f"{frontend.rstrip('/')}/pd/v1{path}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        request = urllib.request.Request(f"{frontend}/pd/v1{path}", data, headers, method=method)
+        with _OPENER.open(request, timeout=_TIMEOUT_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
+        with error:
+            text = error.read().decode(errors="replace")
+        if 300 <= error.code < 400:
+            text = f"it redirects to {error.headers.get('Location')}, which is not followed"
         raise AdminError(f"{frontend} refuses ({error.code}): {text}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise AdminError(
             f"no frontend answers at {frontend}: {error}; say where with --frontend"
         ) from error
+
+
+def _key_for(frontend: str) -> str | None:
+    """Return the key to send: that of the environment, or what a frontend here has left."""
+    if key := read_secret(os.environ, ADMIN_KEY_VARIABLE):
+        return key
+    try:
+        parts = urlsplit(frontend)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return None  # no address, which is said when it is called
+    return admin_keys.find(port, os.environ) if is_loopback(parts.hostname or "") else None
 
 
 def engines(arguments: Sequence[str]) -> int:
@@ -83,7 +115,7 @@ def engines(arguments: Sequence[str]) -> int:
     drain.add_argument("url")
     drain.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=60.0,
         metavar="SECONDS",
         help="what is left on it after so long goes on elsewhere (default: %(default)s)",
@@ -95,7 +127,7 @@ def engines(arguments: Sequence[str]) -> int:
     args = parser.parse_args(list(arguments))
     match args.command:
         case "list":
-            _print(table_of(call(args.frontend, "GET", "/pool"), {}))
+            _print(table_of(_pool(args.frontend), {}))
         case "add":
             call(args.frontend, "POST", "/engines", {"url": args.url, "role": args.role})
         case "drain":
@@ -114,10 +146,10 @@ def top(
     """Run ``vllm-pd top``; returns the exit status."""
     parser = _parser("top", _TOP)
     parser.add_argument("--frontend", default=_DEFAULT_FRONTEND, metavar="URL")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
+    parser.add_argument("--interval", type=some_seconds, default=1.0, metavar="SECONDS")
     parser.add_argument("--once", action="store_true", help="print one table and end")
     args = parser.parse_args(list(arguments))
-    pool, then = call(args.frontend, "GET", "/pool"), clock()
+    pool, then = _pool(args.frontend), clock()
     if args.once:
         _print(table_of(pool, {}))
         return 0
@@ -125,7 +157,7 @@ def top(
         with Live(table_of(pool, {}), auto_refresh=False) as live:
             while True:
                 sleep(args.interval)
-                before, pool = pool, call(args.frontend, "GET", "/pool")
+                before, pool = pool, _pool(args.frontend)
                 now = clock()
                 live.update(table_of(pool, rates(before, pool, now - then)), refresh=True)
                 then = now
@@ -133,13 +165,21 @@ def top(
         return 0
 
 
-def rates(before: Mapping[str, Any], after: Mapping[str, Any], seconds: float) -> dict[str, float]:
+def _pool(frontend: str) -> Mapping[str, Any]:
+    """Ask for the pool. Raises AdminError, see ``call``, and where something else answers."""
+    pool = call(frontend, "GET", "/pool")
+    if not isinstance(pool, dict) or not isinstance(pool.get("engines"), list):
+        raise AdminError(f"{frontend} is no frontend of vllm-pd; say where with --frontend")
+    return pool
+
+
+def rates(before: Mapping[str, Any], after: Mapping[str, Any], past_s: float) -> dict[str, float]:
     """Return how many tokens a second each engine has given out between two looks."""
     counts = {engine["url"]: engine["tokens_given"] for engine in before["engines"]}
     return {
-        engine["url"]: max(0, engine["tokens_given"] - counts[engine["url"]]) / seconds
+        engine["url"]: max(0, engine["tokens_given"] - counts[engine["url"]]) / past_s
         for engine in after["engines"]
-        if engine["url"] in counts and seconds > 0
+        if engine["url"] in counts and past_s > 0
     }
 
 
@@ -154,12 +194,13 @@ def table_of(pool: Mapping[str, Any], tokens_per_s: Mapping[str, float]) -> Tabl
         table.add_column(name, justify="right")
     for engine in pool["engines"]:
         state, url = engine["state"], engine["url"]
-        shown = f"[{_STATE_STYLES[state]}]{state}[/]"
+        # Not as Rich's markup: the brackets of an IPv6 address would be a style there.
+        shown = Text.assemble((state, _STATE_STYLES[state]))
         if engine["problem"]:
-            shown += f": {engine['problem']}"
+            shown.append(f": {engine['problem']}")
         rate = engine["prefill_tokens_per_s"]
         table.add_row(
-            url,
+            Text(url),
             engine["role"],
             shown,
             str(engine["running"]),

@@ -262,7 +262,7 @@ class Deployment(_Model):
         routing = self.routing.model_dump(mode="json", exclude_none=True)
         options = {
             # What a frontend must know of the model is said to the engines.
-            **{k: v for k, v in dashed(self.engine_args).items() if k in _OF_THE_MODEL},
+            **{k: v for k, v in dashed(self.engine_args).items() if _is_shared(k)},
             **dashed(routing),
             **dashed(self.frontend.args),
         }
@@ -290,11 +290,20 @@ class Deployment(_Model):
         return {**self.env, **self.pools[role].env}
 
 
-_OF_THE_MODEL = {
+_SHARED = {
     "tokenizer", "tokenizer-mode", "trust-remote-code", "revision", "tokenizer-revision", "dtype",
-    "max-model-len", "hf-config-path", "hf-overrides", "generation-config", "reasoning-parser",
-    "seed", "tensor-parallel-size",
+    "max-model-len", "hf-config-path", "hf-overrides", "generation-config", "seed",
+    "tensor-parallel-size",
+    # What answers are sampled by, see ``served_options``; and how much may be asked for.
+    "reasoning-parser", "reasoning-parser-plugin", "reasoning-config", "logits-processors",
+    "logprobs-mode", "watermark-config", "structured-outputs-config", "max-logprobs", "enable-lora",
 }  # fmt: skip
+"""Options of engines that a frontend over them needs, too."""
+
+
+def _is_shared(option: str) -> bool:
+    """Say it of an option, or of a part of one (``structured-outputs-config.backend``)."""
+    return option.partition(".")[0] in _SHARED
 
 
 def read_deployment(path: Path) -> Deployment:
@@ -305,8 +314,10 @@ def read_deployment(path: Path) -> Deployment:
     """
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if isinstance(content, dict) and isinstance(content.get("applications"), list):
         applications = content["applications"]
         if len(applications) != 1:

@@ -6,48 +6,42 @@ Owned by the event loop.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
-from vllm.v1.engine import (
-    EngineCoreEventType,
-    EngineCoreOutput,
-    EngineCoreOutputs,
-    EngineCoreRequest,
-)
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 
-from vllm_pd_plugin.codecs.codec import AUTO, Codec
 from vllm_pd_plugin.engine_port.link import Connection, Link
-from vllm_pd_plugin.engine_port.messages import Blocks, EngineLoad
+from vllm_pd_plugin.engine_port.messages import Blocks, EngineLoad, State
+from vllm_pd_plugin.frontend.admission import NO_ENGINES, Gate, TurnedAway
 from vllm_pd_plugin.frontend.keeper import Keeper
+from vllm_pd_plugin.frontend.lag import Lag
+from vllm_pd_plugin.frontend.learning import Learner, rebase
+from vllm_pd_plugin.frontend.overdue import OpenLegs
+from vllm_pd_plugin.frontend.pool.breakers import PairBreakers
 from vllm_pd_plugin.frontend.pool.fitness import Requirement
 from vllm_pd_plugin.frontend.pool.members import Member, Pool
 from vllm_pd_plugin.frontend.pool.membership import Engines
-from vllm_pd_plugin.frontend.requests.context import current
+from vllm_pd_plugin.frontend.requests.blame import Blame
+from vllm_pd_plugin.frontend.requests.context import current, name_of_session
 from vllm_pd_plugin.frontend.requests.course import Course, Leg
 from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
 from vllm_pd_plugin.frontend.requests.legs import LegKind
 from vllm_pd_plugin.frontend.router import Router
 from vllm_pd_plugin.frontend.routing.choice import EngineKey, Policy, Route, Unroutable
-from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics, Timeline
+from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics
+from vllm_pd_plugin.frontend.telemetry.outcomes import current_request
 from vllm_pd_plugin.frontend.telemetry.tracing import Marks
-from vllm_pd_plugin.frontend.underway import Limits, Underway, is_on
+from vllm_pd_plugin.frontend.underway import Limits, Underway
+from vllm_pd_plugin.frontend.waiting import WaitingList
 from vllm_pd_plugin.ids import Address, RequestId
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.25
-_MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 0.5
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Waiting:
-    course: Course
-    why: Unroutable
-    deadline: float
+_BACKOFF_S = 0.05
 
 
 class Dispatch:
@@ -55,7 +49,7 @@ class Dispatch:
 
     on_outputs: takes what is for clients, as an engine core would give it out.
     on_failed: takes courses whose clients get no final output.
-    on_over: takes every course when it is over.
+    on_over: takes every course when it is over. name: see ``Router``.
     """
 
     def __init__(
@@ -66,12 +60,15 @@ class Dispatch:
         on_outputs: Callable[[EngineCoreOutputs], None],
         on_failed: Callable[[Course, Ending], None],
         on_over: Callable[[Underway], None] = lambda underway: None,
+        name: str = "",
     ) -> None:
         self.metrics = metrics
-        self._router = Router(policy, metrics)
+        self._router = Router(policy, metrics, name)
         self._loop = asyncio.get_running_loop()
         self.pool = Pool(self._loop.time)
+        self.pairs = PairBreakers(self._loop.time, metrics.pair_opened)
         self._keeper = Keeper(self.pool, self._leave)
+        self._learner = Learner(metrics, self._router, self.pairs)
         self.prefill_may_be_empty = False
         """Whether engines that prefill come when a request waits for one."""
         self._limits = limits
@@ -79,9 +76,10 @@ class Dispatch:
         self._on_failed = on_failed
         self._on_over = on_over
         self._courses: dict[RequestId, Underway] = {}
-        self._legs: dict[RequestId, tuple[Underway, Leg]] = {}
-        self._last_output: dict[RequestId, float] = {}
-        self._waiting: dict[RequestId, _Waiting] = {}
+        self._legs = OpenLegs(limits, self.pool)
+        self._waiting = WaitingList(self._start)
+        self.gate = Gate(limits.queue_s)
+        self.lag = Lag(self.pool.behind_s)
         self._batch: list[EngineCoreOutput] | None = None
         self._random = random.Random()
         self._sweeper = self._loop.create_task(self._sweep(), name="sweep")
@@ -91,13 +89,13 @@ class Dispatch:
 
     @property
     def num_waiting(self) -> int:
-        """Return how many requests wait for an engine to come up."""
+        """Return how many requests no engine has got yet."""
         return len(self._waiting)
 
     @property
     def waiting_tokens(self) -> int:
         """Return how many prompt tokens these requests have."""
-        return sum(len(each.course.prompt) for each in self._waiting.values())
+        return self._waiting.num_tokens
 
     # --- requests ----------------------------------------------------------------------------
 
@@ -105,12 +103,30 @@ class Dispatch:
         """Begin a request."""
         context = current()
         course = Course(request, self)
-        slo_class = self.metrics.slo_class(context.slo_class)
-        self.metrics.arrived()
+        course.session = name_of_session(context, request.session_id)
+        course.siblings = current_request().siblings
+        tenant = self.gate.tenant(self.metrics.slo_class(context.slo_class), context.key)
+        if is_first := not course.siblings.is_going_on:  # else it is a step of a beam search
+            self.gate.joined(tenant)
         now = course.arrived_at
+        timeline = self.metrics.begin(now, context.slo_class)
         deadline = now + min(self._limits.request_s, context.timeout_s)
-        self._courses[course.id] = Underway(course, Timeline(now, slo_class), Marks(now), deadline)
+        underway = Underway(course, timeline, Marks(now), deadline, tenant, is_first)
+        self._courses[course.id] = underway
         self._start(course)
+
+    def refuse(self, num_new: int) -> TurnedAway | None:
+        """Turn a request away that comes now; None if it may come.
+
+        num_new: how many answers it wants.
+        """
+        context, capacity = current(), self.pool.capacity() or NO_ENGINES
+        tenant = self.gate.tenant(self.metrics.slo_class(context.slo_class), context.key)
+        return self.gate.refuse(tenant, num_new, capacity, self.waiting_tokens, self.lag.seconds)
+
+    def underway(self, request_id: RequestId) -> Underway | None:
+        """Return what is noted of a request, as long as it is under way."""
+        return self._courses.get(request_id)
 
     def abort(self, request_ids: Iterable[RequestId]) -> None:
         """The clients do not want these any more."""
@@ -132,17 +148,10 @@ class Dispatch:
 
     def serves(self) -> str | None:
         """Return None when a request can be served now, else what is missing."""
-        engines = self.pool.usable(set())
-        missing = self._router.missing(engines)
+        missing = self._router.missing(self.pool.candidates(()))
         if missing is Unroutable.QUEUE_FOR_PREFILL and self.prefill_may_be_empty:
             return None
         return missing.value if isinstance(missing, Unroutable) else None
-
-    def allowed_codecs(self) -> set[str]:
-        """Return the codecs that a client may ask for: every engine that decodes allows them."""
-        decodes = [m.link.description for m in self.pool if m.is_up and m.role.decodes]
-        allowed = [set(description.codecs) for description in decodes]
-        return set.intersection(*allowed) if allowed else {AUTO, *Codec}
 
     # --- engines -----------------------------------------------------------------------------
 
@@ -154,7 +163,7 @@ class Dispatch:
         """Make the pool what is wanted; what is under way on an engine that leaves goes on
         elsewhere."""
         self._keeper.use(engines, lambda url: Link(url, connection, self))
-        self._start_waiting()
+        self._waiting.wake()
 
     async def close(self) -> None:
         """End what is under way, and the connections."""
@@ -169,17 +178,23 @@ class Dispatch:
         if member is None:
             return
         is_new, member.kv = member.kv != link.description.kv, link.description.kv
-        member.set_load(load)
-        member.worked()
+        if not member.is_known:  # else only its description is another one
+            member.is_known = True
+            member.set_load(load)
+            member.breaker.worked()
+        if member.incarnation != link.incarnation:
+            member.incarnation = link.incarnation
+            self.pairs.forget(member.key)
         self._keeper.judge()
         if not member.mismatch and is_new:
             text = "engine %s is there: %s, role %s"
             logger.info(text, link.url, link.description.model, member.role)
-        self._start_waiting()
+        self._waiting.wake()
 
-    def loaded(self, link: Link, load: EngineLoad) -> None:
+    def loaded(self, link: Link, state: State) -> None:
         if member := self._member(link):
-            member.set_load(load)
+            member.told(state, self.now())
+            self._wake_for(member)
 
     def cached(self, link: Link, changes: Blocks) -> None:
         if self._member(link):
@@ -187,9 +202,10 @@ class Dispatch:
 
     def lost(self, link: Link, why: str) -> None:
         if member := self._member(link):
+            member.is_known = False
             self._router.prefixes.forget(link.url)
             self.metrics.engine_lost()
-            self._leave(member)
+            self._leave(member, member.at_work())
             self._keeper.judge()
 
     def gave_out(self, link: Link, outputs: EngineCoreOutputs) -> None:
@@ -200,17 +216,8 @@ class Dispatch:
         now = self.now()
         try:
             for output in outputs.outputs:
-                found = self._legs.get(output.request_id)
-                if found is None:
-                    continue
-                underway, leg = found
-                self._last_output[leg.id] = now
-                if member is not None:
-                    member.tokens_given += len(output.new_token_ids)
-                    if not leg.has_output:
-                        self._learn(member, underway, leg, output, now, outputs.timestamp)
-                _rebase(output, now - outputs.timestamp)
-                underway.course.take(leg, output)
+                if found := self._legs.hear(output.request_id, now):
+                    self._take(member, *found, output, now, outputs.timestamp)
         finally:
             self._batch = None
             self._give(batch)
@@ -220,40 +227,39 @@ class Dispatch:
         member = self.pool.get(link.url)
         return member if member is not None and member.link is link else None
 
-    def _leave(self, member: Member) -> None:
-        """Let everything that an engine works on go on elsewhere."""
-        self._router.prefixes.forget(member.key)
-        affected = [underway for underway in self._courses.values() if is_on(underway, member)]
-        for underway in affected:
-            underway.course.engine_lost(member.key)
-        member.legs.clear()
-
-    def _learn(
+    def _take(
         self,
-        member: Member,
+        member: Member | None,
         underway: Underway,
         leg: Leg,
         output: EngineCoreOutput,
         now: float,
         given_at: float,
     ) -> None:
-        """Learn how fast the engine is, from the first output of a leg; its times are the
-        engine's own."""
-        if leg.kind is LegKind.DECODE:
-            underway.marks.decoding_at = now
-            if underway.marks.prefilled_at:
-                seconds = now - underway.marks.prefilled_at
-                self.metrics.handed_off(seconds)
-                self._router.handed_off(seconds)
-        elif output.prefill_stats is not None:
-            times = {event.type: event.timestamp for event in output.events or ()}
-            scheduled_at = times.get(EngineCoreEventType.SCHEDULED, given_at)
-            member.computed(output.prefill_stats.num_computed_tokens, given_at - scheduled_at)
-            self.metrics.queued(scheduled_at - times.get(EngineCoreEventType.QUEUED, scheduled_at))
-        if leg.kind is LegKind.PREFILL:
-            underway.marks.prefilled_at = now
-        if output.new_token_ids:
-            member.worked()
+        """Take one output; a defect with one must not cost the others, nor the engine."""
+        try:
+            if member is not None:
+                member.moved_at = now
+                member.tokens_given += len(output.new_token_ids)
+                if not leg.has_output:
+                    member.legs.computed(leg)
+                    self._wake_for(member)
+                    self._learner.learn(member, underway, leg, output, now, given_at)
+            rebase(output, now - given_at)
+            underway.course.take(leg, output)
+        except Exception:
+            logger.exception("unexpected error with an output of request %s", underway.course.id)
+            underway.course.give_up(Ending.INTERNAL)
+
+    def _leave(self, member: Member, at_work: Collection[Leg] = ()) -> None:
+        """Let everything that an engine works on go on elsewhere.
+
+        at_work: what the engine may have been lost to.
+        """
+        self._router.prefixes.forget(member.key)
+        for course in [underway.course for underway in self._legs.on(member.key)]:
+            course.engine_lost(member.key, any(leg in at_work for leg in course.legs))
+        member.legs.clear()
 
     # --- what courses ask for ----------------------------------------------------------------
 
@@ -261,7 +267,7 @@ class Dispatch:
         return self._loop.time()
 
     def route(self, course: Course) -> Route | Unroutable:
-        route = self._router.route(course, self.pool.usable(course.excluded))
+        route = self._router.route(course, self.pool, self.pairs)
         if isinstance(route, Route) and (underway := self._courses.get(course.id)):
             underway.marks = Marks(underway.marks.arrived_at, routed_at=self.now())
         return route
@@ -279,22 +285,25 @@ class Dispatch:
             logger.warning("request %s cannot be sent: %s", course.id, error)
             course.give_up(Ending.UNSENDABLE)
             return
-        self._legs[leg.id] = (self._courses[course.id], leg)
-        member.legs.add(leg)
-        self._last_output[leg.id] = leg.started_at
-        member.link.add(leg.id, payload)
+        self._legs.put(self._courses[course.id], leg)
+        if leg.kind is LegKind.DECODE and course.route is not None and course.route.prefill:
+            self.pairs.began((course.route.prefill, leg.engine), leg.id)
+        member.send(leg, payload)
 
     def drop(self, leg: Leg, abort: bool) -> None:
-        self._legs.pop(leg.id, None)
-        self._last_output.pop(leg.id, None)
+        self._legs.remove(leg.id)
+        self.pairs.left(leg.id)
         if member := self.pool.get(leg.engine):
             member.legs.discard(leg)
+            member.breaker.left(leg.id)
             if abort and member.link.is_attached:
                 member.link.abort((leg.id,))
+            self._wake_for(member)
 
     def emit(self, output: EngineCoreOutput) -> None:
         underway = self._courses[output.request_id]
         if output.new_token_ids:
+            self._leave_queue(underway)
             self.metrics.gave(underway.timeline, self.now(), len(output.new_token_ids))
         if output.finish_reason is not None:
             self.metrics.finished(underway.timeline)
@@ -303,33 +312,35 @@ class Dispatch:
         else:
             self._batch.append(output)
 
-    def try_again(self, course: Course, engines: Sequence[EngineKey], failure: Failure) -> None:
+    def failed(self, blame: Blame) -> None:
+        if isinstance(blame.counts_for, tuple):
+            self.pairs.failed(blame.counts_for, blame.failure)
+        elif blame.counts_for is not None and (member := self.pool.get(blame.counts_for)):
+            member.breaker.failed(self.now())
+
+    def try_again(self, course: Course, failure: Failure) -> None:
         self.metrics.retried(failure)
-        if failure in (Failure.REQUEST_FAILED, Failure.TIMEOUT):
-            for key in engines:
-                if member := self.pool.get(key):
-                    member.failed(self.now())
-        most_s = min(_MAX_BACKOFF_S, _MIN_BACKOFF_S * 2 ** (course.attempt - 1))
-        wait_s = self._random.uniform(_MIN_BACKOFF_S, most_s)
+        # Full jitter: what was on one engine does not come to another all at once.
+        wait_s = self._random.uniform(0.0, _BACKOFF_S * 2**course.attempt)
         self._loop.call_later(wait_s, self._start, course)
 
     def queue(self, course: Course, why: Unroutable) -> None:
         if why is Unroutable.NO_PREFILL:
             course.give_up(Ending.NO_ENGINE)
             return
-        before = self._waiting.get(course.id)
-        deadline = before.deadline if before else self.now() + self._limits.queue_s
-        self._waiting[course.id] = _Waiting(course, why, deadline)
+        self._waiting.put(course, why, self.now() + self._limits.queue_s)
 
     def ended(self, course: Course, ending: Ending | None) -> None:
         underway = self._courses.pop(course.id, None)
-        self._waiting.pop(course.id, None)
+        self._waiting.remove(course.id)
         if underway is not None:
-            self._on_over(underway)
+            self._leave_queue(underway)
+            self.metrics.ended(underway.timeline, ending)
         if ending is not None:
-            self.metrics.failed(ending)
             logger.error("request %s ends without an answer: %s", course.id, ending)
             self._on_failed(course, ending)
+        if underway is not None:
+            self._on_over(underway)
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -345,19 +356,23 @@ class Dispatch:
             logger.exception("unexpected error with request %s", course.id)
             course.give_up(Ending.INTERNAL)
 
-    def _start_waiting(self) -> None:
-        """Let those begin that have waited for an engine, if they can now."""
-        for each in list(self._waiting.values()):
-            before = each.course.attempt
-            self._start(each.course)
-            if each.course.attempt != before:
-                self._waiting.pop(each.course.id, None)
+    def _wake_for(self, member: Member) -> None:
+        """Let waiting requests begin if an engine can take one."""
+        if self.pool.freed(member):
+            self._waiting.wake()
+
+    def _leave_queue(self, underway: Underway) -> None:
+        if underway.is_queued:
+            underway.is_queued = False
+            self.gate.left(underway.tenant)
 
     async def _sweep(self) -> None:
         """End what takes too long."""
         while True:
+            began_at = self.now()
             await asyncio.sleep(_SWEEP_S)
             try:
+                self.lag.note(began_at, _SWEEP_S, self.now())
                 self._end_overdue(self.now())
                 self._keeper.hand_over_drained(self.now())
                 self._count()
@@ -365,28 +380,21 @@ class Dispatch:
                 logger.exception("unexpected error in the sweep")
 
     def _end_overdue(self, now: float) -> None:
-        for each in list(self._waiting.values()):
-            if now >= each.deadline:
-                each.course.give_up(Ending.NO_ENGINE)
-        self._start_waiting()
+        for each in self._waiting.overdue(now):
+            is_full = each.why is Unroutable.FULL
+            each.course.give_up(Ending.OVERLOADED if is_full else Ending.NO_ENGINE)
+        self._waiting.wake()  # a circuit breaker may let one through
         for underway in list(self._courses.values()):
             if now >= underway.deadline:
                 underway.course.give_up(Ending.DEADLINE)
-        limits = self._limits
-        for leg_id, (underway, leg) in list(self._legs.items()):
-            if leg.kind is LegKind.PREFILL and underway.course.decodes:
-                continue  # its token was not waited for
-            limit = limits.stall_s if leg.has_output else limits.first_token_s
-            if now - self._last_output.get(leg_id, now) > limit:
-                underway.course.fail([leg.engine], Failure.TIMEOUT)
+        for underway, leg in self._legs.overdue(now):
+            underway.course.leg_failed(leg, Failure.TIMEOUT)
 
     def _count(self) -> None:
         ready = [m.role for m in self.pool if m.is_up and not m.is_draining]
         self.metrics.set_engines(Counter(ready))
-        self.metrics.set_requests(len(self._courses), len(self._waiting))
-
-
-def _rebase(output: EngineCoreOutput, offset_s: float) -> None:
-    """Move an engine's times to this machine's clock, as if its outputs had taken no time."""
-    for event in output.events or ():
-        event.timestamp += offset_s
+        queued = sum(len(each.course.prompt) for each in self._courses.values() if each.is_queued)
+        self.metrics.set_requests(len(self._courses), len(self._waiting), queued)
+        self.metrics.set_lag(self.lag.seconds)
+        self.pairs.retain([member.key for member in self.pool])
+        self.metrics.set_open_pairs(self.pairs.num_open)

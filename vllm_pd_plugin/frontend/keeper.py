@@ -85,6 +85,7 @@ class Keeper:
             if member.mismatch and member.mismatch != before:
                 logger.error("engine %s is not used: %s", member.key, member.mismatch)
         self._tell_kinds_apart()
+        self._pool.changed()
 
     def _tell_kinds_apart(self) -> None:
         """Give engines that can hand KV to each other a kind in common, as far as is known now."""

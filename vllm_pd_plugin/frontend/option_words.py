@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -67,5 +69,48 @@ def _yaml(text: str) -> Any:
 
 
 def dashed(options: Mapping[str, Any]) -> Options:
-    """Return options by their names with dashes."""
-    return {name.replace("_", "-"): value for name, value in options.items()}
+    """Return options by their names with dashes; what comes after a dot is as it is."""
+    return {_dashed(name): value for name, value in options.items()}
+
+
+def _dashed(name: str) -> str:
+    option, dot, part = name.partition(".")
+    return f"{option.replace('_', '-')}{dot}{part}"
+
+
+def seconds(text: str) -> float:
+    """Read a time, as an ``argparse`` type: 0 or more."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, 0 or more")
+    return value
+
+
+def some_seconds(text: str) -> float:
+    """Read a time that may not be 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, more than 0")
+    return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return an ``argparse`` type: whole numbers from a least one on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
+        return value
+
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from vllm_pd_plugin.frontend.pool.members import Member
+from vllm_pd_plugin.frontend.admission import Tenant
 from vllm_pd_plugin.frontend.requests.course import Course
-from vllm_pd_plugin.frontend.telemetry.metrics import Timeline
+from vllm_pd_plugin.frontend.telemetry.outcomes import Timeline
 from vllm_pd_plugin.frontend.telemetry.tracing import Marks
 
 
@@ -14,8 +14,8 @@ from vllm_pd_plugin.frontend.telemetry.tracing import Marks
 class Limits:
     """How long things may take, in seconds.
 
-    request_s: a whole request. first_token_s: one attempt, until its first token.
-    stall_s: between two tokens. queue_s: until an engine is up that can take it.
+    request_s: a whole request. first_token_s: from when an engine begins with it to the first
+    output. stall_s: between two outputs. queue_s: until there is an engine that can take it.
     """
 
     request_s: float = 3600.0
@@ -32,10 +32,6 @@ class Underway:
     timeline: Timeline
     marks: Marks
     deadline: float
-
-
-def is_on(underway: Underway, member: Member) -> bool:
-    """Say whether an engine works on a course, or was to hand KV to it."""
-    course = underway.course
-    handed_off = course.route is not None and course.route.prefill == member.key
-    return handed_off or any(leg.engine == member.key for leg in course.legs)
+    tenant: Tenant
+    is_queued: bool = True
+    """Whether it has got nothing yet."""

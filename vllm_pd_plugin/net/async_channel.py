@@ -17,10 +17,22 @@ from vllm_pd_plugin.net.channel import CurveKeys, configure, endpoint
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
+_TURN_S = 0.01
+"""So long messages are handed over at a time; then all else in the event loop has its turn."""
+
+
+DESCRIPTORS_PER_DEALER = 4
+"""Of its connection, of the socket, and of both ends of what tells of its loss."""
+
 
 def new_context() -> Context:
-    """Return what connections are made from; to be closed with ``close_context``."""
-    return zmq.Context(io_threads=1)
+    """Return what connections are made from; to be closed with ``close_context``.
+
+    As many as descriptors allow: each takes three sockets, and ZeroMQ's own limit is 1023.
+    """
+    context = zmq.Context(io_threads=1)
+    context.set(zmq.MAX_SOCKETS, context.get(zmq.SOCKET_LIMIT))
+    return context
 
 
 def close_context(context: Context) -> None:
@@ -56,9 +68,17 @@ class AsyncDealer:
         self._descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._socket, self._monitor)]
         self._loop.add_reader(self._descriptors[0], self._drain)
         self._loop.add_reader(self._descriptors[1], self._watch)
+        self._full_since: float | None = None
+        self._is_lost = self._has_turn = False
         # A descriptor tells of changes only, from the first look on.
-        self._loop.call_soon(self._drain)
+        self._drain_soon()
         self._loop.call_soon(self._watch)
+
+    @property
+    def behind_s(self) -> float:
+        """For how long there have been messages that wait to be handed over: none of those that
+        wait is older."""
+        return 0.0 if self._full_since is None else self._loop.time() - self._full_since
 
     def send(self, frames: list[bytes]) -> bool:
         """Send a message; False when the engine does not read and its queue is full."""
@@ -69,11 +89,11 @@ class AsyncDealer:
         except zmq.ZMQError:
             return False
         # Sending may eat the event that announces a message: the descriptor tells of changes only.
-        self._loop.call_soon(self._drain)
+        self._drain_soon()
         return True
 
     def receive(self) -> None:
-        """Hand over what has arrived, now."""
+        """Hand over what has arrived, now; what takes longer than a turn, soon."""
         self._drain()
 
     def close(self) -> None:
@@ -86,18 +106,44 @@ class AsyncDealer:
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
 
+    def _drain_soon(self) -> None:
+        if not self._has_turn:
+            self._has_turn = True
+            self._loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._has_turn = False
+        self._drain()
+
     def _drain(self) -> None:
-        while not self._socket.closed:
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+        """Hand over what has arrived, for one turn."""
+        began_at = self._loop.time()
+        while self._take_one():
+            if self._loop.time() - began_at >= _TURN_S:
+                if self._full_since is None:
+                    self._full_since = began_at
+                self._drain_soon()
                 return
-            self._on_message(frames)
+        self._full_since = None
+        if self._is_lost and not self._socket.closed:
+            self._is_lost = False
+            self._on_disconnect()
+
+    def _take_one(self) -> bool:
+        """Hand a message over; False where there is none."""
+        if self._socket.closed:
+            return False
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._on_message(frames)
+        return True
 
     def _watch(self) -> None:
         if self._socket.closed:
             return
         with contextlib.suppress(zmq.Again):
             self._monitor.recv_multipart(zmq.NOBLOCK)
-            self._drain()  # what had arrived before it was lost
-            self._on_disconnect()
+            self._is_lost = True
+            self._drain()  # first what had arrived before it was lost

@@ -28,6 +28,7 @@ from zmq.utils import z85
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.errors import ConfigError, PeerError, Reason
 from vllm_pd_plugin.ids import Address
+from vllm_pd_plugin.net.hosts import in_url
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class Listener:
             self._authenticate(loop, keys)
         host, port = address
         try:
-            self._socket.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
+            self._socket.bind(f"tcp://{in_url(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             self._socket.close()
             raise ConfigError(
@@ -279,8 +280,4 @@ def configure(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
 def endpoint(address: Address) -> str:
     """Return what a socket connects to."""
     host, port = address
-    return f"tcp://{_bracketed(host)}:{port}"
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    return f"tcp://{in_url(host)}:{port}"

@@ -40,6 +40,11 @@ def is_wildcard(host: str) -> bool:
         return False
 
 
+def in_url(host: str) -> str:
+    """Return a host as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def _is_ip(text: str) -> bool:
     if "%" in text:  # a zone, which means something on one machine only
         return False

@@ -21,7 +21,7 @@ import numpy as np
 from nixl._api import nixl_agent, nixl_agent_config
 from numpy.typing import NDArray
 
-from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.errors import ConfigError, PeerError, Reason
 from vllm_pd_plugin.net.transport import PeerName, ReadHandle, ReadPlan, ReadState
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,13 @@ class NixlTransport:
 
     def register(self, spans: Sequence[tuple[int, int]]) -> bytes:
         self._spans = spans
-        self._lender = self._new_agent()
+        try:
+            self._lender = self._new_agent()
+        except Exception as error:
+            raise ConfigError(
+                f"NIXL cannot be used here: {error}; see what UCX says above, and UCX_TLS and "
+                "UCX_NET_DEVICES where they are set"
+            ) from error
         if self._maker is not None:
             # Not on the other thread yet: vLLM may capture CUDA graphs next, and while it does no
             # thread may do anything else with the device.

@@ -23,22 +23,26 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE
+from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, read_secret
 from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
 from vllm_pd_plugin.errors import ConfigError
+from vllm_pd_plugin.frontend.admin_keys import private_folder
 from vllm_pd_plugin.frontend.deployment import parse_deployment
 from vllm_pd_plugin.frontend.processes.local import (
-    EngineStartError,
-    LocalProcess,
     engine_command,
     free_port,
+    has_api_key,
     kv_gib,
+)
+from vllm_pd_plugin.frontend.processes.supervisor import (
+    EngineStartError,
+    LocalProcess,
     signal_family,
     spawn,
     tail,
 )
 from vllm_pd_plugin.frontend.routing.choice import Role
-from vllm_pd_plugin.net.hosts import is_loopback
+from vllm_pd_plugin.net.hosts import in_url, is_loopback
 from vllm_pd_plugin.ray_serve.registry import RegistryClient
 from vllm_pd_plugin.ray_serve.roster import BEAT_S, Beat
 
@@ -77,11 +81,8 @@ class EngineReplica:
         self._registry = RegistryClient(app_name)
         self._drain_until: float | None = None
         host = reachable_host()
-        self._url = f"http://{host}:{free_port(host)}"
-        folder = Path(tempfile.gettempdir()) / f"vllm-pd-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise ConfigError(f"{folder} is somebody else's; remove it, or set TMPDIR")
+        self._url = f"http://{in_url(host)}:{free_port(host)}"
+        folder = private_folder(Path(tempfile.gettempdir()) / f"vllm-pd-{os.geteuid()}")
         self._log = folder / f"{app_name}-{role}-{self._id}.log"
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_PROBE_TIMEOUT_S))
         self._process = await spawn(self._plan(host))
@@ -92,9 +93,10 @@ class EngineReplica:
     def _plan(self, host: str) -> LocalProcess:
         port = int(self._url.rsplit(":", 1)[1])
         words = self._deployment.engine_words(self._role, host=host)
-        if not is_loopback(host):
-            words += ["--middleware", "vllm_pd_plugin.frontend.api.only_frontends.OnlyFrontends"]
-        command = engine_command(self._deployment.model, words, host, port, self._role)
+        is_private = not is_loopback(host) or has_api_key(
+            {**os.environ, **self._deployment.frontend.env}
+        )
+        command = engine_command(self._deployment.model, words, host, port, self._role, is_private)
         environ = {
             **os.environ,
             **({} if ray.get_gpu_ids() else _cpu_environ(self._pool.num_cpus)),
@@ -227,7 +229,7 @@ def reachable_host() -> str:
     Raises:
         ConfigError: there are other machines, and no key.
     """
-    if os.environ.get(CLUSTER_KEY_VARIABLE):
+    if read_secret(os.environ, CLUSTER_KEY_VARIABLE):
         return ray.util.get_node_ip_address()
     addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(addresses) > 1:

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 from ray.exceptions import RayError
+from vllm import envs
 from vllm.version import __version__ as vllm_version
 
 from vllm_pd_plugin.edge.hooks import log_like_vllm
@@ -32,13 +33,16 @@ from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.options import FrontendOptions
 from vllm_pd_plugin.frontend.pool.fitness import Requirement
 from vllm_pd_plugin.frontend.pool.membership import Engines
+from vllm_pd_plugin.frontend.processes.open_files import raise_open_files
 from vllm_pd_plugin.frontend.routing.choice import Role
-from vllm_pd_plugin.frontend.telemetry.metrics import DEFAULT_CLASS, Totals
+from vllm_pd_plugin.frontend.telemetry.metrics import Totals
+from vllm_pd_plugin.frontend.telemetry.outcomes import DEFAULT_CLASS
 from vllm_pd_plugin.ids import new_incarnation
 from vllm_pd_plugin.net.async_channel import Context, close_context, new_context
 from vllm_pd_plugin.ray_serve.demand import Demand, EngineSeen, Targets
 from vllm_pd_plugin.ray_serve.registry import RegistryClient
 from vllm_pd_plugin.ray_serve.roster import LOOK_S, View
+from vllm_pd_plugin.ray_serve.series import RAY_KINDS, point_elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +61,26 @@ def parse_frontend(deployment: Deployment) -> tuple[argparse.Namespace, Frontend
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
+    from vllm_pd_plugin.frontend.parsing import make_parser
+
     cli_env_setup()
-    parser, _ = frontend_options.make_parser(
-        "the frontend", "A frontend on Ray Serve.", lambda parser: None
-    )
+    parser, _ = make_parser("the frontend", "", "A frontend on Ray Serve.", lambda parser: None)
     parser.error = _refuse  # it would end the process
     args = parser.parse_args([deployment.model, *deployment.frontend_words()])
     args.model = args.model_tag or args.model
     validate_parsed_serve_args(args)
-    return args, frontend_options.parse_options(args, ())
+    frontend_options.take_api_key(args)
+    return args, frontend_options.parse_options(args, (), os.environ)
+
+
+def refuse_stores(deployment: Deployment) -> None:
+    """Raise ConfigError where responses would be found by chance: each replica would keep those
+    that it has made, and Ray Serve sends a client's next request to any."""
+    if envs.VLLM_ENABLE_RESPONSES_API_STORE and deployment.frontend.replicas > 1:
+        raise ConfigError(
+            "VLLM_ENABLE_RESPONSES_API_STORE needs frontend.replicas 1: a stored response is kept "
+            "by the replica that has made it, and no other finds it"
+        )
 
 
 def _refuse(message: str) -> None:
@@ -147,10 +162,13 @@ class RayFrontend:
 
         Raises:
             NoEnginesError: none came up in time.
+            ConfigError: an option is wrong, or needs a single frontend.
         """
         log_like_vllm()
+        refuse_stores(deployment)
         args, options = parse_frontend(deployment)
-        core = PoolCore(options.policy, options.limits, options.slos)
+        raise_open_files(0)
+        core = PoolCore(options.policy, options.limits, options.slos, RAY_KINDS)
         context = new_context()
         connection = Connection(
             f"{socket.gethostname()}:{os.getpid()}",
@@ -183,10 +201,12 @@ class RayFrontend:
         with suppress(NoEnginesError):
             await wait_for_engines(dispatch, _ALL_ROLES_S, expected)
         await wait_for_engines(dispatch, deployment.frontend.wait_for_engines_s)
-        app = await make_app(args, self._core, several_kinds=True)
+        is_alone = deployment.frontend.replicas == 1
+        app = await make_app(args, self._core, several_kinds=True, is_alone=is_alone)
         self._client = app.state.engine_client  # the state goes when the application shuts down
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM's, told to end by its handlers
-        app.include_router(make_pool_router(dispatch, None, options.admin_key))
+        point_elsewhere(app)
+        app.include_router(make_pool_router(dispatch, options.admin_key.text))
         return app
 
     async def check_health(self) -> None:

@@ -15,7 +15,6 @@ import pytest
 
 from tests import models
 from tests.engine import (
-    HTTP,
     PRODUCE,
     Completion,
     Engine,
@@ -25,6 +24,7 @@ from tests.engine import (
     start,
 )
 from tests.engines.conftest import ARGUMENTS, CHUNKED, STRETCH_BYTES, random_prompt
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 
 LEASE_S, PEER_TIMEOUT_S, FETCH_TIMEOUT_S = 4.0, 3.0, 8.0

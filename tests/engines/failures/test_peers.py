@@ -11,13 +11,7 @@ from random import Random
 import httpx
 import pytest
 
-from tests.engine import (
-    HTTP,
-    PRODUCE,
-    at_once,
-    hand_off,
-    hand_off_at_once,
-)
+from tests.engine import PRODUCE, at_once, hand_off, hand_off_at_once
 from tests.engines.conftest import random_prompt
 from tests.engines.failures.cluster import (
     LEASE_S,
@@ -32,6 +26,7 @@ from tests.engines.failures.cluster import (
     slowed,
     wait_until,
 )
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 
 pytestmark = pytest.mark.engine

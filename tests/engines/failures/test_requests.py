@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine import (
-    HTTP,
-    PRODUCE,
-    Engine,
-    at_once,
-)
+from tests.engine import PRODUCE, Engine, at_once
 from tests.engines.conftest import random_prompt
 from tests.engines.control_client import ControlClient, corrupt_handoff
 from tests.engines.failures.cluster import (
@@ -24,6 +19,7 @@ from tests.engines.failures.cluster import (
     leave_after,
     produce,
 )
+from tests.http_client import HTTP
 from tests.parity import FLOAT32, compare
 from vllm_pd_plugin.protocol import framing, wire
 

@@ -13,8 +13,9 @@ import psutil
 
 from tests import models
 from tests.alone import Alone
-from tests.engine import HTTP, Engine, engine_urls, parse_event, start_frontend
+from tests.engine import Engine, engine_urls, parse_event, start_frontend
 from tests.engines.conftest import ARGUMENTS
+from tests.http_client import HTTP
 
 NAMES = ("prefill-0", "decode-0", "decode-1")
 ARGS = (*ARGUMENTS["tiny-llama"], "--max-num-batched-tokens", "768")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,13 +17,14 @@ import psutil
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.engine import HTTP, Engine, running
+from tests.engine import Engine, running
 from tests.engines.conftest import random_prompt
 from tests.engines.frontend_failures.cluster import (
     Cluster,
     stream,
     wait_until,
 )
+from tests.http_client import HTTP
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -49,6 +52,46 @@ def test_engines_come_and_go_while_streams_run(cluster: Cluster) -> None:
         assert urls[victim] not in [engine["url"] for engine in cluster.pool()["engines"]]
         assert stream(frontend, prompt, 300) == expected
     assert engines(frontend, "add", "--role", "decode", urls[victim]).returncode == 0
+
+
+def doctor(*words: str, **environ: str) -> tuple[int, list[str]]:
+    """Return the status of ``vllm-pd doctor``, and what it finds."""
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("vllm-pd")), "doctor", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environ},
+    )
+    assert "Traceback" not in done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL "))]
+    return done.returncode, found
+
+
+def test_doctor_hands_kv_over_between_two_engines(cluster: Cluster) -> None:
+    prefill, decode = (cluster.urls[name] for name in ("prefill-0", "decode-0"))
+    for _ in range(2):  # a prompt that is in no cache, each time
+        status, found = doctor(prefill, decode)
+        assert status == 0, found
+        assert len(found) == 9
+        moved = r"513 of 513 prompt tokens came from P: \d+\.\d [MK]iB in \d+ reads, raw$"
+        assert re.search(moved, found[7])
+        assert "all 8 are those of D by itself" in found[8]
+    for name in ("prefill-0", "decode-0"):
+        cluster.engine(name).wait_until_at_rest()
+
+
+def test_doctor_names_what_is_wrong(cluster: Cluster) -> None:
+    prefill, decode = (cluster.urls[name] for name in ("prefill-0", "decode-0"))
+    status, found = doctor(decode, prefill)
+    assert status == 1
+    assert "P: it is named as prefill, and was started with --kv-role decode" in found[-1]
+    status, found = doctor(prefill, decode, VLLM_PD_CLUSTER_KEY="another key than none")
+    assert status == 1
+    assert "is VLLM_PD_CLUSTER_KEY the same there and here?" in found[-1]
+    status, found = doctor("http://127.0.0.1:1", decode)
+    assert status == 1
+    assert "nothing listens there" in found[0]
 
 
 def test_an_engine_that_does_not_fit_is_not_used_and_says_why(cluster: Cluster) -> None:
@@ -106,7 +149,8 @@ def test_workers_share_a_port_and_what_they_know_of_the_engines(cluster: Cluster
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda _: stream(other, prompt, 20), range(16)))
         assert answers == [expected] * 16
-        assert other.metrics()['pd_frontend_requests_total{slo_class="default"}'] == 16
+        answered = 'pd_frontend_requests_total{outcome="answered",slo_class="default"}'
+        assert other.metrics()[answered] == 16
         assert engines(other, "drain", url, "--timeout", "0").returncode == 0
         wait_until(lambda: states() == {"draining"})
         assert engines(other, "add", "--role", "decode", url).returncode == 0

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.engine import HTTP, running
+from tests.engine import running
 from tests.engines.conftest import random_prompt
 from tests.engines.frontend_failures.cluster import (
     NAMES,
@@ -22,6 +22,7 @@ from tests.engines.frontend_failures.cluster import (
     stream,
     wait_until,
 )
+from tests.http_client import HTTP
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

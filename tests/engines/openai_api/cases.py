@@ -8,7 +8,7 @@ from typing import Any
 
 from openai import OpenAI
 
-from tests.engine import HTTP
+from tests.http_client import HTTP
 
 TOOLS = [
     {
@@ -173,6 +173,11 @@ def a_bias(client: OpenAI, model: str) -> Any:
 @case
 def one_token(client: OpenAI, model: str) -> Any:
     return plain(complete(client, model, max_tokens=1))
+
+
+@case
+def a_beam_search(client: OpenAI, model: str) -> Any:
+    return plain(complete(client, model, n=2, max_tokens=6, extra_body={"use_beam_search": True}))
 
 
 @case

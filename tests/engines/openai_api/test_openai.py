@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests import models
-from tests.engine import HTTP, Engine, free_port, running, start_frontend
+from tests.engine import Engine, free_port, running, start_frontend
 from tests.engines.conftest import Trio
 from tests.engines.openai_api.cases import (
     CASES,
@@ -20,6 +20,7 @@ from tests.engines.openai_api.cases import (
     plain,
 )
 from tests.engines.openai_api.servers import client_of
+from tests.http_client import HTTP
 
 pytestmark = pytest.mark.engine
 
@@ -126,7 +127,8 @@ def test_every_request_was_handed_off_or_none(servers: dict[str, Engine]) -> Non
 
     handed_off, local = routes(servers["handed off"]), routes(servers["local"])
     assert handed_off["disaggregated"] > 20
-    assert set(handed_off) <= {"disaggregated", "one_token", "whole_prompt"}
+    assert set(handed_off) <= {"disaggregated", "one_token", "whole_prompt", "beam_search"}
+    assert handed_off["beam_search"] == local["beam_search"] == 1 + 5 * 2  # beams of each step
     assert local["short"] > 20
     assert "disaggregated" not in local
 

@@ -261,10 +261,12 @@ def test_a_frontends_counts_are_read_by_reason() -> None:
         'pd_frontend_retries_total{reason="timeout"}': 0.0,
         'pd_frontend_retries_created{reason="engine_lost"}': 1.7e9,
         'pd_frontend_routes_total{reason="disaggregated"}': 9.0,
+        'pd_frontend_failures_total{reason="deadline",slo_class="batch"}': 2.0,
+        'pd_frontend_failures_total{reason="deadline",slo_class="default"}': 1.0,
         "pd_frontend_engines_lost_total": 2.0,
     }
     assert fleet_account.reason_counts(metrics) == {
         "routes": {"disaggregated": 9},
         "retries": {"engine_lost": 3},
-        "failures": {},
+        "failures": {"deadline": 3},
     }

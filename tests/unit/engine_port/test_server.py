@@ -149,7 +149,10 @@ def test_a_ping_is_answered_with_how_busy_the_engine_is(
     }
     frontend.say(messages.Ping())
     assert frontend.received[-1] == messages.State(
-        messages.EngineLoad(2, 1, 70 + 10 + 7 + 3, 0.5), 1
+        messages.EngineLoad(2, 1, 70 + 10 + 7 + 3, 0.5, num_steps=1),
+        1,
+        last_add=0,
+        num_frontends=1,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ with warnings.catch_warnings():
     from tests.fakes.engine_core import (
         ABORT,
         ADD,
+        GATE_TIMEOUT_S,
         MAX_MODEL_LEN,
         VOCABULARY,
         FakeFrontend,
@@ -37,8 +39,11 @@ STOP, ERROR = FinishReason.STOP, FinishReason.ERROR
 def test_a_request_goes_into_the_core_as_the_frontend_s_own(
     engine: ServingEngine, frontend: FakeFrontend
 ) -> None:
-    frontend.add("r-1d", make_request("the client's", stop_token_ids=[3]))
+    given = make_request("the client's", stop_token_ids=[3])
+    given.priority, given.cache_salt = 7, "a tenant's"
+    frontend.add("r-1d", given)
     ((request, wave),) = engine.core.taken(ADD)
+    assert (request.priority, request.cache_salt) == (7, "a tenant's")
     assert engine.core.prepared == [request]
     assert (request.request_id, wave) == ("r-1d", -1), "of no wave of steps"
     assert request.prompt_token_ids == PROMPT
@@ -55,6 +60,48 @@ def test_an_abort_reaches_the_core_by_both_of_its_queues(
     assert aborted(engine) == [["a", "c"]]
     kinds = [kind for kind, _ in engine.core.input_queue.queue]
     assert kinds == [ADD, ADD, ADD, ABORT]
+
+
+def test_an_abort_waits_for_no_request_that_is_being_prepared(
+    engine: ServingEngine, frontend: FakeFrontend
+) -> None:
+    frontend.add("decoding")
+    gate = engine.core.gates["slow"] = threading.Event()
+    frontend.add("slow")
+    frontend.abort("decoding")
+    assert aborted(engine) == [["decoding"]], "though the other one is not prepared yet"
+    gate.set()
+    engine.settle()
+    assert added(engine) == ["decoding", "slow"]
+
+
+def test_what_is_given_up_while_it_is_prepared_never_comes_into_the_core(
+    engine: ServingEngine, frontend: FakeFrontend
+) -> None:
+    gate = engine.core.gates["slow"] = threading.Event()
+    for request_id in ("slow", "behind it", "wanted"):
+        frontend.add(request_id)
+    assert engine.core.at_gate.wait(GATE_TIMEOUT_S)
+    frontend.abort("slow", "behind it")
+    gate.set()
+    engine.settle()
+    assert added(engine) == ["wanted"]
+    assert [request.request_id for request in engine.core.prepared] == ["slow", "wanted"]
+    assert aborted(engine) == [], "there is nothing to end"
+    assert frontend.outputs() == []
+
+
+def test_a_request_may_come_again_while_the_one_that_was_given_up_is_prepared(
+    engine: ServingEngine, frontend: FakeFrontend
+) -> None:
+    gate = engine.core.gates["r"] = threading.Event()
+    frontend.add("r", make_request(prompt=[1, 2]))
+    frontend.abort("r")
+    frontend.add("r", make_request(prompt=[3, 4]))
+    gate.set()
+    engine.settle()
+    ((request, _),) = engine.core.taken(ADD)
+    assert request.prompt_token_ids == [3, 4]
 
 
 def test_an_abort_of_what_is_not_under_way_is_ignored(

@@ -128,6 +128,20 @@ def test_a_frontend_gets_what_concerns_it() -> None:
     ]  # fmt: skip
 
 
+def test_a_frontend_samples_as_its_engines_do() -> None:
+    said = {
+        "reasoning_parser": "qwen3",
+        "logprobs-mode": "raw_logits",
+        "structured-outputs-config.disable_any_whitespace": True,
+        "enforce_eager": True,
+    }
+    assert make(engine_args=said).frontend_words()[:5] == [
+        "--reasoning-parser", "qwen3", "--logprobs-mode", "raw_logits",
+        "--structured-outputs-config.disable_any_whitespace",
+    ]  # fmt: skip
+    assert "--enforce-eager" not in make(engine_args=said).frontend_words()
+
+
 def test_a_change_for_all_engines_is_another_generation() -> None:
     first = make(engine_args={"dtype": "float32"})
     assert first.generation == make(engine_args={"dtype": "float32"}, decode=3).generation
@@ -163,7 +177,7 @@ def test_a_deployment_comes_from_a_plain_file_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [", "cannot be read"),
+        ("model: [", "is no YAML"),
         ("model: M\nprefil: 2", "prefil: Extra inputs"),
         ("applications: []", "has 0 applications"),
         ("just text", "it: "),

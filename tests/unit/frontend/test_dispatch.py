@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.courses import PROMPT
 from tests.fakes.dispatching import BACKOFF_S, World, run
-from vllm_pd_plugin.engine_port.messages import EngineLoad
+from vllm_pd_plugin.engine_port.messages import EngineLoad, State
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -147,7 +147,7 @@ def test_engines_are_as_busy_as_they_say_and_as_they_are_made() -> None:
     async def story(world: World) -> None:
         p, _ = world.pair()
         there: Any = p
-        world.dispatch.loaded(there, EngineLoad(running=1, waiting_tokens=100))
+        world.dispatch.loaded(there, State(EngineLoad(running=1, waiting_tokens=100), 0))
         world.add("r")
         member = world.dispatch.pool["p"]
         assert member.snapshot().prefill_tokens == 100 + len(PROMPT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_a_pool_without_prefill_engines_serves_if_they_come_when_one_is_wanted()
         world.add("r")
         assert world.dispatch.num_waiting == 1
         world.engine("p", Role.PREFILL)
+        await asyncio.sleep(0)
         assert world.dispatch.num_waiting == 0
 
     run(story, Policy(no_prefill=NoPrefill.QUEUE, local_below=0))

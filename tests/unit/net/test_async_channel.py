@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import resource
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
-from vllm_pd_plugin.net.async_channel import AsyncDealer, Context, close_context, new_context
+from vllm_pd_plugin.net.async_channel import (
+    DESCRIPTORS_PER_DEALER,
+    AsyncDealer,
+    Context,
+    close_context,
+    new_context,
+)
 from vllm_pd_plugin.net.channel import CurveKeys, Listener, Loop
 
 KEYS = CurveKeys.derive("the key of this cluster")
@@ -21,6 +31,7 @@ class Engine:
     """Answers ``b"hello"`` with ``[b"re", b"hello"]``, and ``[b"many", n]`` with n messages."""
 
     def __init__(self, keys: CurveKeys | None) -> None:
+        self.has_said_many = threading.Event()
         self.loop = Loop("test", lambda: None)
         self.listener = Listener(self.loop, ("127.0.0.1", 0), keys, self._receive)
         self.address = ("127.0.0.1", self.listener.port)
@@ -30,6 +41,7 @@ class Engine:
         if frames[0] == b"many":
             for number in range(int(frames[1])):
                 self.listener.send(who, [b"%d" % number])
+            self.has_said_many.set()
         else:
             self.listener.send(who, [b"re", *frames])
 
@@ -127,6 +139,81 @@ def test_none_of_many_messages_is_left_lying(make_engine: MakeEngine, context: C
         dealer.close()
 
     run(story())
+
+
+class HeavyLoop(asyncio.SelectorEventLoop):
+    """One in which time also passes as a test says."""
+
+    ahead_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead_s
+
+
+class Worker(Ear):
+    """Needs 4 ms for each message that it hears, of the ten of a turn."""
+
+    def hear(self, frames: list[bytes]) -> None:
+        super().hear(frames)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, HeavyLoop)
+        loop.ahead_s += 0.004
+
+
+def run_heavy(story: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=HeavyLoop) as runner:
+        runner.run(story)
+
+
+def test_however_much_an_engine_says_everybody_has_a_turn(
+    make_engine: MakeEngine, context: Context
+) -> None:
+    async def story() -> None:
+        worker = Worker()
+        engine = make_engine(None)
+        dealer = dial(context, engine, worker)
+        dealer.send([b"many", b"300"])
+        assert engine.has_said_many.wait(PATIENCE_S)  # and nobody has listened meanwhile
+        turns, behind = [0], [dealer.behind_s]
+        async with asyncio.timeout(PATIENCE_S):
+            while len(worker.messages) < 300:
+                dealer.send([b"hello"])  # which makes it look, too
+                await asyncio.sleep(0)
+                turns.append(len(worker.messages))
+                behind.append(dealer.behind_s)
+            while dealer.behind_s:
+                await asyncio.sleep(0)
+        most = max(after - before for before, after in itertools.pairwise(turns))
+        assert 0 < most <= 6, "two looks of 10 ms at the most"
+        assert max(behind) > 0.5, "how long it has been behind"
+        many = [frames for frames in worker.messages if frames[0] != b"re"]
+        assert many == [[b"%d" % number] for number in range(300)]
+        dealer.close()
+
+    run_heavy(story())
+
+
+def test_what_had_arrived_is_heard_before_the_loss_is_told(
+    make_engine: MakeEngine, context: Context
+) -> None:
+    async def story() -> None:
+        heard: list[int] = []
+        worker = Worker()
+        engine = make_engine(None)
+
+        def disconnected() -> None:
+            heard.append(len(worker.messages))
+            worker.disconnected()
+
+        dealer = AsyncDealer(context, engine.address, None, worker.hear, disconnected)
+        dealer.send([b"many", b"50"])
+        assert engine.has_said_many.wait(PATIENCE_S)
+        engine.loop.close()  # while nobody listens
+        await worker.until(lambda: worker.num_disconnects > 0)
+        assert heard == [50]
+        dealer.close()
+
+    run_heavy(story())
 
 
 def test_what_is_said_while_listening_is_answered(
@@ -251,5 +338,33 @@ def test_what_has_arrived_can_be_asked_for(make_engine: MakeEngine, context: Con
             dealer.receive()  # the loop itself does nothing in the meantime
         assert ear.messages == [[b"re", b"hello"]]
         dealer.close()
+
+    run(story())
+
+
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """Let this process have as many files open as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_open_files")
+def test_a_thousand_engines_are_not_too_many(make_engine: MakeEngine, context: Context) -> None:
+    """Each connection takes three sockets, and ZeroMQ has 1023 by default."""
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def story() -> None:
+        engine, ear = make_engine(None), Ear()
+        dealers = [dial(context, engine, ear) for _ in range(1000)]
+        for dealer in dealers:
+            assert dealer.send([b"hello"])
+        await ear.until(lambda: len(ear.messages) == 1000)
+        used = len(os.listdir("/proc/self/fd")) - before
+        for dealer in dealers:
+            dealer.close()
+        assert used <= 1000 * (DESCRIPTORS_PER_DEALER + 1) + 100  # the engine's end is here, too
 
     run(story())

@@ -189,5 +189,5 @@ def test_who_reads_from_nobody_makes_no_agent_for_it() -> None:
     transport = NixlTransport("DRAM", 0, reads=False)
     memory = np.ones(4096, np.uint8)
     transport.register([(memory.ctypes.data, memory.nbytes)])
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before, "of those before one may still end"
     transport.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import FakeClock
+from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.frontend.deployment import parse_deployment
 
 with warnings.catch_warnings():
@@ -17,7 +18,12 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.frontend.routing.choice import NoPrefill, Role
     from vllm_pd_plugin.frontend.telemetry.metrics import Totals
     from vllm_pd_plugin.ray_serve.demand import EngineSeen, Targets
-    from vllm_pd_plugin.ray_serve.registry_frontend import DemandMeter, parse_frontend, targets_of
+    from vllm_pd_plugin.ray_serve.registry_frontend import (
+        DemandMeter,
+        parse_frontend,
+        refuse_stores,
+        targets_of,
+    )
 
 
 class _Dispatch:
@@ -106,3 +112,14 @@ def test_a_frontend_is_told_what_a_command_line_would_say() -> None:
     assert options.policy.local_below == 7
     assert options.limits.queue_s == 99
     assert options.slos["default"].tpot_s == pytest.approx(0.04)
+
+
+def test_responses_are_stored_where_there_is_one_frontend_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = (parse_deployment({"model": "M", "frontend": n}, "this") for n in (1, 2))
+    refuse_stores(two)
+    monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+    refuse_stores(one)
+    with pytest.raises(ConfigError, match="needs frontend.replicas 1"):
+        refuse_stores(two)

@@ -1,31 +1,35 @@
 """The admin API: which engines there are, and changing that while requests are under way.
 
     GET    /pd/v1/pool            the engines and what is known of each
+    GET    /pd/v1/targets         the engines as Prometheus asks for them (``http_sd_configs``)
     POST   /pd/v1/engines         {"url", "role"}: add one; one that is drained takes requests again
     POST   /pd/v1/engines/drain   {"url", "timeout_s"}: nothing new; what is left after a while
                                   goes on elsewhere
     DELETE /pd/v1/engines?url=    remove one; what is under way on it goes on elsewhere
 
-With an admin key every call needs it as a bearer token; without one the API answers only on
-loopback.
+Every call needs the admin key as a bearer token, whoever calls: a proxy on the same machine, or a
+browser that was led here by another page, comes from loopback, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import secrets
 from collections.abc import Callable
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE
+from vllm_pd_plugin.engine_port.link import server_of
 from vllm_pd_plugin.frontend.dispatch import Dispatch
+from vllm_pd_plugin.frontend.engine_hosts import EngineHosts, host_of
 from vllm_pd_plugin.frontend.options import engine_url
 from vllm_pd_plugin.frontend.pool.membership import Membership
 from vllm_pd_plugin.frontend.routing.choice import Role
-from vllm_pd_plugin.net.hosts import is_loopback
 
 
 class EngineToAdd(BaseModel):
@@ -42,30 +46,27 @@ class EngineToDrain(BaseModel):
     timeout_s: float = Field(default=60.0, ge=0, le=3600)
 
 
-def make_pool_router(dispatch: Dispatch, host: str | None, key: str | None) -> APIRouter:
-    """Return the route that only looks.
-
-    host: that the server binds; None where that is not known.
-    key: that callers must know; None allows loopback only.
-    """
+def make_pool_router(dispatch: Dispatch, key: str) -> APIRouter:
+    """Return the routes that only look. key: that callers must know."""
+    digest = _digest(key)
 
     def authenticate(request: Request) -> None:
-        if key is None:
-            if host is None or not is_loopback(host):
-                text = (
-                    f"set {ADMIN_KEY_VARIABLE} to use the admin API of a frontend beyond loopback"
-                )
-                raise HTTPException(403, text)
-            return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(token.encode(), key.encode()):
-            raise HTTPException(401, "the admin key is needed, as a bearer token")
+        # Digests are of equal length, so the time says nothing of the key's.
+        is_right = secrets.compare_digest(_digest(token), digest)
+        if scheme.lower() != "bearer" or not is_right:
+            text = f"the admin key is needed, as a bearer token: that of {ADMIN_KEY_VARIABLE}"
+            raise HTTPException(401, text, {"WWW-Authenticate": "Bearer"})
 
     router = APIRouter(prefix="/pd/v1", dependencies=[Depends(authenticate)])
 
     @router.get("/pool")
     async def pool() -> dict[str, Any]:
         return describe_pool(dispatch)
+
+    @router.get("/targets")
+    async def targets() -> list[dict[str, Any]]:
+        return describe_targets(dispatch)
 
     return router
 
@@ -74,18 +75,24 @@ def make_router(
     dispatch: Dispatch,
     membership: Membership,
     apply: Callable[[], None],
-    host: str | None,
-    key: str | None,
+    hosts: EngineHosts,
+    key: str,
 ) -> APIRouter:
     """Return all routes; see ``make_pool_router``.
 
-    apply: called when the membership has changed.
+    apply: called when the membership has changed. hosts: where engines may be that are added.
     """
-    router = make_pool_router(dispatch, host, key)
+    router = make_pool_router(dispatch, key)
 
     @router.post("/engines", status_code=201)
     async def add(engine: EngineToAdd) -> dict[str, Any]:
         url = _checked(engine_url, engine.url)
+        if not hosts.allows(url):
+            raise HTTPException(
+                403,
+                f"engines at {host_of(url)} are not allowed: only on loopback, at hosts that were "
+                "named when the frontend was started, and at those of --engine-hosts",
+            )
         membership.add(url, Role(engine.role))
         apply()
         return {"url": url}
@@ -117,7 +124,7 @@ def describe_pool(dispatch: Dispatch) -> dict[str, Any]:
                 "url": member.key,
                 "role": member.role.value,
                 "state": member.state(dispatch.now()).value,
-                "problem": member.problem,
+                "problem": member.problem or dispatch.pairs.problem(member.key),
                 "model": member.link.description.model if member.is_up else None,
                 "incarnation": member.link.incarnation if member.is_up else None,
                 "running": member.load.running,
@@ -131,6 +138,25 @@ def describe_pool(dispatch: Dispatch) -> dict[str, Any]:
             for member in dispatch.pool
         ],
     }
+
+
+def describe_targets(dispatch: Dispatch) -> list[dict[str, Any]]:
+    """Return where engines have ``/metrics``, each server once; those that are down, too, because
+    Prometheus notices by that."""
+    roles = {
+        server_of(member.key): member.role for member in dispatch.pool if member.link.twin is None
+    }
+    return [
+        {
+            "targets": [urlsplit(url).netloc],
+            "labels": {"__scheme__": urlsplit(url).scheme, "role": role.value},
+        }
+        for url, role in roles.items()
+    ]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _known(membership: Membership, text: str) -> str:

@@ -9,38 +9,60 @@ import os
 import signal
 import socket
 from collections.abc import Collection, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from fastapi import FastAPI
-from vllm import AsyncEngineArgs, envs
-from vllm.config import VllmConfig
+from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.version import __version__ as vllm_version
 
 from vllm_pd_plugin.edge.hooks import log_like_vllm
 from vllm_pd_plugin.engine_port.link import Connection
-from vllm_pd_plugin.errors import PdError
+from vllm_pd_plugin.engine_port.served_options import served_options
+from vllm_pd_plugin.errors import ConfigError, PdError
+from vllm_pd_plugin.frontend.api.adapters import refuse_without_lora
 from vllm_pd_plugin.frontend.api.admin import make_router
+from vllm_pd_plugin.frontend.api.beams import keep_beams_together
 from vllm_pd_plugin.frontend.api.client import PoolCore, PoolLLM
+from vllm_pd_plugin.frontend.api.configuration import frontend_config, one_line
+from vllm_pd_plugin.frontend.api.guard import NeedsKey
+from vllm_pd_plugin.frontend.api.headers import CheckHeaders
+from vllm_pd_plugin.frontend.api.patience import impatient
+from vllm_pd_plugin.frontend.api.probes import make_probe_router
+from vllm_pd_plugin.frontend.api.served import SayRoute
+from vllm_pd_plugin.frontend.api.stored_responses import Holder, ToHolder, taking_from_workers
+from vllm_pd_plugin.frontend.api.unserved import SayUnserved
 from vllm_pd_plugin.frontend.dispatch import Dispatch
 from vllm_pd_plugin.frontend.options import FrontendOptions
 from vllm_pd_plugin.frontend.pool.fitness import Requirement
 from vllm_pd_plugin.frontend.pool.membership import Membership
-from vllm_pd_plugin.frontend.processes.local import LocalEngine, Supervisor
-from vllm_pd_plugin.frontend.processes.workers import ENGINES_FILE_VARIABLE, run_workers
+from vllm_pd_plugin.frontend.processes.listening import findable, listen
+from vllm_pd_plugin.frontend.processes.open_files import raise_open_files
+from vllm_pd_plugin.frontend.processes.progress import showing
+from vllm_pd_plugin.frontend.processes.supervisor import LocalEngine, Supervisor
+from vllm_pd_plugin.frontend.processes.workers import (
+    ENGINES_FILE_VARIABLE,
+    WORKER_VARIABLE,
+    run_workers,
+    say_ready,
+)
 from vllm_pd_plugin.frontend.requests.context import ContextMiddleware
 from vllm_pd_plugin.frontend.routing.choice import Role
+from vllm_pd_plugin.frontend.telemetry.outcomes import DEFAULT_CLASS
 from vllm_pd_plugin.ids import new_incarnation
 from vllm_pd_plugin.net.async_channel import close_context, new_context
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_S = 5.0
+_PROGRESS_S, _PROGRESS_OF_LOCAL_S = 5.0, 60.0
+"""How often it is said what is missing; of engines that start here their stages are shown."""
 _LOOK_S = 0.25
 
 
@@ -62,6 +84,7 @@ async def serve(
     Raises:
         NoEnginesError: none came up in time.
         EngineStartError: a local engine ended before it was up.
+        ConfigError: it cannot serve where it is to.
     """
     log_like_vllm()
     if options.workers > 1 and ENGINES_FILE_VARIABLE not in os.environ:
@@ -69,12 +92,12 @@ async def serve(
         return
     signal.signal(signal.SIGTERM, _interrupt)  # until the server has handlers of its own
     shared = os.environ.get(ENGINES_FILE_VARIABLE)
-    _, sock = setup_server(args, reuse_port=shared is not None)
+    sock = listen(args, reuse_port=shared is not None)
     membership = Membership.open(options.engines, Path(shared) if shared else None)
+    raise_open_files(len(membership.engines))
     context = new_context()
     supervisor = Supervisor(local)
     try:
-        supervisor.start()
         async with aiohttp.ClientSession() as session:
             connection = Connection(
                 f"{socket.gethostname()}:{os.getpid()}",
@@ -86,9 +109,16 @@ async def serve(
             core = PoolCore(options.policy, options.limits, options.slos)
             try:
                 core.dispatch.use(membership.engines, connection)
-                await _until(supervisor.failure, wait_for_engines(core.dispatch, options.wait_s))
+                every_s = _PROGRESS_OF_LOCAL_S if local else _PROGRESS_S
+                async with showing(local):
+                    supervisor.start()
+                    await _until(
+                        supervisor.failure,
+                        wait_for_engines(core.dispatch, options.wait_s, every_s=every_s),
+                    )
                 supervisor.all_are_up()
-                await _serve(args, options, core, connection, membership, sock)
+                with findable(options.admin_key, sock):
+                    await _serve(args, options, core, connection, membership, sock)
             finally:
                 await core.dispatch.close()
     finally:
@@ -110,12 +140,18 @@ async def _until(failure: asyncio.Future[None], work: Coroutine[Any, Any, None])
 
 
 async def make_app(
-    args: argparse.Namespace, core: PoolCore, several_kinds: bool = False
+    args: argparse.Namespace,
+    core: PoolCore,
+    several_kinds: bool = False,
+    is_alone: bool = True,
+    holder: Holder | None = None,
 ) -> FastAPI:
     """Return vLLM's OpenAI application over engines that are there.
 
     several_kinds: engines of the same model whose KV differs are used, too; those that hand KV to
         each other must be alike. Else all must be like the decode engines.
+    is_alone: no other frontend is behind the same address.
+    holder: which of several workers this is, where responses are stored.
 
     Raises:
         NoEnginesError: they do not serve this model.
@@ -128,16 +164,38 @@ async def make_app(
             config.model_config.get_vocab_size(),
             several_kinds,
             vllm_version,
+            served_options(config),
         )
     )
     if problem := core.dispatch.serves():
         problems = _problems(core.dispatch)
         raise NoEnginesError(f"the engines do not serve {args.model} ({problem}): {problems}")
-    client = PoolLLM(config, core, args.enable_log_requests)
+    if args.lora_modules:
+        try:
+            refuse_without_lora(core.dispatch.pool)
+        except VLLMValidationError as error:
+            raise NoEnginesError(f"--lora-modules: {error}") from error
+    try:
+        client = PoolLLM(config, core, args.enable_log_requests)
+    except (OSError, ValueError, VLLMError) as error:  # a tokenizer that is not there, for one
+        raise ConfigError(f"{args.model} cannot be served: {one_line(error)}") from error
+    keep_beams_together()
+    core.dispatch.gate.tells_keys_apart = bool(args.api_key or envs.VLLM_API_KEY)
     tasks = await client.get_supported_tasks()
     args.middleware = [*args.middleware, f"{ContextMiddleware.__module__}.ContextMiddleware"]
     app = build_app(args, tasks, client.model_config)
+    app.middleware_stack = None  # made anew, with these, at the first request
+    app.add_middleware(CheckHeaders, classes={DEFAULT_CLASS, *core.dispatch.metrics.slos})
+    if args.say_route:
+        app.add_middleware(SayRoute)
+    app.add_middleware(SayUnserved, is_alone=is_alone)
+    if holder is not None:
+        app.add_middleware(ToHolder, holder=holder)
+    if args.api_key:
+        app.add_middleware(NeedsKey, tokens=args.api_key)
     await init_app_state(client, app.state, args, tasks)
+    app.include_router(make_probe_router(client))
+    core.dispatch.lag.begin(core.dispatch.now())
     return app
 
 
@@ -149,37 +207,46 @@ async def _serve(
     membership: Membership,
     sock: socket.socket,
 ) -> None:
-    app = await make_app(args, core)
+    holder = None
+    if membership.path is not None and envs.VLLM_ENABLE_RESPONSES_API_STORE:
+        holder = Holder.parse(os.environ[WORKER_VARIABLE], membership.path.parent)
+    app = await make_app(args, core, is_alone=membership.path is None, holder=holder)
     follower = asyncio.create_task(_follow(membership, core.dispatch, connection))
     app.include_router(
         make_router(
             core.dispatch,
             membership,
             lambda: core.dispatch.use(membership.engines, connection),
-            args.host,
-            options.admin_key,
+            options.engine_hosts,
+            options.admin_key.text,
         )
     )
-    log_config = get_uvicorn_log_config(args)
-    shutdown = await serve_http(
-        app,
-        sock=sock,
-        enable_ssl_refresh=args.enable_ssl_refresh,
-        host=args.host,
-        port=args.port,
-        log_level=args.uvicorn_log_level,
-        access_log=not args.disable_uvicorn_access_log,
-        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
-        ssl_cert_reqs=args.ssl_cert_reqs,
-        ssl_ciphers=args.ssl_ciphers,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-        h11_max_header_count=args.h11_max_header_count,
-        **({"log_config": log_config} if log_config is not None else {}),
-    )
-    await shutdown
+    async with AsyncExitStack() as stack:
+        if holder is not None:
+            await stack.enter_async_context(taking_from_workers(app, holder))
+        if membership.path is not None:
+            say_ready(membership.path)
+        log_config = get_uvicorn_log_config(args)
+        shutdown = await serve_http(
+            app,
+            sock=sock,
+            http=impatient(core.dispatch.metrics.client_dropped),
+            enable_ssl_refresh=args.enable_ssl_refresh,
+            host=args.host,
+            port=args.port,
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            ssl_cert_reqs=args.ssl_cert_reqs,
+            ssl_ciphers=args.ssl_ciphers,
+            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+            h11_max_header_count=args.h11_max_header_count,
+            **({"log_config": log_config} if log_config is not None else {}),
+        )
+        await shutdown
     follower.cancel()
 
 
@@ -195,25 +262,29 @@ async def _follow(membership: Membership, dispatch: Dispatch, connection: Connec
 
 
 async def wait_for_engines(
-    dispatch: Dispatch, wait_s: float, expected: Collection[Role] = ()
+    dispatch: Dispatch,
+    wait_s: float,
+    expected: Collection[Role] = (),
+    every_s: float = _PROGRESS_S,
 ) -> None:
     """Wait until a request can be served, and say from time to time what is missing.
 
     expected: roles of which one engine at least is waited for, too, if one request could be served
-    without them.
+    without them. every_s: how often that is said.
 
     Raises:
-        NoEnginesError: it took too long.
+        NoEnginesError: it took too long, or never will be.
     """
     loop = asyncio.get_running_loop()
-    deadline, next_word = loop.time() + wait_s, loop.time() + _PROGRESS_S
+    deadline, next_word = loop.time() + wait_s, loop.time() + every_s
     while not _is_complete(dispatch, expected):
+        _refuse_contradiction(dispatch)
         if loop.time() > deadline:
             if dispatch.serves() is None:
                 return  # without prefill engines, as configured
             raise NoEnginesError(f"no engines after {wait_s:g} s: {_problems(dispatch)}")
         if loop.time() > next_word:
-            next_word = loop.time() + _PROGRESS_S
+            next_word = loop.time() + every_s
             logger.info("waiting for engines: %s", _problems(dispatch))
         await asyncio.sleep(0.1)
 
@@ -227,34 +298,22 @@ def _is_complete(dispatch: Dispatch, expected: Collection[Role]) -> bool:
     return dispatch.serves() is None and handed_off and there.issuperset(expected)
 
 
+def _refuse_contradiction(dispatch: Dispatch) -> None:
+    """Raise NoEnginesError where one engine was named twice, and as two things."""
+    for member in dispatch.pool:
+        twin = dispatch.pool.get(member.link.twin) if member.link.twin else None
+        if twin is not None and twin.role is not member.role:
+            raise NoEnginesError(
+                f"{twin.key} and {member.key} are one engine, and were named as {twin.role} and "
+                f"{member.role}; name it once, or with --both"
+            )
+
+
 def _problems(dispatch: Dispatch) -> str:
     missing = [f"{m.key} ({m.role}): {m.problem}" for m in dispatch.pool if not m.is_up]
     if not missing:
         return "no engine of the other role is known" if len(dispatch.pool) else "none is known yet"
     return "; ".join(missing)
-
-
-def frontend_config(args: argparse.Namespace, max_model_len: int) -> VllmConfig:
-    """Return vLLM's configuration for a process that has no engine.
-
-    max_model_len: what every engine takes.
-    """
-    engine_args = AsyncEngineArgs.from_cli_args(args)
-    model_config = engine_args.create_model_config()
-    model_config.quantization = None  # no weights are loaded here
-    model_config.max_model_len = min(model_config.max_model_len, max_model_len)
-    envs.VLLM_CPU_KVCACHE_SPACE = 0  # nor is there a KV cache
-    config = VllmConfig(
-        model_config=model_config,
-        logging_config=engine_args.create_logging_config(),
-        structured_outputs_config=engine_args.create_structured_outputs_config(),
-        observability_config=engine_args.create_observability_config(),
-    )
-    config.scheduler_config.stream_interval = engine_args.stream_interval
-    config.scheduler_config.max_num_queued_reqs = engine_args.max_num_queued_reqs
-    config.scheduler_config.max_num_queued_tokens = engine_args.max_num_queued_tokens
-    config.shutdown_timeout = engine_args.shutdown_timeout
-    return config
 
 
 def _interrupt(*_: Any) -> None:

@@ -7,12 +7,16 @@ strings, log-probabilities, ``n``) stays vLLM's own code; only the engine core i
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from http import HTTPStatus
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import (
+    MaxQueuedTokensError,
+    QueueOverflowError,
+    VLLMValidationError,
+)
 from vllm.renderers import renderer_from_config
 from vllm.tracing import init_tracer
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -21,65 +25,38 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
-from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_pd_plugin.codecs.codec import AUTO
+from vllm_pd_plugin.frontend.admission import Refusal, TurnedAway
+from vllm_pd_plugin.frontend.api.adapters import number_adapter, refuse_without_lora
+from vllm_pd_plugin.frontend.api.patience import MOST_UNREAD, unread
+from vllm_pd_plugin.frontend.api.pool_series import load_of, make_loggers
+from vllm_pd_plugin.frontend.api.refusals import PoolError, refusal, refuse_transfer_params
+from vllm_pd_plugin.frontend.api.served import note
 from vllm_pd_plugin.frontend.dispatch import Dispatch
+from vllm_pd_plugin.frontend.requests.context import current
 from vllm_pd_plugin.frontend.requests.course import Course
 from vllm_pd_plugin.frontend.requests.endings import Ending
 from vllm_pd_plugin.frontend.routing.choice import Policy
-from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics, Objectives
+from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics, MetricKinds
+from vllm_pd_plugin.frontend.telemetry.outcomes import Objectives, current_request
 from vllm_pd_plugin.frontend.telemetry.tracing import record, spans_of
 from vllm_pd_plugin.frontend.underway import Limits, Underway
+from vllm_pd_plugin.ids import new_incarnation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.tasks import SupportedTask
 
-_CLIENT_PARAMS = {"codec"}
-"""What a client may say in ``kv_transfer_params``; the rest is between frontend and engines."""
+logger = logging.getLogger(__name__)
+
+_LOAD_S = 0.5
+"""How often the pool's load is told to vLLM's loggers; engines tell it no more often."""
+_SWEEP_S = 0.5
 _FLUSH_S = 0.2
 """What is left of answers when the last request has ended is written in this time."""
-
-_ANSWERS = {
-    Ending.NO_ENGINE: (
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        "no engine that could take the request came up in time; try again later",
-    ),
-    Ending.SHUTDOWN: (
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        "this frontend is shutting down; try another one",
-    ),
-    Ending.ATTEMPTS_EXHAUSTED: (
-        HTTPStatus.BAD_GATEWAY,
-        "several engines failed one after another; try again",
-    ),
-    Ending.NOT_REPLAYABLE: (
-        HTTPStatus.BAD_GATEWAY,
-        "the engine was lost, and what it had sampled cannot be sampled again: penalties or "
-        "structured output at a temperature above 0 need a seed for that",
-    ),
-    Ending.REPLAY_DIFFERS: (
-        HTTPStatus.BAD_GATEWAY,
-        "the engine was lost, and another one sampled something else",
-    ),
-    Ending.DEADLINE: (HTTPStatus.GATEWAY_TIMEOUT, "the request took longer than is allowed"),
-    Ending.UNSENDABLE: (
-        HTTPStatus.BAD_REQUEST,
-        "the request has a number or a text in it that cannot be sent",
-    ),
-    Ending.INTERNAL: (HTTPStatus.INTERNAL_SERVER_ERROR, "the frontend failed; see its log"),
-}
-
-
-class PoolError(GracefulHTTPError):
-    """A request ended without an answer."""
-
-    def __init__(self, ending: Ending) -> None:
-        status, text = _ANSWERS[ending]
-        super().__init__(text, status)
 
 
 class PoolCore(EngineCoreClient):
@@ -87,22 +64,47 @@ class PoolCore(EngineCoreClient):
 
     engine_ranks_managed = [0]  # noqa: RUF012
 
-    def __init__(self, policy: Policy, limits: Limits, slos: Mapping[str, Objectives]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        limits: Limits,
+        slos: Mapping[str, Objectives],
+        kinds: MetricKinds | None = None,
+    ) -> None:
+        """kinds: what makes series; by default Prometheus' own."""
+        self.kinds = kinds or MetricKinds()
         self.resources = SimpleNamespace(engine_dead=False)
-        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._outputs: asyncio.Queue[tuple[float, EngineCoreOutputs]] = asyncio.Queue()
+        self._waited_s = 0.0
         self.on_failed: Callable[[Course, Ending], None] = lambda course, ending: None
         self.on_over: Callable[[Underway], None] = lambda underway: None
         self.dispatch = Dispatch(
             policy,
             limits,
-            FrontendMetrics(slos),
-            self._outputs.put_nowait,
+            FrontendMetrics(slos, self.kinds),
+            self._put,
             lambda course, ending: self.on_failed(course, ending),
             lambda underway: self.on_over(underway),
+            new_incarnation(),
         )
+        self.dispatch.lag.watch(self._behind_s)
+
+    def _put(self, outputs: EngineCoreOutputs) -> None:
+        self._outputs.put_nowait((self.dispatch.now(), outputs))
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        return await self._outputs.get()
+        """Return what the engines give out; for vLLM's output handler, the only one that asks.
+
+        It takes outputs as they come, but lets others have their turn within those of a large step:
+        when it cannot keep up, they pile up here. None is dropped; new requests are turned away.
+        """
+        put_at, outputs = await self._outputs.get()
+        self._waited_s = self.dispatch.now() - put_at
+        return outputs
+
+    def _behind_s(self) -> float:
+        """Return how late the output handler is, while it has something to do."""
+        return 0.0 if self._outputs.empty() else self._waited_s
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
         return ("generate",)
@@ -111,6 +113,7 @@ class PoolCore(EngineCoreClient):
         if request.mm_features or request.prompt_embeds is not None:
             raise VLLMValidationError("this server takes text only")
         self.dispatch.add(request)
+        note(self.dispatch.underway(request.request_id))
 
     async def abort_requests_async(self, request_ids: Iterable[str]) -> None:
         """End requests that have come to a stop string, which only this process looks for."""
@@ -142,34 +145,80 @@ class PoolLLM(AsyncLLM):
         )
         self.engine_core = core
         self.dispatch = core.dispatch
+        limits = vllm_config.scheduler_config
+        self.dispatch.gate.has_limit = limits.max_num_queued_reqs is not None
         core.on_failed = self._request_failed
         if (endpoint := vllm_config.observability_config.otlp_traces_endpoint) is not None:
             init_tracer("vllm.llm_engine", endpoint)
             core.on_over = self._trace
-        self.logger_manager = StatLoggerManager(
-            vllm_config=vllm_config, engine_idxs=[0], enable_default_loggers=True
-        )
+        self.logger_manager = make_loggers(vllm_config, core.kinds)
         self._client_count = 1
         self._loop = asyncio.get_running_loop()
         self._is_draining = False
         self.output_handler = None
         self.profiler = None
         self._run_output_handler()
+        self._tasks = [
+            self._loop.create_task(self._tell_load(), name="load"),
+            self._loop.create_task(self._end_unread(), name="unread"),
+        ]
+
+    async def _tell_load(self) -> None:
+        """Tell vLLM's loggers how busy the engines are, as an engine core would with its steps."""
+        while True:
+            try:
+                self.logger_manager.record(load_of(self.dispatch.pool), None)
+            except Exception:
+                logger.exception("unexpected error with the engines' load")
+            await asyncio.sleep(_LOAD_S)
+
+    async def _end_unread(self) -> None:
+        """End what clients read so slowly that too much of it waits for them."""
+        vocabulary = self.model_config.get_vocab_size()
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            try:
+                for request_id, amount in list(unread(self.output_processor, vocabulary)):
+                    if amount > MOST_UNREAD and (underway := self.dispatch.underway(request_id)):
+                        underway.course.give_up(Ending.UNREAD)
+            except Exception:
+                logger.exception("unexpected error with what is unread")
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse a request that cannot be served, while an HTTP status can still say so."""
+        if current_request().siblings.is_going_on:
+            return  # it was let in
+        if (turned_away := self._turn_away(n, request_id)) is not None:
+            context = current()
+            context.retry_after_s = turned_away.retry_after_s
+            self.dispatch.metrics.refused(context.slo_class, turned_away.why)
+            raise refusal(turned_away.why)
+
+    def _turn_away(self, num_new: int, request_id: str | None) -> TurnedAway | None:
         if self._is_draining:
-            text = "this frontend is shutting down; try another one"
-            raise GracefulHTTPError(text, HTTPStatus.SERVICE_UNAVAILABLE)
-        super().check_admission(n, request_id)
+            return TurnedAway(Refusal.STOPPING)
+        try:
+            super().check_admission(num_new, request_id)
+        except (QueueOverflowError, MaxQueuedTokensError):  # the operator's own bounds
+            return TurnedAway(Refusal.OVERLOADED)
+        return self.dispatch.refuse(num_new)
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> RequestOutputCollector:
         """Check what only a frontend can know of a request, and begin it."""
         arguments = getattr(params, "extra_args", None) or {}
-        refuse_transfer_params(arguments, self.dispatch.allowed_codecs())
-        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+        refuse_transfer_params(arguments, self.dispatch.pool.allowed_codecs)
+        if kwargs.get("lora_request") is not None:
+            refuse_without_lora(self.dispatch.pool)
+        with self.dispatch.metrics.one_request():
+            return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Let requests name an adapter; engines load it when one does."""
+        refuse_without_lora(self.dispatch.pool)
+        number_adapter(lora_request)
+        return True
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """End requests whose clients have gone."""
@@ -207,6 +256,8 @@ class PoolLLM(AsyncLLM):
         time.sleep(_FLUSH_S)
         if self.output_handler is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.output_handler.cancel)
+            for task in self._tasks:
+                self._loop.call_soon_threadsafe(task.cancel)
         self.renderer.shutdown()
 
     def __del__(self) -> None:
@@ -218,7 +269,7 @@ class PoolLLM(AsyncLLM):
         if state is None:
             return
         if state.queue is not None:
-            state.queue.put(PoolError(ending))
+            state.queue.put(PoolError(ending, course.refusal))
         parent = state.parent_req
         whole = parent.request_id if parent is not None else course.id
         ended = self.output_processor.abort_requests([whole], internal=True)
@@ -240,19 +291,3 @@ class PoolLLM(AsyncLLM):
             }
         spans = spans_of(underway.marks, underway.timeline.first_at, now)
         record(spans, now, attributes, request.trace_headers)
-
-
-def refuse_transfer_params(extra_args: Mapping[str, Any], codecs: Collection[str]) -> None:
-    """Refuse what a client may not say to the connector.
-
-    codecs: that every engine allows. Raises VLLMValidationError.
-    """
-    transfer = extra_args.get("kv_transfer_params")
-    if transfer is None:
-        return
-    if not isinstance(transfer, dict) or set(transfer) - _CLIENT_PARAMS:
-        text = f"kv_transfer_params may hold {', '.join(_CLIENT_PARAMS)}, and nothing else"
-        raise VLLMValidationError(text, parameter="kv_transfer_params")
-    if transfer.get("codec", AUTO) not in codecs:
-        text = f"codec must be one of {', '.join(sorted(codecs))}"
-        raise VLLMValidationError(text, parameter="kv_transfer_params")

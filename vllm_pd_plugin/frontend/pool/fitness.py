@@ -8,8 +8,10 @@ first counts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from vllm_pd_plugin.engine_port.messages import EngineDescription
+from vllm_pd_plugin.engine_port.served_options import differing_option
 from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.memory.identity import KvIdentity, difference
 
@@ -19,13 +21,15 @@ class Requirement:
     """What an engine must be to be used: as long a context, the same vocabulary, the same vLLM.
 
     vocab_size: None while that is not known. several_kinds: engines whose KV differs are used side
-        by side, each kind for itself.
+        by side, each kind for itself. options: what the frontend takes its engines to sample by,
+        see ``served_options``; empty while that is not known.
     """
 
     max_model_len: int
     vocab_size: int | None
     several_kinds: bool
     vllm_version: str
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def misfit(
@@ -50,6 +54,8 @@ def misfit(
             return f"it runs {engine.model}, which has another vocabulary than this frontend's"
         if engine.vllm_version != wanted.vllm_version:
             return f"it runs vLLM {engine.vllm_version}, and this frontend {wanted.vllm_version}"
-    if pool is not None and (found := difference(pool, engine.kv)):
-        return f"it runs another model than the decode engines ({engine.model}): {found}"
+        if found := differing_option(wanted.options, engine.options):
+            return found
+    if pool is not None and (other := difference(pool, engine.kv)):
+        return f"it runs another model than the decode engines ({engine.model}): {other}"
     return ""

@@ -1,57 +1,41 @@
-"""Processes that ``vllm-pd`` runs here: what each engine gets of the machine; keeping all up."""
+"""Engines that ``vllm-pd`` starts here: what each gets of the options, and of the machine."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import ctypes
 import dataclasses
-import logging
 import os
-import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
-from vllm_pd_plugin.errors import ConfigError, PdError
+from vllm_pd_plugin.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, FILE_SUFFIX
+from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.frontend.deployment import Deployment
-from vllm_pd_plugin.frontend.routing.choice import EngineKey, Role
-
-logger = logging.getLogger(__name__)
-
-_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 30.0
-_STEADY_S = 60.0
-"""An engine that has run for so long starts again without a longer pause."""
-_STOP_S = 30.0
-_LOG_TAIL_LINES = 25
-_PR_SET_PDEATHSIG = 1
+from vllm_pd_plugin.frontend.processes.supervisor import LocalEngine
+from vllm_pd_plugin.frontend.routing.choice import Role
+from vllm_pd_plugin.frontend.typed_words import TypedWords
+from vllm_pd_plugin.net.hosts import in_url
 
 _API_OPTIONS = {
     "--host", "--port", "--uds", "--api-key", "--root-path", "--allowed-origins",
     "--allowed-methods", "--allowed-headers", "--allow-credentials", "--ssl-keyfile",
     "--ssl-certfile", "--ssl-ca-certs", "--enable-ssl-refresh", "--ssl-cert-reqs",
     "--ssl-ciphers", "--middleware", "--api-server-count", "-asc", "--otlp-traces-endpoint",
-    "--max-num-queued-reqs", "--max-num-queued-tokens",
+    "--max-num-queued-reqs", "--max-num-queued-tokens", "--model",
+    "--lora-modules",
 }  # fmt: skip
-"""Options of ``vllm serve`` that are the frontend's alone."""
-
-
-class EngineStartError(PdError):
-    """An engine ended before it could serve; the message has the end of its log."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LocalProcess:
-    """How one process is started. environ: all of it; vLLM changes this process's own as it sees
-    fit for this process. log: None for this process's own output."""
-
-    name: str
-    command: tuple[str, ...]
-    environ: Mapping[str, str]
-    log: Path | None
+"""Options of ``vllm serve`` that are the frontend's alone, and the model, which comes first."""
+_FRONTEND_SECRETS = {
+    variable + suffix
+    for variable in (ADMIN_KEY_VARIABLE, API_KEY_VARIABLE)
+    for suffix in ("", FILE_SUFFIX)
+}
+"""Variables that engines of ``vllm-pd up`` have no use for."""
+_HOST = "127.0.0.1"
+ONLY_FRONTENDS = "vllm_pd_plugin.frontend.api.only_frontends.OnlyFrontends"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,42 +47,12 @@ class EngineSettings:
     environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LocalEngine(LocalProcess):
-    """How one engine is started, and where it will be."""
-
-    role: Role
-    url: EngineKey
-
-
-def engine_arguments(parser: Any, arguments: Sequence[str], own: set[str]) -> list[str]:
+def engine_arguments(typed: TypedWords, arguments: Sequence[str], own: set[str]) -> list[str]:
     """Return what is for the engines too, of the options that ``vllm-pd up`` was given.
 
     own: the options that ``vllm serve`` does not have.
     """
-    return without(parser, arguments, _API_OPTIONS | own)
-
-
-def without(parser: Any, arguments: Sequence[str], dropped: set[str]) -> list[str]:
-    """Return the arguments without some options and their values."""
-    kept: list[str] = []
-    left = list(arguments)
-    while left:
-        token = left.pop(0)
-        name, equals, _ = token.partition("=")
-        name = name.replace("_", "-") if name.startswith("--") else name
-        action = parser._option_string_actions.get(name)
-        if name not in dropped:
-            kept.append(token)
-            continue
-        if equals or action is None or action.nargs == 0:
-            continue
-        if action.nargs in ("+", "*"):
-            while left and not left[0].startswith("-"):
-                left.pop(0)
-        elif left:
-            left.pop(0)
-    return kept
+    return typed.without(arguments, _API_OPTIONS | own)
 
 
 def divide(items: Sequence[int], num_engines: int, each: int = 0) -> list[list[int]]:
@@ -111,13 +65,17 @@ def divide(items: Sequence[int], num_engines: int, each: int = 0) -> list[list[i
 
 
 def engine_command(
-    model: str, arguments: Sequence[str], host: str, port: int, role: Role
+    model: str, arguments: Sequence[str], host: str, port: int, role: Role, is_private: bool
 ) -> tuple[str, ...]:
-    """Return what starts an engine with the connector."""
+    """Return what starts an engine with the connector.
+
+    is_private: nobody but frontends is served, see ``OnlyFrontends``.
+    """
     return (
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *arguments,
         "--host", host, "--port", str(port), "--disable-uvicorn-access-log",
         "--kv-connector", "pdplugin", "--kv-role", role.value,
+        *(("--middleware", ONLY_FRONTENDS) if is_private else ()),
     )  # fmt: skip
 
 
@@ -142,23 +100,31 @@ def plan_engines(
     logs: Path,
     tp_size: int,
     environ: Mapping[str, str],
+    is_private: bool,
+    port_base: int | None,
 ) -> list[LocalEngine]:
     """Return the engines to start, each with its part of this machine.
 
-    environ: what each gets of its surroundings, beside that.
+    environ: what each gets of its surroundings, beside that. is_private: see ``engine_command``.
+    port_base: the first engine's port; None gives each a free one.
 
     Raises:
-        ConfigError: there are fewer GPUs than the engines need.
+        ConfigError: there are fewer GPUs than the engines need, or none for each, or a port is in
+            use.
     """
+    if tp_size < 1:
+        raise ConfigError(f"--tensor-parallel-size {tp_size} is less than 1")
     names = [(f"{role.value}-{i}", role) for role, count in counts.items() for i in range(count)]
+    environ = {name: value for name, value in environ.items() if name not in _FRONTEND_SECRETS}
     parts = _environs(len(names), tp_size, environ)
+    ports = engine_ports(len(names), port_base)
     engines = []
-    for (name, role), part in zip(names, parts, strict=True):
-        port = free_port()
-        command = engine_command(model, settings[role].arguments, "127.0.0.1", port, role)
-        url = f"http://127.0.0.1:{port}"
+    for (name, role), part, port in zip(names, parts, ports, strict=True):
+        arguments = settings[role].arguments
+        command = engine_command(model, arguments, _HOST, port, role, is_private)
         log = logs / f"{name}.log"
         own = {**environ, **part, **settings[role].environ}
+        url = f"http://{in_url(_HOST)}:{port}"
         engines.append(LocalEngine(name, command, own, log, role, url))
     return engines
 
@@ -205,6 +171,11 @@ def _environs(num_engines: int, tp_size: int, environ: Mapping[str, str]) -> lis
     return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i] for i in part)} for part in gpus]
 
 
+def has_api_key(environ: Mapping[str, str]) -> bool:
+    """Say whether a frontend with these surroundings asks for an API key."""
+    return any(environ.get(API_KEY_VARIABLE + suffix) for suffix in ("", FILE_SUFFIX))
+
+
 def kv_gib(num_engines: int) -> int:
     """Return a KV cache size that leaves room for the weights: vLLM would take almost all memory
     for each engine."""
@@ -212,134 +183,64 @@ def kv_gib(num_engines: int) -> int:
     return max(1, min(8, int(available / 2**30 / 3 / num_engines)))
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def engine_ports(num_engines: int, base: int | None) -> list[int]:
+    """Return a port for each engine. Raises ConfigError where a fixed one cannot be had."""
+    if base is None:
+        return [free_port(_HOST) for _ in range(num_engines)]
+    if not 0 < base <= 65536 - num_engines:
+        raise ConfigError(
+            f"--engine-port-base {base} leaves no port for each of {num_engines} engines; "
+            f"use 1 to {65536 - num_engines}"
+        )
+    ports = list(range(base, base + num_engines))
+    for port in ports:
+        try:
+            with socket.create_server((_HOST, port)):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} for an engine: {error.strerror}; choose others with "
+                "--engine-port-base"
+            ) from error
+    return ports
+
+
+def log_folder(wanted: Path | None) -> Path:
+    """Return where logs go: a new folder where none is wanted. Raises ConfigError."""
+    if wanted is None:
+        return Path(tempfile.mkdtemp(prefix="vllm-pd-"))
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--log-dir {wanted} cannot be made: {error.strerror}") from error
+    if not os.access(wanted, os.W_OK | os.X_OK):
+        raise ConfigError(f"--log-dir {wanted} cannot be written to")
+    return wanted
+
+
+def refuse_shared_port(port: int, num_engines: int, base: int | None) -> None:
+    """Raise ConfigError where an engine is to have the frontend's own port."""
+    if base is not None and base <= port < base + num_engines:
+        raise ConfigError(
+            f"--port {port} is one of the engines' ports, {base} to {base + num_engines - 1}; "
+            "choose others with --engine-port-base"
+        )
+
+
+def free_port(host: str) -> int:
     """Return a port that nothing listens on there."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
 
 
-class Supervisor:
-    """Keeps processes up: one that dies is started again, after a pause that grows.
-
-    stop_s: how long they may take to end when they are told to.
-    """
-
-    def __init__(self, processes: Sequence[LocalProcess], stop_s: float = _STOP_S) -> None:
-        self._wanted = processes
-        self._stop_s = stop_s
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._has_served = False
-        self._stopping = asyncio.Event()
-        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Fails with EngineStartError when one ends before all were up."""
-
-    def start(self) -> None:
-        for process in self._wanted:
-            if isinstance(process, LocalEngine):
-                logger.info("starting %s at %s, log in %s", process.name, process.url, process.log)
-            self._tasks.append(asyncio.create_task(self._keep_up(process), name=process.name))
-
-    def all_are_up(self) -> None:
-        """From now on one that ends is started again."""
-        self._has_served = True
-
-    async def stop(self) -> None:
-        """End all, in good order if they let us."""
-        self._stopping.set()
-        self._signal_all(signal.SIGTERM)
-        if not self._tasks:
-            return
-        _, pending = await asyncio.wait(self._tasks, timeout=self._stop_s)
-        if pending:
-            names = ", ".join(task.get_name() for task in pending)
-            logger.warning("%s did not end in %.0f s: killed", names, self._stop_s)
-            self._signal_all(signal.SIGKILL)
-            await asyncio.wait(pending)
-
-    def _signal_all(self, number: signal.Signals) -> None:
-        for process in self._processes.values():
-            if process.returncode is None:
-                signal_family(process, number)
-
-    async def _keep_up(self, wanted: LocalProcess) -> None:
-        loop = asyncio.get_running_loop()
-        backoff_s = _FIRST_BACKOFF_S
-        while True:
-            started_at = loop.time()
-            status = await self._run(wanted)
-            if self._stopping.is_set():
-                return
-            if not self._has_served:
-                if not self.failure.done():
-                    text = f"{wanted.name} ended with status {status}" + tail(wanted.log)
-                    self.failure.set_exception(EngineStartError(text))
-                return
-            if loop.time() - started_at > _STEADY_S:
-                backoff_s = _FIRST_BACKOFF_S
-            text = "%s ended with status %s; starting it again in %.0f s"
-            logger.warning(text, wanted.name, status, backoff_s)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff_s)
-                return
-            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
-
-    async def _run(self, wanted: LocalProcess) -> int:
-        process = await spawn(wanted)
-        self._processes[wanted.name] = process
-        if self._stopping.is_set():
-            signal_family(process, signal.SIGTERM)
-        status = await process.wait()
-        signal_family(process, signal.SIGKILL)  # what is left of its children
-        return status
-
-
-async def spawn(wanted: LocalProcess) -> asyncio.subprocess.Process:
-    """Start a process that ends when the calling thread does."""
-    with ExitStack() as stack:
-        log = stack.enter_context(wanted.log.open("ab")) if wanted.log else None
-        return await asyncio.create_subprocess_exec(
-            *wanted.command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=dict(wanted.environ),
-            preexec_fn=_set_apart,
-        )
-
-
-def tail(log: Path | None) -> str:
-    """Return the end of a log, to follow a message."""
-    if log is None:
-        return ""
-    lines = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-    return "\n".join([":", *lines])
-
-
-def _set_apart() -> None:
-    """In the child: be in a process group of its own, as Ctrl-C is the parent's, who lets what is
-    under way end; and end when the parent does, however that ends.
-
-    Not in a session of its own: Linux may schedule sessions against each other, and one engine
-    that spins then starves another.
-    """
-    os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def signal_family(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    """Signal a process and all its children."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-
-
 def parse_counts(args: argparse.Namespace) -> dict[Role, int]:
-    """Read how many engines of each role are wanted."""
+    """Read how many engines of each role are wanted. Raises ConfigError."""
     counts = {Role.PREFILL: args.prefill, Role.DECODE: args.decode, Role.BOTH: args.both}
+    for role, count in counts.items():
+        if count < 0:
+            raise ConfigError(f"--{role.value} {count}: there cannot be less than none")
     if not counts[Role.DECODE] and not counts[Role.BOTH]:
         raise ConfigError("at least one engine must decode: --decode 1 or --both 1")
     return counts

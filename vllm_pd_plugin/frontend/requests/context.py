@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import hashlib
 import math
 from typing import TYPE_CHECKING
 
@@ -18,24 +19,27 @@ if TYPE_CHECKING:
 
 SLO_HEADER = "x-slo-class"
 TIMEOUT_HEADER = "x-request-timeout"
-_RETRY_AFTER_S = 1
+_KEY_NAME, _SESSION_NAME = 16, 16
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class RequestContext:
-    """slo_class: as the client asks for it. timeout_s: after which it wants no answer any more."""
+    """slo_class: as the client asks for it. timeout_s: after which it wants no answer any more.
+    key: what its API key is called here, whether or not it is a good one; empty if it has none.
+    retry_after_s: when it may come again, should it be turned away; whoever does that knows."""
 
     slo_class: str | None = None
     timeout_s: float = math.inf
+    key: str = ""
+    retry_after_s: int = 1
 
 
 _CURRENT: contextvars.ContextVar[RequestContext] = contextvars.ContextVar("pd_request_context")
-_NOTHING = RequestContext()
 
 
 def current() -> RequestContext:
     """Return what the request says that this task works on."""
-    return _CURRENT.get(_NOTHING)
+    return _CURRENT.get(None) or RequestContext()
 
 
 class ContextMiddleware:
@@ -51,19 +55,54 @@ class ContextMiddleware:
 
         async def send_with_retry(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
-                MutableHeaders(scope=message).setdefault("retry-after", str(_RETRY_AFTER_S))
+                MutableHeaders(scope=message).setdefault("retry-after", str(context.retry_after_s))
             await send(message)
 
-        _CURRENT.set(read_context(Headers(scope=scope)))
+        context = read_context(Headers(scope=scope))
+        _CURRENT.set(context)
         await self._app(scope, receive, send_with_retry)
 
 
 def read_context(headers: Headers) -> RequestContext:
-    """Read what is there; a timeout that is no positive number is ignored."""
+    """Read what is there.
+
+    A timeout that is none is refused before, with a POST. Nothing else begins a request that one
+    could end, and is let through whatever its headers say: it is as if there were none.
+    """
     try:
-        timeout_s = float(headers.get(TIMEOUT_HEADER, ""))
+        timeout_s = parse_timeout(headers.get(TIMEOUT_HEADER))
     except ValueError:
         timeout_s = math.inf
-    if not timeout_s > 0:
-        timeout_s = math.inf
-    return RequestContext(headers.get(SLO_HEADER), timeout_s)
+    return RequestContext(headers.get(SLO_HEADER), timeout_s, name_of_key(headers))
+
+
+def parse_timeout(text: str | None) -> float:
+    """Return the seconds after which a client wants no answer any more; infinity if it does not
+    say. Raises ValueError, which says what is allowed."""
+    if text is None:
+        return math.inf
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if math.isfinite(seconds) and seconds > 0:
+        return seconds
+    raise ValueError(
+        f"{text[:80]!r} is not a time; allowed is a number of seconds above 0, such as 2.5"
+    )
+
+
+def name_of_key(headers: Headers) -> str:
+    """Return a name for a client's API key that does not tell what it is."""
+    _, _, token = headers.get("authorization", "").partition(" ")
+    key = token or headers.get("x-api-key", "")
+    return hashlib.sha256(key.encode()).hexdigest()[:_KEY_NAME] if key else ""
+
+
+def name_of_session(context: RequestContext, session_id: str | None) -> bytes:
+    """Return a short name for a client's session, which is no other client's; empty if the request
+    is in none. However long the id is, the name is not."""
+    if not session_id:
+        return b""
+    text = f"{context.key} {session_id}".encode(errors="surrogatepass")
+    return hashlib.blake2b(text, digest_size=_SESSION_NAME).digest()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 
+from vllm_pd_plugin.engine_port.refusals import refusal_of
+from vllm_pd_plugin.frontend.requests.blame import Blame, blame_for
 from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
 from vllm_pd_plugin.frontend.requests.legs import (
     Handoff,
@@ -24,7 +25,9 @@ from vllm_pd_plugin.frontend.requests.legs import (
     whole_leg,
 )
 from vllm_pd_plugin.frontend.requests.seeding import Replay, is_seed_safe, replay_of
+from vllm_pd_plugin.frontend.requests.siblings import Siblings
 from vllm_pd_plugin.frontend.routing.choice import EngineKey, Route, Unroutable
+from vllm_pd_plugin.frontend.routing.prefixes import NamedPrompt
 from vllm_pd_plugin.ids import RequestId, new_handoff_id
 
 if TYPE_CHECKING:
@@ -37,19 +40,37 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4
 """The first one, and a budget of three more."""
+MAX_LOST_ENGINES = 2
+"""So many engines lost while they worked on the same request are no chance."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Leg:
-    """One engine's part in one attempt."""
+    """One engine's part in one attempt.
+
+    num_tokens: length of its prompt. uncached: how much of that is likely not to be cached there;
+    None: all of it. begun_at: since when its engine is known to work on it; 0 while it waits there.
+    is_preempted: it has given something out, and waits again.
+    """
 
     id: RequestId
     engine: EngineKey
     kind: LegKind
     num_tokens: int
-    """Length of its prompt."""
     started_at: float
     has_output: bool = False
+    begun_at: float = 0.0
+    is_preempted: bool = False
+    uncached: int | None = None
+
+    @property
+    def to_compute(self) -> int:
+        return self.num_tokens if self.uncached is None else self.uncached
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits in its engine's queue, as far as is known."""
+        return self.is_preempted if self.has_output else not self.begun_at
 
 
 class Dispatcher(Protocol):
@@ -71,8 +92,11 @@ class Dispatcher(Protocol):
     def emit(self, output: EngineCoreOutput) -> None:
         """Give an output to the client."""
 
-    def try_again(self, course: Course, engines: Sequence[EngineKey], failure: Failure) -> None:
-        """Call ``course.start`` after a while; those engines may be at fault."""
+    def failed(self, blame: Blame) -> None:
+        """An attempt has failed; its legs may still be open."""
+
+    def try_again(self, course: Course, failure: Failure) -> None:
+        """Call ``course.start`` after a while."""
 
     def queue(self, course: Course, why: Unroutable) -> None:
         """Call ``course.start`` when an engine has come, or ``course.give_up``."""
@@ -86,6 +110,11 @@ class Course:
 
     sent: the tokens that the client has got.
     excluded: engines that have failed this request.
+    session: names the requests that go to the same decode engine; empty if there are none.
+    siblings: the parts of the client's request that this is one of.
+    to_compute: how many tokens of its prompt are not cached where it goes, as far as is known.
+    handoff_failed: it is not handed off any more, but computed where it is decoded.
+    refusal: why an engine does not take it; empty as long as none has refused.
     """
 
     def __init__(self, request: EngineCoreRequest, dispatcher: Dispatcher) -> None:
@@ -96,13 +125,21 @@ class Course:
         self.params = request.sampling_params
         self.sent: list[int] = []
         self.excluded: set[EngineKey] = set()
+        self.handoff_failed = False
+        self.refusal = ""
+        self.session = b""
+        self.siblings = Siblings()
+        self.to_compute = len(request.prompt_token_ids)
         self.attempt = 0
         self.arrived_at = dispatcher.now()
         self.route: Route | None = None
         self.is_over = False
+        self._prompt = NamedPrompt(request.prompt_token_ids)
         self._dispatcher = dispatcher
         self._legs: dict[LegKind, Leg] = {}
         self._seeds = False
+        self._prefill_failed = False
+        self._num_lost_engines = 0
         self._prefill_stats: PrefillStats | None = None
         self._held: list[EngineCoreOutput] = []
         """What the decode engine gave out before the prefill engine's token came."""
@@ -120,12 +157,19 @@ class Course:
         return list(self._legs.values())
 
     @property
-    def prompt(self) -> list[int]:
+    def named_prompt(self) -> NamedPrompt:
         """Return the prompt of the next attempt."""
         assert self.request.prompt_token_ids is not None
-        if self.sent and replay_of(self.params) is Replay.EXTEND:
-            return self.request.prompt_token_ids + self.sent
-        return self.request.prompt_token_ids
+        before = self.request.prompt_token_ids
+        more = self.sent if replay_of(self.params) is Replay.EXTEND else []
+        if len(self._prompt.tokens) != len(before) + len(more):
+            self._prompt = NamedPrompt(before + more)
+        return self._prompt
+
+    @property
+    def prompt(self) -> list[int]:
+        """Return the tokens of that."""
+        return self.named_prompt.tokens
 
     @property
     def max_tokens(self) -> int:
@@ -150,6 +194,7 @@ class Course:
         self.route = route
         self.attempt += 1
         self._held = []
+        self._prefill_failed = False
         self._prefill_stats = None
         self._skip = len(self.sent) if replay_of(self.params) is Replay.REGENERATE else 0
         work = Work(self.request, self.prompt, self.max_tokens)
@@ -167,6 +212,7 @@ class Course:
     def _start(self, kind: LegKind, engine: EngineKey, work: Work, handoff: Handoff | None) -> None:
         leg_id = f"{self.id}-{self.attempt}{kind[0]}"
         leg = Leg(leg_id, engine, kind, len(work.prompt), self._dispatcher.now())
+        leg.uncached = self.to_compute
         self._legs[kind] = leg
         if handoff is None:
             request = whole_leg(work, leg_id)
@@ -182,21 +228,21 @@ class Course:
         """Take one output of a leg."""
         if self.is_over or self._legs.get(leg.kind) is not leg:
             return
-        leg.has_output = True
         finish = output.finish_reason
+        has_failed = finish in (FinishReason.ABORT, FinishReason.ERROR)
+        leg.has_output = leg.has_output or not has_failed
         if finish is not None:
             del self._legs[leg.kind]
             self._dispatcher.drop(leg, abort=False)
-        if leg.kind is LegKind.PREFILL:
+        if (refusal := refusal_of(output)) is not None:
+            self.refusal = refusal
+            self._end(Ending.REFUSED)
+        elif leg.kind is LegKind.PREFILL:
             self._take_prefill(leg, output)
         elif finish is FinishReason.ABORT:
-            self.fail([leg.engine], Failure.ENGINE_STOPPED)
+            self.leg_failed(leg, Failure.ENGINE_STOPPED)
         elif finish is FinishReason.ERROR:
-            # Which of the two engines is at fault is not known here.
-            engines = [leg.engine]
-            if leg.kind is LegKind.DECODE and self.route is not None and self.route.prefill:
-                engines.append(self.route.prefill)
-            self.fail(engines, Failure.REQUEST_FAILED)
+            self.leg_failed(leg, Failure.REQUEST_FAILED)
         elif leg.kind is LegKind.DECODE and LegKind.PREFILL in self._legs and self._seeds:
             self._held.append(output)
         else:
@@ -209,13 +255,14 @@ class Course:
         if not self._seeds:
             # Its token is not used. A failure is the decode engine's to deal with: it may have
             # ended the prefill itself, because it has the KV already.
+            self._prefill_failed = finish is FinishReason.ERROR
             if finish is FinishReason.ABORT and not self.decodes:
-                self.fail([leg.engine], Failure.ENGINE_STOPPED)
+                self.leg_failed(leg, Failure.ENGINE_STOPPED)
             return
         if failed or not output.new_token_ids:
             stopped = finish is FinishReason.ABORT
             failure = Failure.ENGINE_STOPPED if stopped else Failure.REQUEST_FAILED
-            self.fail([leg.engine], failure)
+            self.leg_failed(leg, failure)
             return
         if finish is FinishReason.LENGTH and self.max_tokens > 1:
             output.finish_reason = None  # it is only the leg that is at its end
@@ -229,6 +276,11 @@ class Course:
         """Whether the decode engine has given something out: the handoff is over."""
         leg = self._legs.get(LegKind.DECODE)
         return leg is not None and leg.has_output
+
+    @property
+    def prefills(self) -> bool:
+        """Whether an engine computes the prompt for another one."""
+        return LegKind.PREFILL in self._legs
 
     def _emit(self, output: EngineCoreOutput) -> None:
         """Give an output to the client, without what it has got before."""
@@ -277,8 +329,12 @@ class Course:
 
     # --- failing and ending ------------------------------------------------------------------
 
-    def engine_lost(self, engine: EngineKey) -> None:
-        """An engine is gone, or must not be used any more: the legs on it are over."""
+    def engine_lost(self, engine: EngineKey, was_at_work: bool = False) -> None:
+        """An engine is gone, or must not be used any more: the legs on it are over.
+
+        was_at_work: it is gone, and this request may be why.
+        """
+        blame = Blame(Failure.ENGINE_LOST, (engine,))
         for leg in self.legs:
             if leg.engine != engine:
                 continue
@@ -286,30 +342,42 @@ class Course:
                 del self._legs[leg.kind]  # the handoff was over
                 self._dispatcher.drop(leg, abort=True)
             else:
-                self.fail([engine], Failure.ENGINE_LOST)
+                # While a prompt is computed elsewhere, the engine that is to decode does nothing.
+                waits = leg.kind is LegKind.DECODE and LegKind.PREFILL in self._legs
+                self._num_lost_engines += was_at_work and not waits
+                self._fail(blame)
                 return
         # It had sampled its token, but the decode engine may not have all KV yet.
         handed_off = self.route is not None and self.route.prefill == engine
         if handed_off and LegKind.DECODE in self._legs and not self.decodes:
-            self.fail([engine], Failure.ENGINE_LOST)
+            self._fail(blame)
 
-    def fail(self, engines: Sequence[EngineKey], failure: Failure) -> None:
-        """This attempt has failed, and these engines may be at fault: end what is left of it, and
-        try again."""
+    def leg_failed(self, leg: Leg, failure: Failure) -> None:
+        """A leg has failed, and with it this attempt."""
+        prefill = self.route.prefill if self.route is not None else None
+        self._fail(blame_for(failure, leg, prefill, self._prefill_failed))
+
+    def _fail(self, blame: Blame) -> None:
+        """End what is left of this attempt, and try again."""
         if self.is_over:
             return
+        failure = blame.failure
+        self._dispatcher.failed(blame)
         self._abort_legs()
-        self.excluded.update(engines)
+        self.excluded.update(blame.engines)
+        self.handoff_failed = self.handoff_failed or blame.ends_handoff
         self._held = []
-        if self.attempt >= MAX_ATTEMPTS:
+        if self._num_lost_engines >= MAX_LOST_ENGINES:
+            self._end(Ending.SUSPECT)
+        elif self.attempt >= MAX_ATTEMPTS:
             self._end(Ending.ATTEMPTS_EXHAUSTED)
         elif self.sent and replay_of(self.params) is Replay.REFUSE:
             self._end(Ending.NOT_REPLAYABLE)
         else:
             text = "request %s: %s (%s) in attempt %d; trying again after %d tokens"
-            names = ", ".join(engines)
+            names = ", ".join(blame.engines)
             logger.warning(text, self.id, names, failure, self.attempt, len(self.sent))
-            self._dispatcher.try_again(self, engines, failure)
+            self._dispatcher.try_again(self, failure)
 
     def give_up(self, ending: Ending) -> None:
         """End without a final output."""

@@ -1,25 +1,23 @@
-"""Which engines work on a request; pure functions of a snapshot of the pool.
-
-The prefill engine is the one whose first token is predicted to come first, the decode engine the
-one with most room and fewest prompts to compute. A prompt of which little is to be computed is not
-handed off at all.
-"""
+"""What the choice of engines for a request is made from, and what comes of it; see ``choosing``."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 EngineKey = str
-"""Its URL; see ``engine_port.link.Link``."""
+"""An engine's URL, as the operator gave it; see ``engine_port.link.Link``."""
+Pair = tuple[EngineKey, EngineKey]
+"""An engine that prefills, and the one that it hands KV to."""
 
-_TYPICAL_RATE = 2000.0
+TYPICAL_RATE = 2000.0
 """Prompt tokens a second of an engine of which nothing is known yet; only ratios matter then."""
 _SCARCE_KV = 0.25
 """Share of the KV cache below which what is free limits an engine more than its slots do."""
-_REQUEST_S = 0.1
-"""So much computing of prompts weighs as much as one request that an engine decodes."""
+_AHEAD, _LEAST_AHEAD = 4, 2
+"""An engine gets a quarter more requests than it can decode at once, and two at least, so that it
+has something to begin when one ends."""
 
 
 class Role(enum.StrEnum):
@@ -68,8 +66,12 @@ class Reason(enum.StrEnum):
     """Only one token is wanted: nothing is left to decode."""
     NO_PREFILL = "no_prefill"
     """No prefill engine is up."""
+    BEAM_SEARCH = "beam_search"
+    """A step of beam search goes on where the last one was computed."""
     WHOLE_PROMPT = "whole_prompt"
     """Log-probabilities of the prompt are wanted: one engine computes all of it."""
+    HANDOFF_FAILED = "handoff_failed"
+    """A handoff of this request has failed; or those of others have, and none is tried now."""
 
 
 class Unroutable(enum.StrEnum):
@@ -79,6 +81,8 @@ class Unroutable(enum.StrEnum):
     NO_PREFILL = "no_prefill"
     QUEUE_FOR_PREFILL = "queue_for_prefill"
     """It is to wait until a prefill engine is up."""
+    FULL = "full"
+    """All engines that could take it have enough to do: it waits here as well as there."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,6 +94,9 @@ class Engine:
     running: requests that it decodes. max_running: how many it can at once.
     kv_free: share of its KV cache that is free, 0 to 1.
     kind: KV goes only between engines of the same.
+    max_prefill_tokens: it gets no prompts more while it has so much to compute.
+    is_broken: its circuit breaker is open; it is here because no other engine has its role.
+    other_frontends: how many send it requests beside this one, of which this one learns late.
     """
 
     key: EngineKey
@@ -100,10 +107,26 @@ class Engine:
     max_running: int = 256
     kv_free: float = 1.0
     kind: str = ""
+    is_broken: bool = False
+    max_prefill_tokens: int | None = None
+    other_frontends: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has enough to do for a while."""
+        limit = self.max_prefill_tokens
+        return not self.has_slots or (limit is not None and self.prefill_tokens >= limit)
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether it would begin soon with a request whose prompt it has."""
+        if self.running < self.max_running:
+            return True
+        return self.running < self.max_running + max(self.max_running // _AHEAD, _LEAST_AHEAD)
 
     def prefill_s(self, num_tokens: int) -> float:
         """Return how long a prompt of so many uncached tokens takes from now on, in seconds."""
-        return (self.prefill_tokens + num_tokens) / (self.prefill_rate or _TYPICAL_RATE)
+        return (self.prefill_tokens + num_tokens) / (self.prefill_rate or TYPICAL_RATE)
 
     @property
     def headroom(self) -> float:
@@ -118,6 +141,9 @@ class Prompt:
 
     cached: of how many of its first tokens an engine has the KV.
     session: engine that worked for the same session before.
+    handoff_failed: it was to be handed off before, and that has failed.
+    beside: where another part of the same request of a client has gone: a choice, or a beam.
+    is_beam: it is a step of beam search.
     """
 
     num_tokens: int
@@ -125,6 +151,9 @@ class Prompt:
     cached: Mapping[EngineKey, int] = dataclasses.field(default_factory=dict)
     session: EngineKey | None = None
     needs_whole_prompt: bool = False
+    handoff_failed: bool = False
+    beside: Route | None = None
+    is_beam: bool = False
 
     def uncached(self, engine: Engine) -> int:
         return max(1, self.num_tokens - self.cached.get(engine.key, 0))
@@ -158,115 +187,10 @@ class Route:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chance:
-    """What a choice may depend on beside the pool: how many were made before, and two numbers in
-    [0, 1) drawn for this one."""
+    """What a choice may depend on beside the pool: how many were made before, two numbers in [0, 1)
+    drawn for this one, and a name of the frontend that chooses."""
 
     turn: int = 0
     first: float = 0.0
     second: float = 0.5
-
-
-def choose(
-    engines: Sequence[Engine],
-    prompt: Prompt,
-    policy: Policy,
-    handoff_s: float = 0.0,
-    chance: Chance = Chance(),
-) -> Route | Unroutable:
-    """Decide where a request goes.
-
-    engines: those that take requests. handoff_s: what a handoff was seen to add to TTFT.
-    """
-    prefills = [engine for engine in engines if engine.role.prefills]
-    decodes = [engine for engine in engines if engine.role.decodes]
-    if prompt.max_tokens == 1 and prefills:
-        return Route(None, _choose_prefill(prefills, prompt, policy, chance).key, Reason.ONE_TOKEN)
-    if not decodes:
-        return Unroutable.NO_DECODE
-    kinds = {engine.kind for engine in prefills}
-    fed = [engine for engine in decodes if engine.kind in kinds]
-    decode = _choose_decode(fed or decodes, prompt, policy, chance)
-    if prompt.needs_whole_prompt:
-        return Route(None, decode.key, Reason.WHOLE_PROMPT)
-    others = [e for e in prefills if e.key != decode.key and e.kind == decode.kind]
-    if not others:
-        if decode.role.prefills:  # the one engine there is does both
-            return Route(None, decode.key, Reason.NO_PREFILL)
-        match policy.no_prefill:
-            case NoPrefill.LOCAL:
-                return Route(None, decode.key, Reason.NO_PREFILL)
-            case NoPrefill.QUEUE:
-                return Unroutable.QUEUE_FOR_PREFILL
-            case NoPrefill.FAIL:
-                return Unroutable.NO_PREFILL
-    prefill = _choose_prefill(others, prompt, policy, chance)
-    local = _local_reason(prefill, decode, prompt, policy, handoff_s)
-    if local is not None:
-        return Route(None, decode.key, local)
-    return Route(prefill.key, decode.key, Reason.DISAGGREGATED)
-
-
-def _local_reason(
-    prefill: Engine, decode: Engine, prompt: Prompt, policy: Policy, handoff_s: float
-) -> Reason | None:
-    """Say why the decode engine is to compute the prompt itself; None when it is not."""
-    uncached = prompt.uncached(decode)
-    if policy.local_below is not None:
-        return Reason.SHORT if uncached < policy.local_below else None
-    if decode.prefill_rate is None and prefill.prefill_rate is None:
-        return None  # nothing has been measured yet
-    decode = dataclasses.replace(decode, prefill_rate=decode.prefill_rate or prefill.prefill_rate)
-    here_s = decode.prefill_s(uncached)
-    there_s = _handed_off_s(prefill, prompt, policy) + handoff_s
-    disturbs = decode.running > 0 and here_s > policy.max_stall_s
-    if here_s > there_s or (disturbs and not prefill.role.decodes):
-        return None
-    if prefill.prefill_tokens:
-        return Reason.PREFILL_BUSY
-    return Reason.NO_GAIN if disturbs else Reason.SHORT
-
-
-def _handed_off_s(engine: Engine, prompt: Prompt, policy: Policy) -> float:
-    """Return how soon an engine computes a prompt for another one, in seconds. One that decodes,
-    too, has decodes of its own to hold up: it must be clearly sooner."""
-    return engine.prefill_s(prompt.uncached(engine)) + policy.max_stall_s * engine.role.decodes
-
-
-def _choose_prefill(
-    engines: Sequence[Engine], prompt: Prompt, policy: Policy, chance: Chance
-) -> Engine:
-    candidates = _candidates(engines, policy.prefill, chance)
-    return min(candidates, key=lambda e: (_handed_off_s(e, prompt, policy), e.key))
-
-
-def _choose_decode(
-    engines: Sequence[Engine], prompt: Prompt, policy: Policy, chance: Chance
-) -> Engine:
-    if policy.decode is Strategy.BEST:
-        for engine in engines:
-            if engine.key == prompt.session and engine.headroom > 0:
-                return engine
-    candidates = _candidates(engines, policy.decode, chance)
-
-    def worth(engine: Engine) -> tuple[float, str]:
-        # A cached prefix need not be computed there; prompts that wait there hold up the answer.
-        saved = prompt.cached.get(engine.key, 0) - engine.prefill_tokens
-        saved_s = saved / (engine.prefill_rate or _TYPICAL_RATE)
-        return engine.headroom + saved_s / _REQUEST_S / engine.max_running, engine.key
-
-    return max(candidates, key=worth)
-
-
-def _candidates(engines: Sequence[Engine], strategy: Strategy, chance: Chance) -> list[Engine]:
-    ordered = sorted(engines, key=lambda engine: engine.key)
-    match strategy:
-        case Strategy.BEST:
-            return ordered
-        case Strategy.ROUND_ROBIN:
-            return [ordered[chance.turn % len(ordered)]]
-        case Strategy.POWER_OF_TWO:
-            first = int(chance.first * len(ordered))
-            others = ordered[:first] + ordered[first + 1 :]
-            if not others:
-                return ordered
-            return [ordered[first], others[int(chance.second * len(others))]]
+    frontend: str = ""

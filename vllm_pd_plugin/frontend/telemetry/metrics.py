@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from vllm_pd_plugin.errors import ConfigError
+from vllm_pd_plugin.frontend.admission import Refusal
 from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
 from vllm_pd_plugin.frontend.routing.choice import Reason, Role, Route
+from vllm_pd_plugin.frontend.telemetry.outcomes import (
+    DEFAULT_CLASS,
+    ClientRequest,
+    Objectives,
+    Outcome,
+    Timeline,
+    current_request,
+    one_request,
+)
 
-DEFAULT_CLASS = "default"
 _PAUSE_S = 1.0
 """What takes longer may be a request that goes on elsewhere, and counts as so much."""
 _SECONDS = (
@@ -21,57 +31,12 @@ _SHORT_SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 5,
 )  # fmt: skip
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Objectives:
-    """What a request of a class is promised: time to first token, and per token after it; in
-    seconds. A request counts for goodput when it meets both."""
-
-    ttft_s: float
-    tpot_s: float
-
-    def are_met(self, ttft_s: float, tpot_s: float | None) -> bool:
-        return ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
-
-
-def parse_slo(text: str) -> tuple[str, Objectives]:
-    """Read NAME=TTFT_MS/TPOT_MS, or TTFT_MS/TPOT_MS for the default class.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    name, equals, numbers = text.rpartition("=")
-    ttft, slash, tpot = numbers.partition("/")
-    try:
-        objectives = Objectives(float(ttft) / 1e3, float(tpot) / 1e3)
-    except ValueError:
-        objectives = Objectives(0, 0)
-    if not slash or objectives.ttft_s <= 0 or objectives.tpot_s <= 0 or (equals and not name):
-        raise ConfigError(f"--slo {text!r} is not NAME=TTFT_MS/TPOT_MS, as in interactive=500/50")
-    return name or DEFAULT_CLASS, objectives
-
-
-class Timeline:
-    """When one request's tokens went to its client, in seconds of the frontend's clock."""
-
-    __slots__ = ("arrived_at", "first_at", "last_at", "num_tokens", "second_at", "slo_class")
-
-    def __init__(self, arrived_at: float, slo_class: str) -> None:
-        self.arrived_at = arrived_at
-        self.slo_class = slo_class
-        self.first_at = self.second_at = self.last_at = 0.0
-        self.num_tokens = 0
-
-    @property
-    def ttft_s(self) -> float:
-        return self.first_at - self.arrived_at
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time per token after the first; None when there was only one."""
-        if self.num_tokens < 2:
-            return None
-        return (self.last_at - self.first_at) / (self.num_tokens - 1)
+_OF_ATTEMPTS = (
+    Failure.ENGINE_LOST, Failure.ENGINE_STOPPED, Failure.REQUEST_FAILED, Failure.TIMEOUT,
+)  # fmt: skip
+"""What another attempt may follow."""
+_OF_HANDOFFS = (Failure.REQUEST_FAILED, Failure.TIMEOUT, Failure.RECOMPUTED)
+"""What may count against a pair of engines."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,138 +56,260 @@ class Totals:
     itl_s: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class MetricKinds:
+    """What makes series: called as the classes of ``prometheus_client`` are, and as useful.
+
+    Elsewhere than in Prometheus' own registry series are of other classes: on Ray, of Ray's.
+    """
+
+    counter: Callable[..., Any] = Counter
+    gauge: Callable[..., Any] = Gauge
+    histogram: Callable[..., Any] = Histogram
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _OfClass:
+    """The series of one class of requests."""
+
+    requests: Mapping[Outcome, Any]
+    failures: Mapping[Ending, Any]
+    refusals: Mapping[Refusal, Any]
+    good: Any
+    ttft: Any
+    ttst: Any
+    tpot: Any
+    itl: Any
+
+
 class FrontendMetrics:
     """Made once a process. slos: the objectives of each class of requests."""
 
-    def __init__(self, slos: Mapping[str, Objectives]) -> None:
+    def __init__(self, slos: Mapping[str, Objectives], kinds: MetricKinds | None = None) -> None:
         self.slos = slos
         self.totals = Totals()
-        self._routes = Counter(
+        self._kinds = kinds = kinds or MetricKinds()
+        routes = kinds.counter(
             "pd_frontend_routes", "Attempts of requests, by why they went where.", ["reason"]
         )
-        self._retries = Counter(
+        retries = kinds.counter(
             "pd_frontend_retries", "Attempts that failed and were followed by another.", ["reason"]
         )
-        self._failures = Counter(
-            "pd_frontend_failures", "Requests that ended without an answer.", ["reason"]
-        )
-        self._lost = Counter("pd_frontend_engines_lost", "Engines that were lost.")
-        self._engines = Gauge(
-            "pd_frontend_engines", "Engines that take requests.", ["role"],
-            multiprocess_mode="mostrecent",
+        pairs = kinds.counter(
+            "pd_frontend_pair_breakers_opened",
+            "Times that handoffs between two engines were given up for a while.", ["reason"],
         )  # fmt: skip
-        self._open = Gauge(
+        self._open_pairs = kinds.gauge(
+            "pd_frontend_pairs_open", "Pairs of engines between which handoffs fail.",
+            multiprocess_mode="livemax",
+        )  # fmt: skip
+        engines = kinds.gauge(
+            "pd_frontend_engines", "Engines that take requests.", ["role"],
+            multiprocess_mode="livemostrecent",
+        )  # fmt: skip
+        self._lost = kinds.counter("pd_frontend_engines_lost", "Engines that were lost.")
+        self._open = kinds.gauge(
             "pd_frontend_requests_open", "Requests under way.", multiprocess_mode="livesum"
         )
-        self._waiting = Gauge(
-            "pd_frontend_requests_waiting", "Requests that wait for an engine to come up.",
+        self._waiting = kinds.gauge(
+            "pd_frontend_requests_waiting", "Requests that no engine has got yet.",
             multiprocess_mode="livesum",
         )  # fmt: skip
-        classes = ["slo_class"]
-        self._ttft = Histogram(
-            "pd_frontend_ttft_seconds", "Time to first token.", classes, buckets=_SECONDS
+        self._queued_tokens = kinds.gauge(
+            "pd_frontend_queued_tokens", "Prompt tokens of requests that have no token yet.",
+            multiprocess_mode="livesum",
+        )  # fmt: skip
+        self._lag = kinds.gauge(
+            "pd_frontend_loop_lag_seconds", "How late the frontend is with what it has to do.",
+            multiprocess_mode="livemax",
+        )  # fmt: skip
+        self._dropped = kinds.counter(
+            "pd_frontend_clients_dropped", "Connections of clients that did not read any more."
         )
-        self._ttst = Histogram(
-            "pd_frontend_ttst_seconds", "Time from the first token to the second.", classes,
-            buckets=_SHORT_SECONDS,
-        )  # fmt: skip
-        self._tpot = Histogram(
-            "pd_frontend_tpot_seconds", "A request's mean time per token after the first.", classes,
-            buckets=_SHORT_SECONDS,
-        )  # fmt: skip
-        self._itl = Histogram(
-            "pd_frontend_itl_seconds", "Time between two outputs of a request.",
-            buckets=_SHORT_SECONDS,
-        )  # fmt: skip
-        self._queue = Histogram(
+        self._queue = kinds.histogram(
             "pd_frontend_prefill_queue_seconds", "Time in the prefill engine's queue.",
             buckets=_SECONDS,
         )  # fmt: skip
-        self._transfer = Histogram(
+        self._transfer = kinds.histogram(
             "pd_frontend_handoff_seconds",
             "From the prefill engine's token to the decode engine's first.",
             buckets=_SECONDS,
         )
-        self._finished = Counter("pd_frontend_requests", "Requests that were answered.", classes)
-        self._good = Counter(
-            "pd_frontend_goodput_requests", "Requests that met both objectives of their class.",
-            classes,
+        self._routes = {reason: routes.labels(reason.value) for reason in Reason}
+        self._pairs = {failure: pairs.labels(failure.value) for failure in _OF_HANDOFFS}
+        self._retries = {failure: retries.labels(failure.value) for failure in _OF_ATTEMPTS}
+        self._engines = {role: engines.labels(role.value) for role in Role}
+        self._of = self._make_classes({DEFAULT_CLASS, *slos})
+
+    def _make_classes(self, names: set[str]) -> dict[str, _OfClass]:
+        """Make the series that have a class, all from the start: a rate sees the first event."""
+        kinds, labels = self._kinds, ["slo_class"]
+        requests = kinds.counter(
+            "pd_frontend_requests", "Requests of clients that have ended, by how.",
+            [*labels, "outcome"],
         )  # fmt: skip
-        for reason in Reason:
-            self._routes.labels(reason.value)
-        for failure in Failure:
-            self._retries.labels(failure.value)
-        for ending in Ending:
-            self._failures.labels(ending.value)
-        for name in {DEFAULT_CLASS, *slos}:
-            self._finished.labels(name)
-            self._good.labels(name)
+        refusals = kinds.counter(
+            "pd_frontend_refused", "Requests that were turned away at once, by why.",
+            [*labels, "reason"],
+        )  # fmt: skip
+        failures = kinds.counter(
+            "pd_frontend_failures", "Requests of clients that failed, by why.", [*labels, "reason"]
+        )
+        good = kinds.counter(
+            "pd_frontend_goodput_requests", "Requests that met both objectives of their class.",
+            labels,
+        )  # fmt: skip
+        ttft = kinds.histogram(
+            "pd_frontend_ttft_seconds", "Time to first token.", labels, buckets=_SECONDS
+        )
+        ttst = kinds.histogram(
+            "pd_frontend_ttst_seconds", "Time from the first token to the second.", labels,
+            buckets=_SHORT_SECONDS,
+        )  # fmt: skip
+        tpot = kinds.histogram(
+            "pd_frontend_tpot_seconds", "A request's mean time per token after the first.", labels,
+            buckets=_SHORT_SECONDS,
+        )  # fmt: skip
+        itl = kinds.histogram(
+            "pd_frontend_itl_seconds", "Time between two outputs of a request.", labels,
+            buckets=_SHORT_SECONDS,
+        )  # fmt: skip
+        return {
+            name: _OfClass(
+                {outcome: requests.labels(name, outcome.value) for outcome in Outcome},
+                {ending: failures.labels(name, ending.value) for ending in Ending},
+                {refusal: refusals.labels(name, refusal.value) for refusal in Refusal},
+                good.labels(name),
+                ttft.labels(name),
+                ttst.labels(name),
+                tpot.labels(name),
+                itl.labels(name),
+            )
+            for name in names
+        }
+
+    # --- requests of clients -----------------------------------------------------------------
 
     def slo_class(self, wanted: str | None) -> str:
         """Return the class of a request that asks for one; unknown ones are the default."""
         return wanted if wanted is not None and wanted in self.slos else DEFAULT_CLASS
 
-    def arrived(self) -> None:
-        """A request has come."""
+    @contextmanager
+    def one_request(self, are_beams: bool = False) -> Iterator[None]:
+        """Count all choices that this task begins within as one request; see ``one_request``."""
+        try:
+            with one_request(are_beams) as request:
+                yield
+        finally:
+            self._count_if_over(request)
+
+    def begin(self, now: float, wanted_class: str | None) -> Timeline:
+        """A choice has come; of a request that has several if this is within ``one_request``."""
+        request = current_request()
+        request.num_open += 1
+        request.slo_class = self.slo_class(wanted_class)
         self.totals.requests += 1
+        return Timeline(now, request)
+
+    def refused(self, wanted_class: str | None, refusal: Refusal) -> None:
+        """A request was turned away at once."""
+        of = self._of[self.slo_class(wanted_class)]
+        of.requests[Outcome.REFUSED].inc()
+        of.refusals[refusal].inc()
+
+    def gave(self, timeline: Timeline, now: float, num_tokens: int) -> None:
+        """Tokens went to a client."""
+        of = self._of[timeline.request.slo_class]
+        if timeline.num_tokens == 0:
+            timeline.first_at = now
+            if timeline.begins:
+                of.ttft.observe(timeline.ttft_s)
+        else:
+            seconds = now - timeline.last_at
+            of.itl.observe(seconds)
+            self.totals.intervals += num_tokens
+            self.totals.itl_s += min(seconds, _PAUSE_S)
+            if timeline.second_at == 0.0:
+                timeline.second_at = now
+                of.ttst.observe(now - timeline.first_at)
+        timeline.last_at = now
+        timeline.num_tokens += num_tokens
+
+    def finished(self, timeline: Timeline) -> None:
+        """A choice was answered to its end."""
+        timeline.is_answered = True
+        self.totals.answers += 1
+        self.totals.answer_tokens += timeline.num_tokens
+        if timeline.tpot_s is not None:
+            self._of[timeline.request.slo_class].tpot.observe(timeline.tpot_s)
+
+    def ended(self, timeline: Timeline, ending: Ending | None) -> None:
+        """A choice is over. ending: why there was no answer; None if there was, or if its client
+        has left."""
+        outcome = Outcome.ANSWERED if timeline.is_answered else Outcome.GONE
+        if ending is not None:
+            outcome = Outcome.FAILED
+        request = timeline.request
+        request.choice_ended(outcome, self._is_good(timeline), ending)
+        self._count_if_over(request)
+
+    def _is_good(self, timeline: Timeline) -> bool:
+        objectives = self.slos.get(timeline.request.slo_class)
+        if objectives is None or not timeline.begins:
+            return timeline.num_tokens > 0
+        return timeline.num_tokens > 0 and objectives.are_met(timeline.ttft_s, timeline.tpot_s)
+
+    def _count_if_over(self, request: ClientRequest) -> None:
+        if request.outcome is None or not request.is_over:
+            return
+        of = self._of[request.slo_class]
+        of.requests[request.outcome].inc()
+        if request.outcome is Outcome.FAILED and request.ending is not None:
+            of.failures[request.ending].inc()
+        elif request.outcome is Outcome.ANSWERED and request.is_good:
+            of.good.inc()
+
+    # --- attempts and engines ----------------------------------------------------------------
 
     def is_to_compute(self, num_tokens: int) -> None:
         """So much of a prompt is to be computed, as it has found its way for the first time."""
         self.totals.prompt_tokens += num_tokens
 
     def routed(self, route: Route) -> None:
-        self._routes.labels(route.reason.value).inc()
+        self._routes[route.reason].inc()
 
     def retried(self, failure: Failure) -> None:
-        self._retries.labels(failure.value).inc()
-
-    def failed(self, ending: Ending) -> None:
-        self._failures.labels(ending.value).inc()
+        self._retries[failure].inc()
 
     def engine_lost(self) -> None:
         self._lost.inc()
 
-    def set_engines(self, counts: Mapping[Role, int]) -> None:
-        for role in Role:
-            self._engines.labels(role.value).set(counts.get(role, 0))
+    def pair_opened(self, failure: Failure) -> None:
+        """Handoffs between two engines are not tried for a while."""
+        self._pairs[failure].inc()
 
-    def set_requests(self, num_open: int, num_waiting: int) -> None:
+    def set_open_pairs(self, number: int) -> None:
+        self._open_pairs.set(number)
+
+    def set_engines(self, counts: Mapping[Role, int]) -> None:
+        for role, series in self._engines.items():
+            series.set(counts.get(role, 0))
+
+    def set_requests(self, num_open: int, num_waiting: int, num_tokens: int) -> None:
+        """num_tokens: of the prompts of those that have no token yet."""
         self._open.set(num_open)
         self._waiting.set(num_waiting)
+        self._queued_tokens.set(num_tokens)
+
+    def set_lag(self, seconds: float) -> None:
+        self._lag.set(seconds)
+
+    def client_dropped(self) -> None:
+        """A client has not read anything for too long, and its connection is closed."""
+        self._dropped.inc()
 
     def queued(self, seconds: float) -> None:
         self._queue.observe(seconds)
 
     def handed_off(self, seconds: float) -> None:
         self._transfer.observe(seconds)
-
-    def gave(self, timeline: Timeline, now: float, num_tokens: int) -> None:
-        """Tokens went to a client."""
-        if timeline.num_tokens == 0:
-            timeline.first_at = now
-            self._ttft.labels(timeline.slo_class).observe(timeline.ttft_s)
-        else:
-            seconds = now - timeline.last_at
-            self._itl.observe(seconds)
-            self.totals.intervals += num_tokens
-            self.totals.itl_s += min(seconds, _PAUSE_S)
-            if timeline.second_at == 0.0:
-                timeline.second_at = now
-                self._ttst.labels(timeline.slo_class).observe(now - timeline.first_at)
-        timeline.last_at = now
-        timeline.num_tokens += num_tokens
-
-    def finished(self, timeline: Timeline) -> None:
-        """A request was answered."""
-        name = timeline.slo_class
-        self._finished.labels(name).inc()
-        self.totals.answers += 1
-        self.totals.answer_tokens += timeline.num_tokens
-        tpot_s = timeline.tpot_s
-        if tpot_s is not None:
-            self._tpot.labels(name).observe(tpot_s)
-        objectives = self.slos.get(name)
-        if timeline.num_tokens and (
-            objectives is None or objectives.are_met(timeline.ttft_s, tpot_s)
-        ):
-            self._good.labels(name).inc()

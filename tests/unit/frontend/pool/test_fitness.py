@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -37,6 +38,27 @@ def test_one_that_is_as_wanted_fits() -> None:
 def test_what_does_not_fit_is_said(change: dict[str, object], words: str) -> None:
     engine = describe(**change)
     assert words in misfit(engine, Role(engine.role), WANTED, ENGINE.kv)
+
+
+SAMPLING = {"--reasoning-parser": "qwen3", "--logprobs-mode": "raw_logprobs"}
+
+
+def with_options(options: dict[str, str]) -> str:
+    """What is wrong with an engine of these, by a frontend with ``SAMPLING``."""
+    wanted = dataclasses.replace(WANTED, options=SAMPLING)
+    return misfit(describe(options=options), Role(ENGINE.role), wanted, ENGINE.kv)
+
+
+def test_an_option_that_both_act_on_must_be_alike_and_is_named_with_both_values() -> None:
+    assert with_options(SAMPLING) == ""
+    assert with_options(SAMPLING | {"--reasoning-parser": "none"}) == (
+        "its --reasoning-parser is none, and this frontend's is qwen3; give both the same"
+    )
+
+
+def test_an_option_of_which_an_engine_says_nothing_is_not_compared() -> None:
+    assert with_options({}) == ""
+    assert with_options({"--logprobs-mode": "raw_logprobs", "--other": "1"}) == ""
 
 
 def test_one_that_was_started_for_another_role_is_refused() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes.clock import FakeClock
-from vllm_pd_plugin.engine_port.messages import EngineLoad
+from vllm_pd_plugin.engine_port.messages import EngineLoad, State
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -38,6 +38,18 @@ def leg(kind: LegKind, num_tokens: int = 100, has_output: bool = False) -> Leg:
     return Leg("leg", "m", kind, num_tokens, 0.0, has_output)
 
 
+def give(member: Member, *kinds: LegKind) -> None:
+    """An engine gets legs of these kinds."""
+    for kind in kinds:
+        member.legs.add(leg(kind))
+
+
+def busy(member: Member) -> tuple[int, int]:
+    """Prompt tokens that it has to compute for this frontend, and requests that it decodes."""
+    share = member.legs.share
+    return share.waiting_tokens, share.running
+
+
 # --- how busy an engine is -------------------------------------------------------------------
 
 
@@ -56,7 +68,7 @@ def test_an_engine_is_as_busy_as_it_says(member: Member) -> None:
 
 def test_what_this_frontend_sends_counts_at_once(member: Member) -> None:
     member.set_load(EngineLoad(running=3, waiting_tokens=700))
-    member.legs |= {leg(PREFILL), leg(DECODE), leg(WHOLE)}
+    give(member, PREFILL, DECODE, WHOLE)
     engine = member.snapshot()
     assert (engine.prefill_tokens, engine.running) == (700 + 200, 3 + 2)
 
@@ -73,36 +85,79 @@ def test_the_memory_that_this_frontend_s_prompts_will_take_counts_at_once(member
 
 
 def test_what_this_frontend_has_under_way_is_not_counted_twice(member: Member) -> None:
-    member.legs |= {leg(WHOLE), leg(DECODE)}
+    give(member, WHOLE, DECODE)
     member.set_load(EngineLoad(running=3, waiting_tokens=700))
     engine = member.snapshot()
     assert (engine.prefill_tokens, engine.running) == (700, 3)
 
 
 def test_what_has_ended_here_is_gone_at_once_and_others_stay(member: Member) -> None:
-    member.legs |= {leg(WHOLE), leg(DECODE)}
+    give(member, WHOLE, DECODE)
     member.set_load(EngineLoad(running=3, waiting_tokens=700))
     member.legs.clear()
     engine = member.snapshot()
     assert (engine.prefill_tokens, engine.running) == (600, 1)
 
 
+def send(member: Member, *kinds: LegKind) -> None:
+    """An engine is sent legs; they are numbered from 1."""
+    for number, kind in enumerate(kinds):
+        member.send(Leg(f"leg-{number}", "m", kind, 100, 0.0), [f"leg-{number}".encode()])
+
+
+def test_what_is_on_its_way_is_not_taken_for_what_others_have(member: Member) -> None:
+    """The engine has counted the first of three, and three of others."""
+    send(member, WHOLE, WHOLE, DECODE)
+    load = EngineLoad(running=4, waiting_tokens=100 + 700, kv_usage=0.25)
+    member.told(State(load, 0, last_add=1), NOW)
+    engine = member.snapshot()
+    assert (engine.running, engine.prefill_tokens) == (3 + 3, 700 + 200)
+    assert engine.kv_free == pytest.approx(0.75 - 200 / member.link.description.kv_tokens)
+    member.told(State(load, 0, last_add=3), NOW)
+    engine = member.snapshot()
+    assert (engine.running, engine.prefill_tokens) == (1 + 3, 600 + 200)
+
+
+def test_an_engine_that_does_not_say_is_taken_to_have_counted_everything(member: Member) -> None:
+    send(member, WHOLE, WHOLE)
+    member.told(State(EngineLoad(running=5), 0), NOW)
+    assert member.snapshot().running == 5
+
+
+def test_what_was_on_its_way_to_an_engine_that_was_lost_is_forgotten(member: Member) -> None:
+    send(member, WHOLE, WHOLE)
+    member.legs.clear()
+    link_of(member).sent.clear()
+    member.set_load(EngineLoad())
+    send(member, DECODE)
+    member.told(State(EngineLoad(running=1), 0, last_add=1), NOW)
+    assert member.snapshot().running == 1
+
+
+def test_an_engine_says_how_many_other_frontends_there_are(member: Member) -> None:
+    assert member.snapshot().other_frontends == 0
+    for told, others in ((4, 3), (1, 0), (0, 0)):
+        member.told(State(EngineLoad(), 0, num_frontends=told), NOW)
+        assert member.snapshot().other_frontends == others
+
+
 def test_a_prompt_that_has_given_a_token_is_computed(member: Member) -> None:
     whole = leg(WHOLE)
     member.legs.add(whole)
-    assert (member.own_tokens, member.own_running) == (100, 1)
+    assert busy(member) == (100, 1)
     whole.has_output = True
-    assert (member.own_tokens, member.own_running) == (0, 1)
+    member.legs.computed(whole)
+    assert busy(member) == (0, 1)
 
 
 def test_an_engine_decodes_no_prompts_that_it_hands_off(member: Member) -> None:
     member.legs.add(leg(PREFILL))
-    assert (member.own_tokens, member.own_running) == (100, 0)
+    assert busy(member) == (100, 0)
 
 
 def test_an_engine_computes_no_prompts_that_are_handed_to_it(member: Member) -> None:
     member.legs.add(leg(DECODE))
-    assert (member.own_tokens, member.own_running) == (0, 1)
+    assert busy(member) == (0, 1)
 
 
 @given(
@@ -114,12 +169,14 @@ def test_an_engine_is_never_less_busy_than_this_frontend_makes_it(
     before: list[LegKind], after: list[LegKind], load: EngineLoad
 ) -> None:
     member = make_member("m", Role.BOTH)
-    member.legs = {leg(kind) for kind in before}
+    member.legs.clear()
+    give(member, *before)
     member.set_load(load)
-    member.legs = {leg(kind) for kind in after}
+    member.legs.clear()
+    give(member, *after)
     engine = member.snapshot()
-    assert engine.prefill_tokens >= member.own_tokens
-    assert engine.running >= member.own_running
+    assert engine.prefill_tokens >= busy(member)[0]
+    assert engine.running >= busy(member)[1]
     assert 0 <= engine.kv_free <= 1
 
 
@@ -149,40 +206,10 @@ def test_a_measurement_that_says_nothing_is_left_out(
     assert member.prefill_rate == 2000.0
 
 
-# --- its circuit breaker ---------------------------------------------------------------------
-
-
-def test_three_failures_one_after_another_open_the_breaker(member: Member) -> None:
-    for _ in range(2):
-        member.failed(NOW)
-        assert not member.is_broken(NOW)
-    member.failed(NOW)
-    assert member.is_broken(NOW)
-    assert member.is_broken(NOW + COOL_DOWN_S - 0.1)
-    assert not member.is_broken(NOW + COOL_DOWN_S)
-
-
-def test_after_that_one_failure_is_enough(member: Member) -> None:
-    for _ in range(3):
-        member.failed(NOW)
-    member.failed(NOW + COOL_DOWN_S)
-    assert member.is_broken(NOW + COOL_DOWN_S)
-
-
-def test_a_success_closes_the_breaker(member: Member) -> None:
-    for _ in range(3):
-        member.failed(NOW)
-    member.worked()
-    assert not member.is_broken(NOW)
-    for _ in range(2):
-        member.failed(NOW)
-    assert not member.is_broken(NOW)
-
-
 def test_an_engine_says_how_it_is(member: Member) -> None:
     assert member.state(NOW) is MemberState.UP
     for _ in range(3):
-        member.failed(NOW)
+        member.breaker.failed(NOW)
     assert member.state(NOW) is MemberState.BROKEN
     assert member.state(NOW + COOL_DOWN_S) is MemberState.UP
     member.drain_until = 0.0
@@ -243,7 +270,7 @@ def test_engines_with_an_open_breaker_are_spared_where_there_are_others(clock: F
     pool = make_pool(clock, p=Role.PREFILL, q=Role.PREFILL, d=Role.DECODE)
     for member in (pool["p"], pool["d"]):
         for _ in range(3):
-            member.failed(clock.now)
+            member.breaker.failed(clock.now)
     assert usable(pool) == ["d", "q"]
     clock.advance(COOL_DOWN_S)
     assert usable(pool) == ["d", "p", "q"]
@@ -275,7 +302,7 @@ def test_a_role_that_somebody_can_fill_is_filled(roles: list[Role], data: st.Dat
         link_of(member).is_attached = data.draw(st.booleans())
         member.drain_until = NOW if data.draw(st.booleans()) else None
         for _ in range(data.draw(st.integers(0, 3))):
-            member.failed(clock.now)
+            member.breaker.failed(clock.now)
     excluded = {member.key for member in pool if data.draw(st.booleans())}
     able = [member for member in pool if member.is_up and not member.is_draining]
     chosen = pool.usable(excluded)
@@ -283,5 +310,5 @@ def test_a_role_that_somebody_can_fill_is_filled(roles: list[Role], data: st.Dat
     for can in ("prefills", "decodes"):
         somebody = any(getattr(member.role, can) for member in able)
         assert any(getattr(engine.role, can) for engine in chosen) == somebody
-    good = [m for m in able if m.key not in excluded and not m.is_broken(clock.now)]
+    good = [m for m in able if m.key not in excluded and m.breaker.admits(clock.now)]
     assert {member.key for member in good} <= {engine.key for engine in chosen}

@@ -1,27 +1,21 @@
-"""What ``vllm-pd up`` gives each engine: arguments, cores, GPUs, names; and keeping them up."""
+"""What ``vllm-pd up`` gives each engine: arguments, cores, GPUs, names."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import sys
-from pathlib import Path
 
 import pytest
 
 from vllm_pd_plugin.errors import ConfigError
 from vllm_pd_plugin.frontend.deployment import parse_deployment
 from vllm_pd_plugin.frontend.processes.local import (
-    EngineStartError,
-    LocalProcess,
-    Supervisor,
     divide,
     engine_arguments,
     engine_settings,
     parse_counts,
-    without,
 )
 from vllm_pd_plugin.frontend.routing.choice import Role
+from vllm_pd_plugin.frontend.typed_words import TypedWords
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     ],
 )
 def test_an_engine_gets_what_is_not_the_frontends_alone(arguments: str, expected: str) -> None:
-    got = engine_arguments(make_parser(), arguments.split(), {"--local-below"})
+    got = engine_arguments(TypedWords(make_parser()), arguments.split(), {"--local-below"})
     assert got == expected.split()
 
 
@@ -62,11 +56,6 @@ def test_engines_get_what_a_deployment_says_and_then_what_was_typed() -> None:
     assert settings[Role.DECODE].environ == {"A": "1"}
     assert settings[Role.PREFILL].environ == {}
     assert engine_settings(None, ["--x"])[Role.BOTH].arguments == ["--x"]
-
-
-def test_options_are_left_out_with_their_values() -> None:
-    words = ["--dtype", "float32", "--host", "a", "--dtype=half"]
-    assert without(make_parser(), words, {"--dtype"}) == ["--host", "a"]
 
 
 @pytest.mark.parametrize(
@@ -93,54 +82,3 @@ def test_somebody_must_decode() -> None:
     assert counts(0, 0, 2)[Role.BOTH] == 2
     with pytest.raises(ConfigError, match="--decode 1 or --both 1"):
         counts(2, 0, 0)
-
-
-def process(name: str, code: str, log: Path | None = None) -> LocalProcess:
-    return LocalProcess(name, (sys.executable, "-c", code), {}, log)
-
-
-def test_one_that_ends_before_all_were_up_ends_everything(tmp_path: Path) -> None:
-    async def run() -> None:
-        log = tmp_path / "log"
-        supervisor = Supervisor([process("p", "print('out of memory'); raise SystemExit(3)", log)])
-        supervisor.start()
-        with pytest.raises(EngineStartError, match=r"p ended with status 3:\nout of memory"):
-            await asyncio.wait_for(supervisor.failure, 20)
-        await supervisor.stop()
-
-    asyncio.run(run())
-
-
-def test_one_that_ends_later_is_started_again(tmp_path: Path) -> None:
-    marks = tmp_path / "marks"
-
-    async def run() -> None:
-        code = f"open({str(marks)!r}, 'a').write('x')"
-        supervisor = Supervisor([process("p", code)])
-        supervisor.all_are_up()
-        supervisor.start()
-        async with asyncio.timeout(30):
-            while not marks.exists() or len(marks.read_text()) < 2:
-                await asyncio.sleep(0.05)
-        await supervisor.stop()
-
-    asyncio.run(run())
-
-
-def test_all_are_stopped_and_those_that_will_not_are_killed(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    deaf = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        f"open({str(ready)!r}, 'w'); time.sleep(60)"
-    )
-
-    async def run() -> None:
-        supervisor = Supervisor([process("deaf", deaf), process("p", "input()")], stop_s=0.5)
-        supervisor.all_are_up()
-        supervisor.start()
-        async with asyncio.timeout(20):
-            while not ready.exists():
-                await asyncio.sleep(0.05)
-        await asyncio.wait_for(supervisor.stop(), 20)
-
-    asyncio.run(run())

@@ -13,6 +13,8 @@ from vllm_pd_plugin.frontend.requests.context import (
     ContextMiddleware,
     RequestContext,
     current,
+    name_of_session,
+    parse_timeout,
     read_context,
 )
 
@@ -24,15 +26,18 @@ from vllm_pd_plugin.frontend.requests.context import (
         ({"x-slo-class": "batch"}, RequestContext("batch", math.inf)),
         ({"X-Request-Timeout": "1.5"}, RequestContext(None, 1.5)),
         ({"x-request-timeout": "soon"}, RequestContext(None, math.inf)),
-        ({"x-request-timeout": "0"}, RequestContext(None, math.inf)),
-        ({"x-request-timeout": "-3"}, RequestContext(None, math.inf)),
-        ({"x-request-timeout": "nan"}, RequestContext(None, math.inf)),
     ],
 )
-def test_headers_are_read_and_nonsense_is_ignored(
+def test_headers_are_read_and_a_time_that_nobody_has_checked_fails_nothing(
     headers: dict[str, str], expected: RequestContext
 ) -> None:
     assert read_context(Headers(headers)) == expected
+
+
+@pytest.mark.parametrize("text", ["2s", "", "0", "-3", "nan", "inf", "-inf", "1,5", "soon"])
+def test_what_is_no_time_is_told_what_is_one(text: str) -> None:
+    with pytest.raises(ValueError, match="a number of seconds above 0"):
+        parse_timeout(text)
 
 
 def answer(status: int, own_retry: bytes | None = None) -> tuple[dict[bytes, bytes], Any]:
@@ -72,3 +77,27 @@ def test_a_client_that_is_turned_away_is_told_when_to_come_again(status: int) ->
 @pytest.mark.parametrize("status", [200, 400, 500])
 def test_others_are_not(status: int) -> None:
     assert answer(status)[0] == {}
+
+
+def test_clients_are_told_apart_by_their_keys_which_are_not_kept() -> None:
+    named = [
+        read_context(Headers(headers)).key
+        for headers in ({"authorization": "Bearer a"}, {"x-api-key": "a"}, {"x-api-key": "b"}, {})
+    ]
+    assert named[0] == named[1] != named[2]
+    assert named[3] == ""
+    assert all(len(name) == 16 for name in named[:3])
+
+
+def test_a_session_is_its_client_s_own_however_long_its_name_is() -> None:
+    mine, yours = RequestContext(key="mine"), RequestContext(key="yours")
+    names = [
+        name_of_session(mine, "s"),
+        name_of_session(yours, "s"),
+        name_of_session(mine, "t" * 1_000_000),
+        name_of_session(mine, "\ud800"),
+    ]
+    assert len(set(names)) == 4
+    assert {len(name) for name in names} == {16}
+    assert name_of_session(mine, "s") == names[0]
+    assert name_of_session(mine, "") == name_of_session(mine, None) == b""

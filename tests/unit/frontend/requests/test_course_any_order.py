@@ -110,7 +110,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def time_out(self, index: int) -> None:
         if legs := self.course.legs:
-            self.course.fail([legs[index % len(legs)].engine], Failure.TIMEOUT)
+            self.course.leg_failed(legs[index % len(legs)], Failure.TIMEOUT)
 
     def cancel(self, index: int) -> None:
         if not self.course.is_over:

@@ -284,14 +284,15 @@ def test_the_error_of_an_unseeded_prefill_is_the_decode_engine_s_to_deal_with(
     dispatcher.give(course, PREFILL, finish=ERROR)
     assert (dispatcher.retries, [leg.kind for leg in course.legs]) == ([], [DECODE])
     dispatcher.give(course, DECODE, finish=ERROR)
-    assert_failed(dispatcher, course, Failure.REQUEST_FAILED, P, D)
+    assert_failed(dispatcher, course, Failure.REQUEST_FAILED, P)
+    assert dispatcher.counted == [P]
 
 
 def test_a_timeout_ends_the_attempt_on_every_engine(dispatcher: FakeDispatcher) -> None:
     course = dispatcher.begin()
     dispatcher.give_first(course, 50)
-    course.fail([D], Failure.TIMEOUT)
-    assert_failed(dispatcher, course, Failure.TIMEOUT, D)
+    course.leg_failed(dispatcher.leg(DECODE), Failure.TIMEOUT)
+    assert_failed(dispatcher, course, Failure.TIMEOUT, P, D)
     assert dispatcher.aborted == [DECODE]
     assert_goes_on_after(dispatcher, course, 50)
 

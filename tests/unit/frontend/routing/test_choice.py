@@ -21,8 +21,8 @@ with warnings.catch_warnings():
         Route,
         Strategy,
         Unroutable,
-        choose,
     )
+    from vllm_pd_plugin.frontend.routing.choosing import choose
 
 LONG = Prompt(4000, 100)
 FIRST = Chance()
@@ -155,7 +155,7 @@ def test_prompts_that_come_together_are_computed_side_by_side() -> None:
     ("rate", "expected"), [(1100.0, Reason.SHORT), (4000.0, Reason.DISAGGREGATED)]
 )
 def test_an_engine_that_decodes_too_must_be_clearly_sooner(rate: float, expected: Reason) -> None:
-    engines = [both("here", prefill_rate=1000.0), both("a", prefill_rate=rate)]
+    engines = [both("a", prefill_rate=1000.0), both("b", prefill_rate=rate)]
     assert route(engines, Prompt(100, 100), Policy()).reason is expected
 
 
@@ -174,6 +174,19 @@ def test_a_prompt_is_computed_where_the_queue_is_shorter() -> None:
     busy = prefill(prefill_rate=1000.0, prefill_tokens=10_000)
     chosen = route([busy, decode(prefill_rate=1000.0)], Prompt(2000, 100), Policy())
     assert chosen == Route(None, "d", Reason.PREFILL_BUSY)
+
+
+def test_where_all_prefill_engines_have_enough_to_do_a_busy_decode_engine_helps() -> None:
+    full = prefill(prefill_rate=1000.0, prefill_tokens=10_000, max_prefill_tokens=4000)
+    busy = decode(prefill_rate=1000.0, running=1)
+    chosen = route([full, busy], Prompt(2000, 100), Policy())
+    assert chosen == Route(None, "d", Reason.PREFILL_BUSY)
+    spared = route(
+        [dataclasses.replace(full, prefill_tokens=3000), busy], Prompt(2000, 100), Policy()
+    )
+    assert spared == Route("p", "d", Reason.DISAGGREGATED)
+    late = decode(prefill_rate=1000.0, running=1, prefill_tokens=12_000)
+    assert choose([full, late], Prompt(2000, 100), Policy()) is Unroutable.FULL
 
 
 def test_a_decode_engine_that_is_slower_at_prompts_is_left_alone() -> None:
@@ -301,10 +314,12 @@ def test_prompts_that_wait_count_as_requests(waiting: int, chosen: str) -> None:
 
 def test_a_session_stays_where_it_was_while_there_is_room() -> None:
     session = dataclasses.replace(LONG, session="b")
-    engines = [prefill(), decode("a"), decode("b", kv_free=0.1)]
+    engines = [prefill(), decode("a"), decode("b", kv_free=0.15)]
     assert route(engines, session).decode == "b"
-    for full in (decode("b", kv_free=0.0), decode("b", running=256)):
+    for full in (decode("b", kv_free=0.0), decode("b", running=256), decode("b", running=129)):
         assert route([prefill(), decode("a"), full], session).decode == "a"
+    busy = [prefill(), decode("a", running=120), decode("b", running=240)]
+    assert route(busy, session).decode == "b"
     assert route([prefill(), decode("a")], session).decode == "a"
 
 

@@ -1,0 +1,25 @@
+"""Liveness, which is not readiness."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's, not ours
+    from vllm_pd_plugin.frontend.api.probes import LIVE_PATH, make_probe_router
+
+
+@pytest.mark.parametrize(("errored", "status"), [(False, 200), (True, 503)])
+def test_a_frontend_is_alive_as_long_as_it_gives_answers(errored: bool, status: int) -> None:
+    client: Any = SimpleNamespace(errored=errored)  # and nothing of engines is asked
+    app = FastAPI()
+    app.include_router(make_probe_router(client))
+    answer = TestClient(app).get(LIVE_PATH)
+    assert answer.status_code == status
+    assert answer.json()["live"] is not errored
