@@ -252,7 +252,8 @@ def test_alerts_fire_when_they_should_and_only_then(run: Run) -> None:
 
 def test_an_alert_lasts_as_long_as_nothing_can_be_handed_over(tmp_path: Path) -> None:
     """Of handoffs in vain there is one a minute then, which no rate tells from bad luck."""
-    path, times = tmp_path / "series", []
+    path = tmp_path / "series"
+    times: list[float] = []
 
     async def story(world: World) -> None:
         p, d = world.pair()
