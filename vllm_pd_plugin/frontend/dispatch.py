@@ -116,13 +116,11 @@ class Dispatch:
         self._start(course)
 
     def refuse(self, num_new: int) -> TurnedAway | None:
-        """Turn a request away that comes now; None if it may come.
-
-        num_new: how many answers it wants.
-        """
+        """Turn a request away that comes now, for so many answers; None if it may come."""
         context, capacity = current(), self.pool.capacity() or NO_ENGINES
         tenant = self.gate.tenant(self.metrics.slo_class(context.slo_class), context.key)
-        return self.gate.refuse(tenant, num_new, capacity, self.waiting_tokens, self.lag.seconds)
+        lag_s = self.lag.for_client(self.now())
+        return self.gate.refuse(tenant, num_new, capacity, self.waiting_tokens, lag_s)
 
     def underway(self, request_id: RequestId) -> Underway | None:
         """Return what is noted of a request, as long as it is under way."""

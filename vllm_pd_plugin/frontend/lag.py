@@ -27,7 +27,7 @@ class Lag:
     def __init__(self, *backlogs: Callable[[], float]) -> None:
         self.seconds = 0.0
         self._backlogs = list(backlogs)
-        self._begins_at = 0.0
+        self._begins_at = math.inf
 
     def watch(self, backlog: Callable[[], float]) -> None:
         """Count what waits there, too."""
@@ -37,9 +37,10 @@ class Lag:
         """Return for how long the oldest has waited of what waits now."""
         return max((backlog() for backlog in self._backlogs), default=0.0)
 
-    def begin(self, now: float) -> None:
-        """Clients come from now on; what was before made nobody wait."""
-        self._begins_at, self.seconds = now, 0.0
+    def for_client(self, now: float) -> float:
+        """Return it for a client that comes now. What was before the first made nobody wait."""
+        self._begins_at = min(self._begins_at, now)
+        return self.seconds
 
     def note(self, began_at: float, sleep_s: float, now: float) -> None:
         """A timer has come that was to sleep for so long. It speaks for all the time that has

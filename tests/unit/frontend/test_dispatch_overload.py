@@ -165,6 +165,7 @@ def test_a_request_is_turned_away_when_too_many_wait_already() -> None:
 def test_while_the_loop_is_late_requests_are_turned_away_and_those_under_way_go_on() -> None:
     async def story(world: World) -> None:
         d = small(world)
+        assert world.dispatch.refuse(1) is None
         world.add("r")
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SkippingLoop)
@@ -187,6 +188,7 @@ def test_requests_are_turned_away_while_messages_of_an_engine_wait_to_be_read() 
     async def story(world: World) -> None:
         small(world)
         world.engine("other", Role.DECODE).behind_s = 3.0
+        assert world.dispatch.refuse(1) is None
         await asyncio.sleep(10.0)
         refused = world.dispatch.refuse(1)
         assert refused is not None

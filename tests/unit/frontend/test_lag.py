@@ -14,9 +14,11 @@ TIMER_S = 0.25
 class Loop:
     """Time in which a timer comes again and again, each time late by so much."""
 
-    def __init__(self, *backlogs: Callable[[], float]) -> None:
+    def __init__(self, *backlogs: Callable[[], float], has_clients: bool = True) -> None:
         self.lag = Lag(*backlogs)
         self.now = 100.0
+        if has_clients:
+            self.lag.for_client(self.now)
 
     def turn(self, late_s: float) -> None:
         began_at, self.now = self.now, self.now + TIMER_S + late_s
@@ -77,9 +79,9 @@ def test_what_waits_elsewhere_counts_when_it_waits_longer() -> None:
 
 
 def test_what_was_before_clients_came_counts_for_nothing() -> None:
-    loop = Loop()
+    loop = Loop(has_clients=False)
     loop.run(10.0, 1.0)
-    loop.lag.begin(loop.now + TIMER_S)  # within the turn that comes now
+    assert loop.lag.for_client(loop.now + TIMER_S) == 0.0  # within the turn that comes now
     loop.turn(20.0)
-    assert loop.lag.seconds == 0.0
+    assert loop.lag.for_client(loop.now) == 0.0
     assert loop.run(60.0, 1.0) == pytest.approx(1.0, rel=0.01)

@@ -195,7 +195,6 @@ async def make_app(
         app.add_middleware(NeedsKey, tokens=args.api_key)
     await init_app_state(client, app.state, args, tasks)
     app.include_router(make_probe_router(client))
-    core.dispatch.lag.begin(core.dispatch.now())
     return app
 
 
