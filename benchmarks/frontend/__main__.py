@@ -5,8 +5,9 @@ Parts: `canned`, the frontend alone, over engines that answer at once and comput
 that is not an engine core, behind `vllm-pd serve` and behind vllm-router with vLLM's NixlConnector.
 On the canned engines also `--streams N` that are open at once, and the memory of `--soak N`
 requests. With `--engines N` instead of all that: so many canned engines with `--streams`, each of
-which gets a token in two seconds, and how long one choice among them takes. Needs two cores; the
-whole path needs some 10 GB of memory.
+which gets a token in two seconds, and how long one choice among them takes. With `--answers N`:
+the CPU of an answer, beside `vllm serve`, and beside another checkout's frontend. Needs two cores;
+the whole path needs some 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from benchmarks.common.engines import SMALL_FLAGS
 from benchmarks.common.processes import Cores
 from benchmarks.common.program import some_of, whole_numbers
 from benchmarks.common.statistics import Row
-from benchmarks.frontend.rows import CANNED, NOTES, SCALE, SOAK, STREAMS, tables
+from benchmarks.frontend.answers import Answers, start_servers
+from benchmarks.frontend.rows import ANSWERS, CANNED, NOTES, SCALE, SOAK, STREAMS, tables
 from benchmarks.frontend.run import (
     ANSWER_TOKENS,
     SCALE_STEP_MS,
@@ -45,6 +47,7 @@ EXAMPLES = """examples:
   python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
   python -m benchmarks.frontend --arms canned --workers 2 --concurrency 64,256
   python -m benchmarks.frontend --arms pdplugin,nixl --requests 400 --repeat 7
+  python -m benchmarks.frontend --answers 100 --against ../before --repeat 15 --json FILE
   python -m benchmarks.frontend --engines 1000 --streams 10000 --json FILE
 """
 
@@ -88,6 +91,16 @@ def parse_arguments() -> argparse.Namespace:
         help="only: so many canned engines with so many streams (not)",
     )  # fmt: skip
     parser.add_argument(
+        "--answers", type=int, metavar="N",
+        help="only: CPU of so many answers a turn, beside `vllm serve` (not)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="with --answers: also the frontend of another checkout",
+    )
+    parser.add_argument(
         "--stream-seconds", type=float, default=20.0, metavar="SECONDS",
         help="for how long they are watched (%(default)g)",
     )  # fmt: skip
@@ -122,6 +135,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("times must be above 0, numbers 1 or more")
     if args.prompt_tokens > MAX_PROMPT_TOKENS:
         parser.error(f"--prompt-tokens must be {MAX_PROMPT_TOKENS} or less")
+    if args.answers is not None and args.answers < 1:
+        parser.error("--answers must be 1 or more")
+    if args.against is not None and not (args.answers and args.against.is_dir()):
+        parser.error("--against names a folder, and goes with --answers")
     if args.engines is not None and (args.engines < 2 or args.streams < 1):
         parser.error("--engines must be 2 or more, and --streams 1 or more with it")
     if args.streams < 0 or args.soak < 0 or 0 < args.soak < SOAK_SAMPLES:
@@ -139,7 +156,9 @@ def measure(args: argparse.Namespace, stack: ExitStack) -> int:
     raise_open_files(args.engines or 0)
     rows: list[Row] = []
     for is_wanted, part in (
-        ((True, measure_scale),)
+        ((True, measure_answers),)
+        if args.answers
+        else ((True, measure_scale),)
         if args.engines
         else (
             (CANNED in args.arms or args.soak, measure_fast),
@@ -201,6 +220,17 @@ def measure_scale(
     site = start_site(models.tiny_llama(), args.workers, SCALE_STEP_MS, folder, stack, args.engines)
     keep(Canned(site, Prompts(4), args.prompt_tokens).scale(args.engines, args.streams))
     return notes(SCALE, step=SCALE_STEP_MS / 1e3)
+
+
+def measure_answers(
+    args: argparse.Namespace, folder: Path, stack: ExitStack, keep: Keep
+) -> list[str]:
+    """Measure what an answer costs beside one server alone, and another checkout's frontend."""
+    say("starting three engines and the frontends: one to five minutes")
+    servers = start_servers(models.tiny_llama(), args.against, folder, stack)
+    for row in Answers(servers, Prompts(5), args.prompt_tokens).rows(args.answers, args.repeat):
+        keep(row)
+    return notes(ANSWERS, prompt=args.prompt_tokens, number=args.answers)
 
 
 def measure_whole_path(

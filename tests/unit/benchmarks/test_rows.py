@@ -173,6 +173,19 @@ def test_the_frontend_tables_are_those_there_are_rows_for() -> None:
     assert "| nixl | 2 | 40.00 (40.00 to 40.00) |  | 100.0 |" in path
 
 
+def test_what_an_answer_costs_is_compared_turn_by_turn() -> None:
+    rows = [
+        frontend_rows.answers_row("ours", [2.0] * 7 + [9.0]),
+        frontend_rows.answers_row("before", [4.0] * 8),
+        frontend_rows.answers_row("alone", [1.0] * 7 + [4.5]),
+    ]
+    ((_, table),) = frontend_rows.tables(rows)
+    ours, before, alone = table.splitlines()[2:]
+    assert ours.split("|")[1:4] == [" ours ", " 8 ", " 2.00 (2.00 to 2.00) "]
+    assert before.split("|")[4].startswith(" 0.500 (0.500 to")
+    assert alone.split("|")[4] == " 2.000 (2.000 to 2.000) "
+
+
 def test_streams_and_soak_have_tables_of_their_own() -> None:
     resident = {"before": 300.0, "start": 350.0, "end": 360.0, "after": 340.0}
     streams = frontend_rows.streams_row(
