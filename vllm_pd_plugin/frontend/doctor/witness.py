@@ -28,7 +28,7 @@ from vllm_pd_plugin.ids import RequestId
 
 @dataclasses.dataclass(slots=True)
 class Part:
-    """What an engine has given out for one leg.
+    """What an engine has given out for one kind of leg.
 
     times: when each output with tokens came here, in seconds. compute_s, queue_s: by the engine's
     clock; None where it does not say. external_tokens: of the prompt, that it got from elsewhere.
@@ -68,7 +68,7 @@ class Answer:
     """A request's way, and its answer.
 
     likeliest: for each token the log-probabilities of it and of those that were likeliest there.
-    routes: of each attempt. parts: of the first attempt. is_late: there was no more time for it.
+    routes: of each attempt. parts: by the kind of leg. is_late: there was no more time for it.
     ending, refusal: why there is no answer. seconds: how long all of it took.
     """
 
@@ -136,11 +136,10 @@ class Witness(Dispatch):
         super().gave_out(link, outputs)
 
     def _leg(self, leg_id: RequestId) -> Leg | None:
-        """Return the leg of the first attempt that has this id, if it is under way."""
+        """Return the leg that has this id, if it is under way."""
         underway = self.underway(self._request_id)
-        if underway is None or underway.course.attempt != 1:
-            return None
-        return next((leg for leg in underway.course.legs if leg.id == leg_id), None)
+        legs = [] if underway is None else underway.course.legs
+        return next((leg for leg in legs if leg.id == leg_id), None)
 
     def _to_client(self, outputs: EngineCoreOutputs) -> None:
         for output in outputs.outputs:

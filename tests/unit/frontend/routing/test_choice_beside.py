@@ -69,6 +69,15 @@ def test_where_it_has_no_room_there_it_goes_elsewhere(engines: tuple[Engine, ...
     assert chosen.decode == "d1"
 
 
+def test_one_token_too_is_computed_beside_another_while_there_is_room() -> None:
+    there = Route(None, "p1", Reason.ONE_TOKEN)
+    one = Prompt(4000, 1, beside=there)
+    busy = but(P1, running=100, prefill_tokens=9000)
+    assert choose([busy, P2, D1], one, HANDED_OFF) == there
+    full = but(P1, running=400)
+    assert choose([full, P2, D1], one, HANDED_OFF) == Route(None, "p2", Reason.ONE_TOKEN)
+
+
 @pytest.mark.parametrize(
     ("engines", "blocked"),
     [
