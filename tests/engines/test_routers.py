@@ -172,7 +172,9 @@ def assert_all_are_answered(kind: outages.Kind, num_requests: int, llama: Trio, 
         ratio = statistics.median(there[3:]) / statistics.median(here[3:])
         print(f"{kind.__name__}: TTFT from the fourth request on {ratio:.2f} of the engine's alone")
         metrics = frontend.metrics()
-        failed = {k: v for k, v in metrics.items() if k.startswith("pd_frontend_failures") and v}
+        failed = {
+            k: v for k, v in metrics.items() if k.startswith("pd_frontend_failures_total") and v
+        }
         pool = HTTP.get(f"{frontend.url}/pd/v1/pool", timeout=10).json()["engines"]
         states = {engine["url"]: (engine["state"], engine["problem"]) for engine in pool}
         assert (failed, states[decode.url][0]) == ({}, "up")

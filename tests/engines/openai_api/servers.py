@@ -17,7 +17,9 @@ def start_frontends(trio: Trio, logs: Path) -> dict[str, Engine]:
     model = models.smollm2()
     pool = ("--prefill", trio.producer.url, "--decode", trio.consumer.url)
     tools = [word for word in API if word not in ("--max-num-batched-tokens", "8192")]
-    words = (*pool, *tools, "--max-model-len", "4096", "--local-below")
+    # Fifty at once may wait for longer than usual: all of them are to be answered.
+    patience = ("--max-model-len", "4096", "--queue-timeout", "300")
+    words = (*pool, *tools, *patience, "--local-below")
     return {
         "handed off": start_frontend("serve", model, (*words, "0"), folder=logs),
         "local": start_frontend("serve", model, (*words, "100000"), folder=logs),
