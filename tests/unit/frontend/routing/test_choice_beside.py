@@ -78,6 +78,17 @@ def test_one_token_too_is_computed_beside_another_while_there_is_room() -> None:
     assert choose([full, P2, D1], one, HANDED_OFF) == Route(None, "p2", Reason.ONE_TOKEN)
 
 
+def test_what_wants_one_token_and_what_wants_many_do_not_follow_each_other() -> None:
+    one = Route(None, "p1", Reason.ONE_TOKEN)
+    many = choose([P1, P2, D1], Prompt(4000, 100, beside=one), HANDED_OFF)
+    assert isinstance(many, Route)
+    assert (many.decode, many.reason) == ("d1", Reason.DISAGGREGATED)
+    handed_off = Route("p2", "d2", Reason.DISAGGREGATED)
+    last = choose([P1, P2, D1, D2], Prompt(4000, 1, beside=handed_off), HANDED_OFF)
+    assert isinstance(last, Route)
+    assert last.reason is Reason.ONE_TOKEN
+
+
 @pytest.mark.parametrize(
     ("engines", "blocked"),
     [
