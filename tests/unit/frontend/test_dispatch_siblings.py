@@ -93,6 +93,20 @@ def test_all_steps_of_a_beam_search_are_on_one_engine_that_decodes_and_one_reque
     run(story)
 
 
+def test_the_steps_of_a_beam_search_leave_others_their_place_in_the_queue() -> None:
+    async def story(world: World) -> None:
+        world.engine("d", Role.DECODE)
+        with world.metrics.one_request(are_beams=True):
+            answer(world, "first")
+            for beam in range(10):
+                world.add(f"beam-{beam}", max_tokens=1)
+            assert world.dispatch.gate.queued.total() == 0
+        world.add("other")
+        assert world.dispatch.gate.queued.total() == 1
+
+    run(story)
+
+
 def test_a_beam_search_has_one_time_to_first_token() -> None:
     async def story(world: World) -> None:
         world.engine("d", Role.DECODE)

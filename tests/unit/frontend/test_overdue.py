@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -104,6 +105,19 @@ def test_a_leg_is_looked_at_when_it_may_be_overdue_and_not_before() -> None:
     assert found[0] == (19.25, "r-1"), "10 s after it was heard of"
     legs.remove("r-1")
     assert list(legs.overdue(START + 300)) == []
+
+
+def test_a_fault_with_one_overdue_leg_forgets_none() -> None:
+    pool = Pool(lambda: START)
+    pool.add(make_member("e", Role.BOTH))
+    legs = OpenLegs(LIMITS, pool)
+    course = Course(make_request(), FakeDispatcher())
+    underway: Any = Underway(course, None, Marks(START), START + 900, ("", ""))  # type: ignore[arg-type]
+    for name in ("a", "b"):
+        legs.put(underway, Leg(name, "e", WHOLE, 100, START))
+    with contextlib.closing(legs.overdue(START + 500)) as broken_off:
+        next(broken_off)  # what is done about it fails
+    assert {leg.id for _, leg in legs.overdue(START + 800)} == {"a", "b"}
 
 
 def test_an_engine_s_requests_are_those_that_it_works_on_or_hands_over() -> None:
