@@ -237,8 +237,12 @@ class Link:
 
     def _send(self, message: messages.FromFrontend, payload: list[bytes] | None = None) -> None:
         frames = messages.encode(message, self._connection.incarnation, self.incarnation, payload)
-        if self._dealer is None or not self._dealer.send(frames):
+        if self._dealer is None or self._dealer.send(frames):
+            return
+        if self._is_attached:
             self._drop("it does not read what is sent to it")
+        else:
+            self._disconnected()  # the first message found no room: the handshake has failed
 
     def _disconnected(self) -> None:
         if self._is_attached:

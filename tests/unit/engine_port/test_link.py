@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+import zmq
 from aiohttp import web
 
 from tests.fakes.engine_core import describe
@@ -21,7 +23,7 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.engine_port import messages
     from vllm_pd_plugin.engine_port.link import Connection, Link
     from vllm_pd_plugin.ids import Incarnation
-    from vllm_pd_plugin.net.async_channel import close_context, new_context
+    from vllm_pd_plugin.net.async_channel import AsyncDealer, close_context, new_context
     from vllm_pd_plugin.net.channel import CurveKeys, Listener, Loop
 
 
@@ -48,8 +50,10 @@ async def serving(
 async def connecting() -> AsyncIterator[Connection]:
     context = new_context()
     async with aiohttp.ClientSession() as session:
-        yield Connection("this", Incarnation("1" * 16), None, context, session)
-    close_context(context)
+        try:
+            yield Connection("this", Incarnation("1" * 16), None, context, session)
+        finally:
+            close_context(context)
 
 
 async def problem_of(link: Link) -> str:
@@ -158,8 +162,29 @@ def test_a_server_that_is_not_there_is_told_from_a_host_that_is_not() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("a" * 16, "b" * 16), ("a" * 16, None)])
-def test_another_cluster_key_is_named_as_what_may_be_wrong(theirs: str, ours: str | None) -> None:
+class LateDealer(AsyncDealer):
+    """Not used before the connection has ended: a handshake may fail before the first message."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        until = time.monotonic() + 10
+        while self._socket.poll(0, zmq.POLLOUT) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not self._socket.poll(0, zmq.POLLOUT)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "dealer"),
+    [
+        ("a" * 16, "b" * 16, AsyncDealer),
+        ("a" * 16, None, AsyncDealer),
+        ("a" * 16, None, LateDealer),
+    ],
+)
+def test_another_cluster_key_is_named_as_what_may_be_wrong(
+    theirs: str, ours: str | None, dealer: type[AsyncDealer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_pd_plugin.engine_port.link.AsyncDealer", dealer)
     loop = Loop("engine", lambda: None)
     keys = CurveKeys.derive(theirs)
     listener = Listener(loop, ("127.0.0.1", 0), keys, lambda identity, frames: None)
