@@ -190,3 +190,32 @@ class Gate:
         self.queued[tenant] -= 1
         if not self.queued[tenant]:
             del self.queued[tenant]
+
+    def reserve(self, tenant: Tenant, num: int) -> Room:
+        """Let a request in that will join with so many answers; see ``Room``."""
+        for _ in range(num):
+            self.joined(tenant)
+        return Room(self, tenant, num)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Room:
+    """What a request was let in for and has not begun, which counts as queued. Once its status is
+    sent to a client it cannot be turned away any more, whoever else has come meanwhile."""
+
+    gate: Gate
+    tenant: Tenant
+    num: int
+
+    def take(self, num: int) -> bool:
+        """Use it for so many answers, which join now; False if it is not for as many."""
+        if num > self.num:
+            return False
+        self.num -= num
+        for _ in range(num):
+            self.gate.left(self.tenant)
+        return True
+
+    def give_back(self) -> None:
+        """The request is over; idempotent."""
+        self.take(self.num)

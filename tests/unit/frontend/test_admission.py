@@ -47,6 +47,19 @@ def test_a_flood_is_turned_away_and_whoever_asks_for_little_is_not() -> None:
     assert admit(Queue(140, None, 2, 50), BOUNDS) is Refusal.OVER_SHARE
 
 
+def test_room_is_for_so_many_answers_and_counts_as_queued_until_they_join() -> None:
+    gate = Gate(30.0)
+    room = gate.reserve(("batch", ""), 3)
+    assert gate.queued == {("batch", ""): 3}
+    assert not room.take(4)
+    assert room.take(2)
+    assert gate.queued == {("batch", ""): 1}
+    assert not room.take(2)
+    room.give_back()
+    room.give_back()
+    assert not gate.queued
+
+
 def test_while_the_frontend_itself_is_late_nobody_is_taken() -> None:
     assert admit(Queue(0, None, 1, 0, lag_s=1.0), BOUNDS) is None
     assert admit(Queue(0, None, 1, 0, lag_s=1.1), BOUNDS) is Refusal.FRONTEND_OVERLOADED

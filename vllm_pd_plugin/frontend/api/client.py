@@ -185,14 +185,28 @@ class PoolLLM(AsyncLLM):
                 logger.exception("unexpected error with what is unread")
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Refuse a request that cannot be served, while an HTTP status can still say so."""
-        if current_request().siblings.is_going_on:
+        """Refuse a request that cannot be served, while an HTTP status can still say so.
+
+        vLLM asks before it answers anything, without a request_id, and again for each request that
+        begins: what was let in then has room now.
+        """
+        context, begins = current(), request_id is not None
+        siblings = current_request().siblings
+        if siblings.is_going_on:
             return  # it was let in
+        if begins and context.room is not None and context.room.take(n):
+            if siblings.are_beams:
+                context.give_back()  # its beams are steps of one answer
+            return
+        slo_class = self.dispatch.metrics.slo_class(context.slo_class)
         if (turned_away := self._turn_away(n, request_id)) is not None:
-            context = current()
             context.retry_after_s = turned_away.retry_after_s
-            self.dispatch.metrics.refused(context.slo_class, turned_away.why)
+            self.dispatch.metrics.refused(slo_class, turned_away.why)
             raise refusal(turned_away.why)
+        if not begins and context.has_end:
+            gate = self.dispatch.gate
+            context.give_back()
+            context.room = gate.reserve(gate.tenant(slo_class, context.key), n)
 
     def _turn_away(self, num_new: int, request_id: str | None) -> TurnedAway | None:
         if self._is_draining:

@@ -17,6 +17,8 @@ from starlette.datastructures import Headers, MutableHeaders
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from vllm_pd_plugin.frontend.admission import Room
+
 SLO_HEADER = "x-slo-class"
 TIMEOUT_HEADER = "x-request-timeout"
 _KEY_NAME, _SESSION_NAME = 16, 16
@@ -26,12 +28,21 @@ _KEY_NAME, _SESSION_NAME = 16, 16
 class RequestContext:
     """slo_class: as the client asks for it. timeout_s: after which it wants no answer any more.
     key: what its API key is called here, whether or not it is a good one; empty if it has none.
-    retry_after_s: when it may come again, should it be turned away; whoever does that knows."""
+    retry_after_s: when it may come again, should it be turned away; whoever does that knows.
+    room: what it was let in for; given back with its end. has_end: whether that will be told.
+    """
 
     slo_class: str | None = None
     timeout_s: float = math.inf
     key: str = ""
     retry_after_s: int = 1
+    room: Room | None = None
+    has_end: bool = False
+
+    def give_back(self) -> None:
+        """Give its room back, where it has any."""
+        if self.room is not None:
+            self.room.give_back()
 
 
 _CURRENT: contextvars.ContextVar[RequestContext] = contextvars.ContextVar("pd_request_context")
@@ -59,8 +70,12 @@ class ContextMiddleware:
             await send(message)
 
         context = read_context(Headers(scope=scope))
+        context.has_end = True
         _CURRENT.set(context)
-        await self._app(scope, receive, send_with_retry)
+        try:
+            await self._app(scope, receive, send_with_retry)
+        finally:
+            context.give_back()
 
 
 def read_context(headers: Headers) -> RequestContext:

@@ -21,8 +21,11 @@ with warnings.catch_warnings():
 
     from tests.fakes.links import output_of
     from vllm_pd_plugin.engine_port.messages import EngineLoad, State
+    from vllm_pd_plugin.frontend.admission import NO_ENGINES
     from vllm_pd_plugin.frontend.api.client import PoolLLM
+    from vllm_pd_plugin.frontend.requests.context import ContextMiddleware
     from vllm_pd_plugin.frontend.routing.choice import Role
+    from vllm_pd_plugin.frontend.telemetry.outcomes import DEFAULT_CLASS, one_request
 
 
 def client_of(world: World) -> PoolLLM:
@@ -67,6 +70,63 @@ def test_a_request_that_is_turned_away_is_counted() -> None:
 
     with counting({}) as metrics:
         dispatching.run(story, metrics=metrics)
+
+
+def test_what_was_let_in_is_not_turned_away_after_its_status_was_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many come between vLLM's two questions."""
+
+    async def story(world: World) -> None:
+        client, gate = client_of(world), world.dispatch.gate
+        monkeypatch.setattr(AsyncLLM, "check_admission", lambda *_: None)
+        tenant = gate.tenant(DEFAULT_CLASS, "")
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            client.check_admission(2)
+            assert gate.queued[tenant] == 2
+            for _ in range(NO_ENGINES.max_running):
+                gate.joined(tenant)
+            client.check_admission(2, "r")
+            assert gate.queued[tenant] == NO_ENGINES.max_running
+            with pytest.raises(GracefulHTTPError):  # its room is used up
+                client.check_admission(1, "s")
+            gate.queued.clear()
+
+        scope: Any = {"type": "http", "headers": []}
+        await ContextMiddleware(app)(scope, None, None)  # type: ignore[arg-type]
+
+    with counting({}) as metrics:
+        dispatching.run(story, metrics=metrics)
+
+
+def test_a_request_of_which_nobody_tells_the_end_reserves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(world: World) -> None:
+        monkeypatch.setattr(AsyncLLM, "check_admission", lambda *_: None)
+        client_of(world).check_admission(2)
+        assert not world.dispatch.gate.queued
+
+    dispatching.run(story)
+
+
+def test_a_beam_search_has_room_for_one_answer_once_it_has_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(world: World) -> None:
+        client, gate = client_of(world), world.dispatch.gate
+        monkeypatch.setattr(AsyncLLM, "check_admission", lambda *_: None)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            client.check_admission(4)
+            with one_request(are_beams=True):
+                client.check_admission(1, "first step")
+            assert not gate.queued  # it joins next
+
+        await ContextMiddleware(app)({"type": "http", "headers": []}, None, None)  # type: ignore[arg-type]
+
+    dispatching.run(story)
 
 
 def test_the_pool_s_load_goes_to_vllm_s_loggers_again_and_again() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
+from vllm_pd_plugin.frontend.admission import Gate
 from vllm_pd_plugin.frontend.requests.context import (
     ContextMiddleware,
     RequestContext,
@@ -66,6 +67,19 @@ def answer(status: int, own_retry: bytes | None = None) -> tuple[dict[bytes, byt
 def test_the_application_knows_the_headers_and_nobody_else_does() -> None:
     assert answer(200)[1].slo_class == "batch"
     assert current() == RequestContext()
+
+
+def test_room_is_given_back_with_the_end_of_a_request_whatever_ends_it() -> None:
+    gate = Gate(30.0)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        current().room = gate.reserve(("batch", ""), 3)
+        assert gate.queued.total() == 3
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(ContextMiddleware(app)({"type": "http", "headers": []}, None, None))  # type: ignore[arg-type]
+    assert not gate.queued
 
 
 @pytest.mark.parametrize("status", [429, 503])
