@@ -28,6 +28,7 @@ _HEAD_END, _END = b"\r\n\r\n", b"\r\n0\r\n\r\n"
 _FINISHED = b'"finish_reason":"length"'
 _TAIL_BYTES = 2048
 _CONNECT_TRIES = 5
+_OPENING_AT_ONCE = 32
 
 
 @dataclasses.dataclass(slots=True)
@@ -246,7 +247,8 @@ async def open_streams(
     at_start: Callable[[], None],
     at_end: Callable[[], None],
 ) -> Window:
-    """Open a stream for each request, watch them when all have begun, and break them off.
+    """Open a stream for each request, some at a time, watch them when all have begun, and break
+    them off.
 
     opening_s: how long that may take. at_start, at_end: called when the time begins and ends.
 
@@ -258,10 +260,12 @@ async def open_streams(
     streams: list[asyncio.Task[Reading]] = []
     try:
         for request in requests:
+            # A server is not to be late for want of patience here: it turns requests away then.
+            await _begun(connections[-_OPENING_AT_ONCE:][:1], streams, began + opening_s)
             connection = await connect(url, mark)
             connections.append(connection)
             streams.append(asyncio.create_task(connection.ask(request)))
-        readings = await _all_begun(connections, streams, began + opening_s)
+        readings = await _begun(connections, streams, began + opening_s)
         opened = time.perf_counter()
         for reading in readings:
             reading.count_anew()
@@ -280,17 +284,18 @@ async def open_streams(
         await asyncio.gather(*streams, return_exceptions=True)
 
 
-async def _all_begun(
+async def _begun(
     connections: Sequence[Connection], streams: Sequence[asyncio.Task[Reading]], deadline: float
 ) -> list[Reading]:
+    """Wait until all of these have begun."""
     while True:
-        _check_open(streams)
-        await asyncio.sleep(0.05)
         readings = [c.reading for c in connections if c.reading is not None and c.reading.marks]
         if len(readings) == len(connections):
             return readings
+        _check_open(streams)
         if time.perf_counter() > deadline:
-            raise RequestFailed(f"only {len(readings)} of {len(connections)} streams have begun")
+            raise RequestFailed(f"{len(connections) - len(readings)} streams have not begun")
+        await asyncio.sleep(0.02)
 
 
 def _check_open(streams: Sequence[asyncio.Task[Reading]]) -> None:
