@@ -62,6 +62,7 @@ class _Open:
     frontend: _Frontend
     left: int
     num_prompt_tokens: int
+    is_fetched: bool
     is_new: bool = True
 
 
@@ -132,8 +133,10 @@ class CannedEngine:
 
     def _add(self, frontend: _Frontend, request_id: RequestId, payload: list[bytes]) -> None:
         request = self._decoder.decode(payload)
-        left, length = request.sampling_params.max_tokens, len(request.prompt_token_ids)
-        self._open[request_id] = _Open(request_id, frontend, left, length)
+        params, length = request.sampling_params, len(request.prompt_token_ids)
+        transfer = (params.extra_args or {}).get("kv_transfer_params", {})
+        is_fetched = bool(transfer.get("do_remote_prefill"))
+        self._open[request_id] = _Open(request_id, frontend, params.max_tokens, length, is_fetched)
 
     def _state(self, frontend: _Frontend) -> messages.State:
         return messages.State(
@@ -170,7 +173,7 @@ class CannedEngine:
         now = time.monotonic()
         kinds = (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
         stats = PrefillStats()
-        stats.set(request.num_prompt_tokens, 0, 0)
+        stats.set(request.num_prompt_tokens, 0, request.num_prompt_tokens * request.is_fetched)
         return [EngineCoreEvent.new_event(kind, now) for kind in kinds], stats
 
     def _reply(

@@ -230,10 +230,14 @@ class Link:
                 async with asyncio.timeout(messages.PING_INTERVAL_S):
                     await self._changed.wait()
             except TimeoutError:
-                if self._dealer is not None:
+                if self._is_silent and self._dealer is not None:
                     self._dealer.receive()  # if it was this process that stood still
-                if self._clock() - self._heard_at > PEER_TIMEOUT_S:
+                if self._is_silent:
                     self._drop(f"silent for {PEER_TIMEOUT_S:g} s")
+
+    @property
+    def _is_silent(self) -> bool:
+        return self._clock() - self._heard_at > PEER_TIMEOUT_S
 
     def _send(self, message: messages.FromFrontend, payload: list[bytes] | None = None) -> None:
         frames = messages.encode(message, self._connection.incarnation, self.incarnation, payload)

@@ -131,7 +131,8 @@ class PairBreakers:
 
     def retain(self, engines: Collection[EngineKey]) -> None:
         """Forget all pairs with an engine that is not among these."""
-        for pair in [pair for pair in self._breakers if not set(pair).issubset(engines)]:
+        there = frozenset(engines) if self._breakers else frozenset()
+        for pair in [pair for pair in self._breakers if not there.issuperset(pair)]:
             del self._breakers[pair]
 
     def problem(self, engine: EngineKey) -> str:
