@@ -28,7 +28,7 @@ _HEAD_END, _END = b"\r\n\r\n", b"\r\n0\r\n\r\n"
 _FINISHED = b'"finish_reason":"length"'
 _TAIL_BYTES = 2048
 _CONNECT_TRIES = 5
-_OPENING_AT_ONCE = 32
+_OPENING_AT_ONCE = 8
 
 
 @dataclasses.dataclass(slots=True)
@@ -295,7 +295,7 @@ async def _begun(
         _check_open(streams)
         if time.perf_counter() > deadline:
             raise RequestFailed(f"{len(connections) - len(readings)} streams have not begun")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.01)
 
 
 def _check_open(streams: Sequence[asyncio.Task[Reading]]) -> None:
