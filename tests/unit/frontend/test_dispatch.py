@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.courses import PROMPT
 from tests.fakes.dispatching import BACKOFF_S, World, run
-from vllm_pd_plugin.engine_port.messages import EngineLoad, State
+from vllm_pd_plugin.engine_port.messages import Blocks, EngineLoad, State, Stored
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -153,6 +153,23 @@ def test_engines_are_as_busy_as_they_say_and_as_they_are_made() -> None:
         assert member.snapshot().prefill_tokens == 100 + len(PROMPT)
         world.give(p, output_of("r-1p", 50, finish=LENGTH))
         assert member.snapshot().prefill_tokens == 100
+
+    run(story)
+
+
+def test_what_is_cached_of_a_prompt_is_no_part_of_an_engine_s_queue() -> None:
+    async def story(world: World) -> None:
+        p, _ = world.pair()
+        there: Any = p
+        block = PROMPT[:3]
+        world.dispatch.cached(there, Blocks((Stored(None, (b"a",), tuple(block), len(block)),)))
+        world.add("r")
+        world.add("s")
+        member = world.dispatch.pool["p"]
+        assert member.snapshot().prefill_tokens == 2 * (len(PROMPT) - len(block))
+        world.give(p, output_of("r-1p", 50, finish=LENGTH))
+        world.dispatch.abort(["s"])
+        assert member.snapshot().prefill_tokens == 0
 
     run(story)
 

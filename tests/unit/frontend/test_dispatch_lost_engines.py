@@ -96,6 +96,24 @@ def test_an_engine_that_fails_three_requests_is_spared() -> None:
     run(story)
 
 
+def test_an_engine_keeps_its_breaker_until_it_is_lost_whatever_it_says_of_itself() -> None:
+    async def story(world: World) -> None:
+        p, _ = world.pair()
+        breaker = world.dispatch.pool["p"].breaker
+        for number in range(3):
+            world.add(f"r{number}")
+            world.give(p, output_of(f"r{number}-1p", finish=ERROR))
+        p.description = describe(role="prefill", has_lora=True)
+        there: Any = p
+        world.dispatch.attached(there, EngineLoad())
+        assert not breaker.admits(world.dispatch.now())
+        world.lose(p)
+        world.come_back(p)
+        assert breaker.admits(world.dispatch.now())
+
+    run(story)
+
+
 def test_engines_that_stop_are_not_counted_as_broken() -> None:
     async def story(world: World) -> None:
         p, _ = world.pair()

@@ -8,8 +8,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from tests.fakes import dispatching
+from tests.fakes.courses import PROMPT
 from tests.fakes.dispatching import HANDED_OFF, World
 from tests.fakes.series import counting, value, values
+from vllm_pd_plugin.engine_port.messages import EngineLoad, State
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -19,7 +21,7 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.frontend.routing.choice import Role
     from vllm_pd_plugin.frontend.telemetry.outcomes import Objectives, one_request
 
-LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
+ABORT, LENGTH, STOP = FinishReason.ABORT, FinishReason.LENGTH, FinishReason.STOP
 
 
 def run(story: Callable[[World], Coroutine[Any, Any, None]]) -> None:
@@ -57,6 +59,24 @@ def test_a_choice_that_has_failed_begins_anew_where_the_others_are_if_they_do_we
         world.lose(there)
         await asyncio.sleep(1.0)
         assert len(other.sent) == 3
+
+    run(story)
+
+
+def test_an_attempt_more_does_not_follow_the_first_one() -> None:
+    async def story(world: World) -> None:
+        links = {url: world.engine(url, Role.PREFILL) for url in ("p0", "p1")}
+        d = world.engine("d", Role.DECODE)
+        world.add("r")
+        (first,) = (url for url, link in links.items() if link.sent)
+        (other,) = set(links) - {first}
+        busy: Any = links[first]
+        world.dispatch.loaded(busy, State(EngineLoad(waiting_tokens=1000), 0, last_add=1))
+        world.give(d, output_of("r-1d", finish=ABORT))
+        await asyncio.sleep(1.0)
+        assert (links[first].sent, links[other].sent) == (["r-1p"], ["r-2p"])
+        prompt_to_compute = world.dispatch.pool[other].snapshot().prefill_tokens
+        assert prompt_to_compute == len(PROMPT), "it is not cached where it was not computed"
 
     run(story)
 

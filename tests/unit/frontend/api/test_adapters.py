@@ -125,6 +125,22 @@ def test_where_no_engine_takes_adapters_that_is_said_at_once(call: str) -> None:
     dispatching.run(story)
 
 
+def test_an_adapter_waits_for_an_engine_that_takes_some_and_is_down_now() -> None:
+    async def story(world: World) -> None:
+        engine_of(world, "d0", Role.DECODE, False)
+        d = engine_of(world, "d1", Role.DECODE, True)
+        world.lose(d)
+        assert await client_of(world).add_lora(LoRARequest("a", 1, "/a"))
+        add(world, "r")
+        await asyncio.sleep(1.0)
+        assert (world.dispatch.num_waiting, world.failed) == (1, [])
+        world.come_back(d)
+        await asyncio.sleep(0)
+        assert d.sent == ["r-1w"]
+
+    dispatching.run(story)
+
+
 def test_while_no_engine_is_up_nobody_knows_whether_one_takes_adapters() -> None:
     async def story(world: World) -> None:
         world.lose(engine_of(world, "d", Role.DECODE, False))

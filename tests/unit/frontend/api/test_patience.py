@@ -254,11 +254,15 @@ def test_what_is_read_does_not_count_as_unread() -> None:
     tell(story)
 
 
-def test_a_token_s_log_probabilities_count_like_as_many_tokens() -> None:
+@pytest.mark.parametrize(
+    ("logprobs", "waits"),
+    [pytest.param(4, 50, id="four"), pytest.param(-1, 10_010, id="the whole vocabulary")],
+)
+def test_a_token_s_log_probabilities_count_like_as_many_tokens(logprobs: int, waits: int) -> None:
     async def story(client: Client) -> None:
-        collector = await client.begin("r", logprobs=4)
+        collector = await client.begin("r", logprobs=logprobs)
         choice = CompletionOutput(0, "", [50] * 10, None, None)
         collector.put(RequestOutput("r", None, None, None, [choice], finished=False))
-        assert list(unread(client.output_processor, 1000)) == [("r", 50)]
+        assert list(unread(client.output_processor, 1000)) == [("r", waits)]
 
     tell(story)
