@@ -23,9 +23,9 @@ from benchmarks.common import output, program
 from benchmarks.common.client import Prompts
 from benchmarks.common.engines import SMALL_FLAGS
 from benchmarks.common.processes import Cores
-from benchmarks.common.program import some_of, whole_numbers
 from benchmarks.common.statistics import Row
 from benchmarks.frontend.answers import Answers, start_servers
+from benchmarks.frontend.arguments import parse_arguments
 from benchmarks.frontend.rows import ANSWERS, CANNED, NOTES, SCALE, SOAK, STREAMS, tables
 from benchmarks.frontend.run import (
     ANSWER_TOKENS,
@@ -35,117 +35,16 @@ from benchmarks.frontend.run import (
     Canned,
     WholePath,
     start_site,
-    stream_tokens,
 )
 from benchmarks.goodput.arms import start_arms
 from tests import models
 from tests.engine import say
 from vllm_pd_plugin.frontend.processes.open_files import raise_open_files
 
-EXAMPLES = """examples:
-  python -m benchmarks.frontend --quick
-  python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
-  python -m benchmarks.frontend --arms canned --workers 2 --concurrency 64,256
-  python -m benchmarks.frontend --arms pdplugin,nixl --requests 400 --repeat 7
-  python -m benchmarks.frontend --answers 100 --against ../before --repeat 15 --json FILE
-  python -m benchmarks.frontend --engines 1000 --streams 10000 --json FILE
-"""
-
-ARMS = (CANNED, "pdplugin", "nixl")
-MAX_CONCURRENCY = 4096
-MAX_PROMPT_TOKENS, MAX_STREAM_TOKENS = 2000, 6000
-"""Together within tiny-llama's longest context."""
-
 
 def main() -> int:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     return program.run(lambda stack: measure(args, stack))
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = program.parser("frontend", __doc__)
-    parser.epilog = EXAMPLES
-    parser.add_argument(
-        "--arms", type=some_of(ARMS), default=list(ARMS), metavar="ARM,...",
-        help=f"some of {', '.join(ARMS)} (all)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--concurrency", type=whole_numbers(1, MAX_CONCURRENCY), metavar="N,...",
-        help="canned: requests at a time (1,16,64,256)",
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=float, help="canned: of one measurement (8)")
-    parser.add_argument("--repeat", type=int, help="repetitions of each measurement (5)")
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="N",
-        help="canned: processes of the frontend (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=128, metavar="N", help="of every prompt (%(default)s)"
-    )
-    parser.add_argument(
-        "--streams", type=int, default=0, metavar="N",
-        help="also open so many canned streams at once (%(default)s: not)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--engines", type=int, metavar="N",
-        help="only: so many canned engines with so many streams (not)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--answers", type=int, metavar="N",
-        help="only: CPU of so many answers a turn, beside `vllm serve` (not)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="FOLDER",
-        help="with --answers: also the frontend of another checkout",
-    )
-    parser.add_argument(
-        "--stream-seconds", type=float, default=20.0, metavar="SECONDS",
-        help="for how long they are watched (%(default)g)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--step-ms", type=float, default=50.0, metavar="MS",
-        help="a token of each stream in so many ms (%(default)g)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--soak", type=int, default=0, metavar="N",
-        help="also watch the memory over so many canned requests (%(default)s: not)",
-    )  # fmt: skip
-    parser.add_argument("--requests", type=int, help="whole path: in a repetition (400)")
-    parser.add_argument(
-        "--path-concurrency", type=int, default=8, metavar="N",
-        help="whole path: requests at a time (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="small numbers and one repetition, for what is not given",
-    )  # fmt: skip
-    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs here")
-    args = parser.parse_args()
-    usual = ([1, 16, 64, 256], 8.0, 5, 400)
-    quick = ([1, 8], 2.0, 1, 40)
-    options = ("concurrency", "seconds", "repeat", "requests")
-    for option, value in zip(options, quick if args.quick else usual, strict=True):
-        if getattr(args, option) is None:
-            setattr(args, option, value)
-    counts = (args.repeat, args.workers, args.prompt_tokens, args.requests, args.path_concurrency)
-    times = (args.seconds, args.stream_seconds, args.step_ms)
-    if min(counts) < 1 or min(times) <= 0:
-        parser.error("times must be above 0, numbers 1 or more")
-    if args.prompt_tokens > MAX_PROMPT_TOKENS:
-        parser.error(f"--prompt-tokens must be {MAX_PROMPT_TOKENS} or less")
-    if args.answers is not None and args.answers < 1:
-        parser.error("--answers must be 1 or more")
-    if args.against is not None and not (args.answers and args.against.is_dir()):
-        parser.error("--against names a folder, and goes with --answers")
-    if args.engines is not None and (args.engines < 2 or args.streams < 1):
-        parser.error("--engines must be 2 or more, and --streams 1 or more with it")
-    if args.streams < 0 or args.soak < 0 or 0 < args.soak < SOAK_SAMPLES:
-        parser.error(f"--streams must be 0 or more, --soak 0, or {SOAK_SAMPLES} or more")
-    if args.streams and stream_tokens(args.step_ms, args.stream_seconds) > MAX_STREAM_TOKENS:
-        parser.error(f"a stream would have more than {MAX_STREAM_TOKENS} tokens: raise --step-ms")
-    return args
 
 
 def measure(args: argparse.Namespace, stack: ExitStack) -> int:
