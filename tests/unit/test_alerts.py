@@ -18,14 +18,17 @@ import prometheus_client
 import pytest
 
 from tests.fakes import dispatching
+from tests.fakes.courses import make_request
 from tests.fakes.dispatching import World
 from tests.fakes.series import counting
 from tests.promql import Database, query, write_samples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine import FinishReason
 
+    from tests.fakes.engine_core import describe
     from tests.fakes.links import FakeLink, output_of
     from tests.monitoring import alerts, page_queries, panels
     from tests.unit.frontend.test_dispatch_outage import Outage
@@ -236,9 +239,10 @@ def test_the_time_to_the_first_token_is_seen(run: Run) -> None:
     assert value(run, median, run.slow_at) > 0.7
 
 
+OF_WAITING = "VllmPdRequestsWaitForEngines"
 OF_AN_OUTAGE = {
     "VllmPdNoDecodeEngine", "VllmPdNoPrefillEngine", "VllmPdGoodputLow", "VllmPdRequestsFail",
-    "VllmPdRequestsWaitForEngines",
+    OF_WAITING,
 }  # fmt: skip
 OF_PAIRS = "VllmPdPairsOpen"
 
@@ -248,6 +252,37 @@ def test_alerts_fire_when_they_should_and_only_then(run: Run) -> None:
     assert firing(run.series, run.outage_at) == OF_AN_OUTAGE
     assert firing(run.series, run.slow_at) == {"VllmPdGoodputLow"}
     assert firing(run.series, run.recovered_at) == set()
+
+
+def test_a_queue_for_engines_that_are_busy_is_no_wait_for_one_that_is_missing(
+    tmp_path: Path,
+) -> None:
+    """A busy engine, all the time; from the middle on an adapter, for an engine that is down."""
+    path = tmp_path / "series"
+    times: list[float] = []
+
+    async def story(world: World) -> None:
+        scraper = asyncio.create_task(scrape(world, path))
+        busy = world.engine("b", Role.BOTH)
+        busy.description = describe(role="both", max_num_seqs=1)
+        for number in range(2 * PHASE_S):
+            world.add(f"r{number}")  # each has 5 s, and two get one
+            if number == PHASE_S:
+                times.append(world.dispatch.now())
+            if number > PHASE_S:
+                request = make_request(f"a{number}")
+                request.lora_request = LoRARequest("a", 2_000_000, "/a")
+                world.dispatch.add(request)
+            await asyncio.sleep(1.0)
+        times.append(world.dispatch.now())
+        scraper.cancel()
+
+    with counting({}) as metrics:
+        dispatching.run(story, metrics=metrics)
+    series, (queue_at, missing_at) = Database(path), times
+    for at, is_missing in ((queue_at, False), (missing_at, True)):
+        assert query("sum(pd_frontend_requests_waiting) > 3", series, at)
+        assert (OF_WAITING in firing(series, at)) is is_missing
 
 
 def test_an_alert_lasts_as_long_as_nothing_can_be_handed_over(tmp_path: Path) -> None:

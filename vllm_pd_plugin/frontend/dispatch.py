@@ -379,8 +379,7 @@ class Dispatch:
 
     def _end_overdue(self, now: float) -> None:
         for each in self._waiting.overdue(now):
-            is_full = each.why is Unroutable.FULL
-            each.course.give_up(Ending.OVERLOADED if is_full else Ending.NO_ENGINE)
+            each.course.give_up(each.ending)
         self._waiting.wake()  # a circuit breaker may let one through
         for underway in list(self._courses.values()):
             if now >= underway.deadline:
@@ -392,7 +391,7 @@ class Dispatch:
         ready = [m.role for m in self.pool if m.is_up and not m.is_draining]
         self.metrics.set_engines(Counter(ready))
         queued = sum(len(each.course.prompt) for each in self._courses.values() if each.is_queued)
-        self.metrics.set_requests(len(self._courses), len(self._waiting), queued)
+        self.metrics.set_requests(len(self._courses), self._waiting.by_ending(), queued)
         self.metrics.set_lag(self.lag.seconds)
         self.pairs.retain([member.key for member in self.pool])
         self.metrics.set_open_pairs(self.pairs.num_open)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from vllm_pd_plugin.frontend.requests.course import Course
+from vllm_pd_plugin.frontend.requests.endings import Ending
 from vllm_pd_plugin.frontend.routing.choice import Unroutable
 from vllm_pd_plugin.ids import RequestId
 
@@ -38,6 +39,11 @@ class Waiting:
     deadline: float
     number: int
     num_tokens: int
+
+    @property
+    def ending(self) -> Ending:
+        """How it ends if it waits for too long."""
+        return Ending.OVERLOADED if self.why is Unroutable.FULL else Ending.NO_ENGINE
 
 
 def place_of(waiting: Waiting) -> Place:
@@ -82,6 +88,10 @@ class WaitingList:
         if waiting is not None:
             del self._ordered[bisect.bisect_left(self._ordered, place_of(waiting), key=place_of)]
             self.num_tokens -= waiting.num_tokens
+
+    def by_ending(self) -> Counter[Ending]:
+        """Return how many wait for an engine that is not there, and how many for room."""
+        return Counter(waiting.ending for waiting in self._ordered)
 
     def overdue(self, now: float) -> list[Waiting]:
         """Return those that have waited for too long."""

@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from tests.fakes.links import SkippingLoop
     from vllm_pd_plugin.frontend.requests.course import Course
+    from vllm_pd_plugin.frontend.requests.endings import Ending
     from vllm_pd_plugin.frontend.routing.choice import Unroutable
     from vllm_pd_plugin.frontend.waiting import WaitingList
 
@@ -167,5 +168,19 @@ def test_one_that_waits_on_keeps_its_place_and_its_deadline() -> None:
         line.waiting.wake()
         await turn()
         assert line.begun == ["a"]
+
+    run(story)
+
+
+def test_who_waits_for_room_is_told_from_who_waits_for_an_engine() -> None:
+    async def story(line: Line) -> None:
+        for name, why in (("a", FULL), ("b", Unroutable.NO_DECODE), ("c", Unroutable.NO_DECODE)):
+            line.put(name, why=why)
+        line.put("d", why=Unroutable.QUEUE_FOR_PREFILL)
+        assert line.waiting.by_ending() == {Ending.OVERLOADED: 1, Ending.NO_ENGINE: 3}
+        line.waiting.put(course := line.put("e"), Unroutable.NO_DECODE, 0.0)
+        assert line.waiting.by_ending()[Ending.NO_ENGINE] == 4, "it waits for something else now"
+        line.waiting.remove(course.id)
+        assert line.waiting.by_ending()[Ending.NO_ENGINE] == 3
 
     run(story)

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from tests.fakes.stat_loggers import make_config
     from tests.unit.frontend.api.test_pool_series import OF_CLIENTS, OF_THE_POOL
     from vllm_pd_plugin.frontend.api.pool_series import make_loggers
+    from vllm_pd_plugin.frontend.requests.endings import Ending
     from vllm_pd_plugin.frontend.routing.choice import Reason, Role, Route
     from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics
     from vllm_pd_plugin.ray_serve.series import RAY_KINDS, point_elsewhere
@@ -68,7 +69,7 @@ def test_what_a_frontend_counts_has_its_replica_s_id(made: dict[str, RaySeries])
     metrics.gave(timeline, 0.5, 1)
     metrics.finished(timeline)
     metrics.ended(timeline, None)
-    metrics.set_requests(3, 1, 100)
+    metrics.set_requests(3, {Ending.OVERLOADED: 1}, 100)
     metrics.set_engines({Role.DECODE: 2})
     metrics.routed(Route(None, "d", Reason.SHORT))
     metrics.engine_lost()
@@ -77,6 +78,10 @@ def test_what_a_frontend_counts_has_its_replica_s_id(made: dict[str, RaySeries])
     assert made["pd_frontend_requests"].recorded == [(1.0, {"outcome": "answered", **of_class})]
     assert made["pd_frontend_ttft_seconds"].recorded == [(0.5, of_class)]
     assert made["pd_frontend_requests_open"].recorded == [(3, of_replica)]
+    waiting = {
+        each["reason"]: number for number, each in made["pd_frontend_requests_waiting"].recorded
+    }
+    assert waiting == {"no_engine": 0, "overloaded": 1}
     assert made["pd_frontend_engines_lost"].recorded == [(1.0, of_replica)]
     assert (2, {"role": "decode", **of_replica}) in made["pd_frontend_engines"].recorded
 

@@ -37,6 +37,8 @@ _OF_ATTEMPTS = (
 """What another attempt may follow."""
 _OF_HANDOFFS = (Failure.REQUEST_FAILED, Failure.TIMEOUT, Failure.RECOMPUTED)
 """What may count against a pair of engines."""
+_OF_WAITING = (Ending.NO_ENGINE, Ending.OVERLOADED)
+"""How requests end that no engine has got."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,8 +113,9 @@ class FrontendMetrics:
         self._open = kinds.gauge(
             "pd_frontend_requests_open", "Requests under way.", multiprocess_mode="livesum"
         )
-        self._waiting = kinds.gauge(
-            "pd_frontend_requests_waiting", "Requests that no engine has got yet.",
+        waiting = kinds.gauge(
+            "pd_frontend_requests_waiting",
+            "Requests that no engine has got yet, by how they end if that lasts.", ["reason"],
             multiprocess_mode="livesum",
         )  # fmt: skip
         self._queued_tokens = kinds.gauge(
@@ -138,6 +141,7 @@ class FrontendMetrics:
         self._routes = {reason: routes.labels(reason.value) for reason in Reason}
         self._pairs = {failure: pairs.labels(failure.value) for failure in _OF_HANDOFFS}
         self._retries = {failure: retries.labels(failure.value) for failure in _OF_ATTEMPTS}
+        self._waiting = {ending: waiting.labels(ending.value) for ending in _OF_WAITING}
         self._engines = {role: engines.labels(role.value) for role in Role}
         self._of = self._make_classes({DEFAULT_CLASS, *slos})
 
@@ -295,10 +299,14 @@ class FrontendMetrics:
         for role, series in self._engines.items():
             series.set(counts.get(role, 0))
 
-    def set_requests(self, num_open: int, num_waiting: int, num_tokens: int) -> None:
-        """num_tokens: of the prompts of those that have no token yet."""
+    def set_requests(
+        self, num_open: int, num_waiting: Mapping[Ending, int], num_tokens: int
+    ) -> None:
+        """num_waiting: by how they end if that lasts. num_tokens: of the prompts of those that have
+        no token yet."""
         self._open.set(num_open)
-        self._waiting.set(num_waiting)
+        for ending, series in self._waiting.items():
+            series.set(num_waiting.get(ending, 0))
         self._queued_tokens.set(num_tokens)
 
     def set_lag(self, seconds: float) -> None:

@@ -23,10 +23,11 @@ with warnings.catch_warnings():
 WORKER = """
 import os, sys, time, warnings
 warnings.simplefilter("ignore")
+from vllm_pd_plugin.frontend.requests.endings import Ending
 from vllm_pd_plugin.frontend.routing.choice import Role
 from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics
 metrics = FrontendMetrics({})
-metrics.set_requests(8, 3, 100)
+metrics.set_requests(8, {Ending.NO_ENGINE: 3}, 100)
 metrics.set_engines({Role.DECODE: 2})
 timeline = metrics.begin(0.0, None)
 metrics.finished(timeline)
