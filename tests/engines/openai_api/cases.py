@@ -8,6 +8,7 @@ from typing import Any
 
 from openai import OpenAI
 
+from tests.engines.conftest import random_prompt
 from tests.http_client import HTTP
 
 TOOLS = [
@@ -137,6 +138,16 @@ def two_choices_with_a_seed(client: OpenAI, model: str) -> Any:
 @case
 def a_seed(client: OpenAI, model: str) -> Any:
     return plain(complete(client, model, temperature=0.9, top_p=0.95, seed=5))
+
+
+@case
+def a_seeded_prompt_of_several_steps_and_one_token(client: OpenAI, model: str) -> Any:
+    """One engine does all of it, with the seed: that ends a CPU engine of vLLM's own, and would end
+    the next one, too."""
+    prompt, sampling = random_prompt(1000, 77), {"temperature": 0.9, "seed": 5}
+    answer = plain(complete(client, model, prompt=prompt, max_tokens=1, **sampling))
+    answer.pop("usage")  # what is cached depends on who came first
+    return answer
 
 
 @case

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,44 @@ def test_every_request_was_handed_off_or_none(servers: dict[str, Engine]) -> Non
     assert handed_off["beam_search"] == local["beam_search"] == 1 + 5 * 2  # beams of each step
     assert local["short"] > 20
     assert "disaggregated" not in local
+
+
+def test_the_engines_count_what_a_frontend_has_them_do(
+    servers: dict[str, Engine], trio: Trio
+) -> None:
+    def counts() -> list[float]:
+        """Prompt tokens, and tokens that were given, of the producer and then of the consumer."""
+        told = [engine.metrics() for engine in (trio.producer, trio.consumer)]
+        names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+        return [each[name] for each in told for name in names]
+
+    frontend, before = servers["handed off"], counts()
+    answer = complete(client_of(frontend), frontend.model, prompt=f"{STORY} The new king")
+    prompt, given = answer.usage.prompt_tokens, answer.usage.completion_tokens
+    # The first token may count as a part of the consumer's prompt.
+    expected = [[prompt, 1, prompt + first, given - 1] for first in (0, 1)]
+    deadline = time.monotonic() + 10  # an engine tells its API server once in a while
+    while True:
+        more = [after - then for then, after in zip(before, counts(), strict=True)]
+        if more in expected:
+            return
+        assert time.monotonic() < deadline, (more, expected)
+        time.sleep(0.2)
+
+
+def test_who_has_no_api_key_gets_nothing_generated(trio: Trio, logs: Path) -> None:
+    words = ("--decode", trio.consumer.url, "--api-key", "K", "--max-model-len", "4096")
+    frontend = start_frontend("serve", models.smollm2(), words, folder=logs)
+    with running([frontend]):
+        body = frontend.body("A king", 2)
+        paths = ("/v1/completions", "/invocations", "/tokenize", "/inference/v1/generate")
+        for path, headers in product(paths, ({}, {"Authorization": "Bearer another"})):
+            answer = HTTP.post(f"{frontend.url}{path}", json=body, headers=headers)
+            assert answer.status_code == 401, (path, answer.text)
+        keyed = {"Authorization": "Bearer K"}
+        answer = HTTP.post(f"{frontend.url}/v1/completions", json=body, headers=keyed, timeout=60)
+        assert answer.status_code == 200
+        assert HTTP.get(f"{frontend.url}/health").status_code == 200
 
 
 def test_fifty_at_once_get_what_each_would_get_alone(alone: Engine, frontend: Engine) -> None:

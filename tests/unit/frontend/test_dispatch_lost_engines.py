@@ -143,6 +143,38 @@ def test_a_request_that_two_engines_were_lost_to_is_not_tried_on_a_third() -> No
     run(story)
 
 
+def test_the_only_request_of_an_engine_that_is_lost_is_answered_by_the_other_one_of_two() -> None:
+    """One loss is no proof: an engine that was killed has taken nothing down."""
+
+    async def story(world: World) -> None:
+        p, d = world.pair()
+        world.add("r")
+        world.lose(p)
+        await asyncio.sleep(BACKOFF_S)
+        world.give(d, output_of("r-2w", 50, finish=FinishReason.STOP))
+        assert (world.tokens, world.failed) == ([50], [])
+
+    run(story)
+
+
+def test_what_has_taken_both_engines_of_a_pool_down_spares_them_when_they_come_back() -> None:
+    async def story(world: World) -> None:
+        p, d = world.pair()
+        world.add("poison")
+        world.lose(p)
+        await asyncio.sleep(BACKOFF_S)
+        assert d.sent == ["poison-1d", "poison-2w"]
+        world.lose(d)
+        assert world.failed == [("poison", Ending.SUSPECT)]
+        for link in (p, d):
+            world.come_back(link)
+        world.add("good")
+        await asyncio.sleep(BACKOFF_S)
+        assert (p.sent, d.sent[2:]) == (["poison-1p", "good-1p"], ["good-1d"])
+
+    run(story)
+
+
 def test_what_waits_or_decodes_on_engines_that_are_lost_is_above_suspicion() -> None:
     async def story(world: World) -> None:
         a = world.engine("a", Role.DECODE)

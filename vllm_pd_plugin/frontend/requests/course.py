@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 4
 """The first one, and a budget of three more."""
 MAX_LOST_ENGINES = 2
-"""So many engines lost while they worked on the same request are no chance."""
+"""So many engines lost while they worked on the same request are no chance; one may have been."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
