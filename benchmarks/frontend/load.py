@@ -29,6 +29,11 @@ _FINISHED = b'"finish_reason":"length"'
 _TAIL_BYTES = 2048
 _CONNECT_TRIES = 5
 _OPENING_AT_ONCE = 8
+_COME_AGAIN_S = 2.0
+
+
+class Busy(RequestFailed):
+    """The server says that the request may come again later."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,7 +63,7 @@ class Reading:
                 return
             if head.split(b" ", 2)[1:2] != [b"200"]:
                 text = self._head.decode(errors="replace")[:600]
-                raise RequestFailed(f"refused: {text}")
+                raise (Busy if b" 503 " in head else RequestFailed)(f"refused: {text}")
             self._head = None
         carried = len(self.mark) - 1
         found_marks = (self._tail[-carried:] + data).count(self.mark)
@@ -124,6 +129,14 @@ class Connection(asyncio.Protocol):
         if not reading.has_finished:
             raise RequestFailed(f"ended early: {reading.tail}")
         return reading
+
+    async def first(self) -> Reading:
+        """Wait for the first of what is counted. Raises RequestFailed."""
+        while self.reading is None or not self.reading.marks:
+            if self._done is not None and self._done.done():
+                return self._done.result()
+            await asyncio.sleep(0.005)
+        return self.reading
 
     def close(self) -> None:
         if self._transport is not None:
@@ -256,16 +269,22 @@ async def open_streams(
         RequestFailed: a stream did not begin, or ended.
     """
     began = time.perf_counter()
+    left = list(requests)
     connections: list[Connection] = []
     streams: list[asyncio.Task[Reading]] = []
+    readings: list[Reading] = []
+
+    async def open_some() -> None:
+        while left:
+            reading, stream = await _open(url, mark, left.pop(), connections)
+            readings.append(reading)
+            streams.append(stream)
+
     try:
-        for request in requests:
-            # A server is not to be late for want of patience here: it turns requests away then.
-            await _begun(connections[-_OPENING_AT_ONCE:][:1], streams, began + opening_s)
-            connection = await connect(url, mark)
-            connections.append(connection)
-            streams.append(asyncio.create_task(connection.ask(request)))
-        readings = await _begun(connections, streams, began + opening_s)
+        async with asyncio.timeout(opening_s), asyncio.TaskGroup() as group:
+            for _ in range(_OPENING_AT_ONCE):
+                group.create_task(open_some())
+        _check_open(streams)
         opened = time.perf_counter()
         for reading in readings:
             reading.count_anew()
@@ -278,24 +297,32 @@ async def open_streams(
         at_end()
         longest_ms = tuple(1e3 * gap for gap in gaps)
         return Window(opened - began, end - opened, marks, longest_ms)
+    except ExceptionGroup as errors:
+        raise _first(errors) from None
+    except TimeoutError:
+        text = f"{len(readings)} of {len(requests)} streams have begun in {opening_s:g} s"
+        raise RequestFailed(text) from None
     finally:
         for connection in connections:
             connection.close()
         await asyncio.gather(*streams, return_exceptions=True)
 
 
-async def _begun(
-    connections: Sequence[Connection], streams: Sequence[asyncio.Task[Reading]], deadline: float
-) -> list[Reading]:
-    """Wait until all of these have begun."""
+async def _open(
+    url: str, mark: bytes, request: bytes, connections: list[Connection]
+) -> tuple[Reading, asyncio.Task[Reading]]:
+    """Open one stream and wait for its first token; a server that is too busy is asked again, as
+    clients do. connections: gets every one that is made. Raises RequestFailed."""
     while True:
-        readings = [c.reading for c in connections if c.reading is not None and c.reading.marks]
-        if len(readings) == len(connections):
-            return readings
-        _check_open(streams)
-        if time.perf_counter() > deadline:
-            raise RequestFailed(f"{len(connections) - len(readings)} streams have not begun")
-        await asyncio.sleep(0.01)
+        connection = await connect(url, mark)
+        connections.append(connection)
+        stream = asyncio.create_task(connection.ask(request))
+        try:
+            return await connection.first(), stream
+        except Busy:
+            await asyncio.gather(stream, return_exceptions=True)
+            connection.close()
+            await asyncio.sleep(_COME_AGAIN_S)
 
 
 def _check_open(streams: Sequence[asyncio.Task[Reading]]) -> None:
