@@ -126,6 +126,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.chaos --seed 1 --minutes 5 --json benchmarks/results/chaos.json
 	$(BIN)/python -m benchmarks.chaos --race --seed 1 --minutes 3 --json benchmarks/results/chaos-race.json
 	$(BIN)/python -m benchmarks.frontend --streams 1000 --soak 20000 --json benchmarks/results/frontend.json
+	$(BIN)/python -m benchmarks.frontend --engines 1000 --streams 10000 --json benchmarks/results/frontend-scale.json
+	$(BIN)/python -m benchmarks.frontend --answers 100 --repeat 15 --json benchmarks/results/frontend-answers.json
 	$(BIN)/python -m benchmarks.goodput --workloads long-in --rates 4,5.5,7,8.5 --seconds 18 --warm-up 5 --json benchmarks/results/goodput.json
 	$(BIN)/python -m benchmarks.goodput --workloads chat,short-in --arms "alone x2,pdplugin,pdplugin-auto" --rates 2,3,4.5,6 --seconds 10 --warm-up 3 --json benchmarks/results/goodput-others.json
 	$(BIN)/python -m benchmarks.chaos --frontend --topology 2P2D --json benchmarks/results/chaos-frontend.json
