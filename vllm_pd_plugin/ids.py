@@ -15,6 +15,9 @@ NULL_BLOCK: BlockId = 0
 RequestId = str
 """vLLM's internal request id; unique in one engine while the request lives."""
 
+OwnerId = str
+"""What holds an export calls it by; of a request that is handed off, its RequestId."""
+
 HandoffId = NewType("HandoffId", str)
 """Names one handoff for ever: 128 random bits, so that nobody can guess another request's."""
 

@@ -18,8 +18,10 @@ from typing import Any
 
 from vllm_pd_plugin.ids import HandoffId
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoff import Produced, ProducerState
-from vllm_pd_plugin.protocol.handoffs import ProducerTable
+from vllm_pd_plugin.protocol.answering import Answering
+from vllm_pd_plugin.protocol.export import Export
+from vllm_pd_plugin.protocol.export_states import TRANSITIONS, ExportEvent
+from vllm_pd_plugin.protocol.exports import ExportTable
 
 COUNTS, TAKE_OUT, CONSUMER = "PD_RACE_COUNTS", "PD_RACE_TAKE_OUT", "PD_RACE_CONSUMER"
 """Environment: the file that gets the counts; whether commits are granted unseen; the file that has
@@ -30,7 +32,7 @@ STOPPED_SHARE, STOP_S = 0.15, (0.12, 0.35)
 
 
 class Probe:
-    """given: how often each block was given to a request. ended: as it was when a handoff ended."""
+    """given: how often each block was given to a request. ended: as it was when an export ended."""
 
     def __init__(self, counts: Path) -> None:
         self._counts = counts
@@ -53,11 +55,11 @@ class Probe:
     def give(self, blocks: list[int]) -> None:
         self._given.update(blocks)
 
-    def end(self, handoff: Produced) -> None:
-        blocks = {block for table in handoff.blocks for block in table}
-        self._ended[handoff.handoff_id] = {block: self._given[block] for block in blocks}
-        if handoff.is_sealed and handoff.subscribers:
-            self._told.add(handoff.handoff_id)
+    def end(self, export: Export) -> None:
+        blocks = {block for table in export.blocks for block in table}
+        self._ended[export.handoff_id] = {block: self._given[block] for block in blocks}
+        if export.is_sealed and export.subscribers:
+            self._told.add(export.handoff_id)
 
     def was_reused(self, handoff_id: HandoffId) -> bool:
         then = self._ended.get(handoff_id, {})
@@ -85,22 +87,24 @@ class Probe:
 
 
 def install() -> None:
-    """Wrap the table of handoffs of this process, when it makes one."""
+    """Wrap the exports of this process, when it makes one."""
     probe = Probe(Path(os.environ[COUNTS]))
-    make, end, commit = ProducerTable.__init__, ProducerTable._end, ProducerTable.commit
-    heartbeat, seal = ProducerTable.heartbeat, ProducerTable.seal
-    subscribe = ProducerTable.subscribe
+    make, apply, seal = ExportTable.__init__, ExportTable.apply, ExportTable.seal
+    commit, heartbeat = Answering.commit, Answering.heartbeat
+    subscribe = Answering.subscribe
     consumer = Path(os.environ[CONSUMER])
 
-    def init(self: ProducerTable, *args: Any, **options: Any) -> None:
+    def init(self: ExportTable, *args: Any, **options: Any) -> None:
         _watch_blocks(probe)
         make(self, *args, **options)
 
-    def _end(self: ProducerTable, handoff: Produced, state: ProducerState) -> None:
-        probe.end(handoff)
-        end(self, handoff, state)
+    def _apply(self: ExportTable, export: Export, event: ExportEvent) -> Any:
+        transition = TRANSITIONS.get((export.state, event))
+        if transition and transition.state.is_over and not export.state.is_over:
+            probe.end(export)
+        return apply(self, export, event)
 
-    def _commit(self: ProducerTable, asked: wire.Commit) -> Any:
+    def _commit(self: Answering, asked: wire.Commit) -> Any:
         answer = commit(self, asked)
         if not isinstance(answer, wire.Refuse):
             return answer
@@ -111,7 +115,7 @@ def install() -> None:
             return wire.Committed(asked.handoff_id, asked.epoch, asked.is_last)
         return answer
 
-    def _heartbeat(self: ProducerTable, *args: Any) -> Any:
+    def _heartbeat(self: Answering, *args: Any) -> Any:
         *answers, (who, alive) = heartbeat(self, *args)
         for handoff_id, reason in alive.lost.items():
             probe.refuse(handoff_id, f"heartbeat: {reason}")
@@ -120,28 +124,25 @@ def install() -> None:
             alive = wire.Alive(others)
         return [*answers, (who, alive)]
 
-    def _seal(self: ProducerTable, *args: Any) -> Any:
+    def _seal(self: ExportTable, *args: Any) -> Any:
         answers = seal(self, *args)
         if answers:
             probe.stop(consumer)
         return answers
 
-    def _subscribe(self: ProducerTable, *args: Any) -> Any:
+    def _subscribe(self: Answering, *args: Any) -> Any:
         answer = subscribe(self, *args)
         if isinstance(answer, wire.Seal):
             probe.stop(consumer)
         return answer
 
-    wrappers = {
-        "__init__": init,
-        "_end": _end,
-        "commit": _commit,
-        "heartbeat": _heartbeat,
-        "seal": _seal,
-        "subscribe": _subscribe,
+    wrappers: dict[type, dict[str, Any]] = {
+        ExportTable: {"__init__": init, "apply": _apply, "seal": _seal},
+        Answering: {"commit": _commit, "heartbeat": _heartbeat, "subscribe": _subscribe},
     }
-    for name, wrapped in wrappers.items():
-        setattr(ProducerTable, name, wrapped)
+    for owner, methods in wrappers.items():
+        for name, wrapped in methods.items():
+            setattr(owner, name, wrapped)
 
 
 def _signal(pids: Path, number: signal.Signals) -> None:

@@ -23,8 +23,8 @@ from vllm_pd_plugin.packing.pieces import Pieces
 from vllm_pd_plugin.packing.staging import Room, Staging
 from vllm_pd_plugin.protocol.control import ControlPlane, LocalEngine
 from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Released
-from vllm_pd_plugin.protocol.handoff import Advance
 from vllm_pd_plugin.protocol.peers import Identity, PeerTable
+from vllm_pd_plugin.protocol.steps import Advance
 from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
 from vllm_pd_plugin.transfer.plane import TransferPlane
 from vllm_pd_plugin.transfer.rank import LocalRank, Rank, Timeouts
@@ -147,7 +147,7 @@ class FakeEngine(FakeMemory):
 
     def turn(self) -> None:
         self.control.turn()
-        self.announcer.set_lending(len(self.control._producing) > 0)
+        self.announcer.set_lending(len(self.control._exports) > 0)
         self.announcer.turn()
         self.look_at_reads()
 
@@ -172,8 +172,8 @@ class FakeEngine(FakeMemory):
         """How many each table still knows; all are zero when nothing has leaked."""
         control, plane = self.control, self.plane
         return {
-            "producer": len(control._producing),
-            "early": len(control._producing._early),
+            "producer": len(control._exports),
+            "early": control._exports.num_awaited,
             "consumer": len(control._wanting),
             "fetches": len(plane._fetches),
             "packed bytes": self.outgoing.taken_bytes + self.incoming.taken_bytes,

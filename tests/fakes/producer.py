@@ -11,8 +11,11 @@ from tests.fakes.engines import full_group, make_layout
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoff import Advance, Answer, ProducerState, ReturnAddress
-from vllm_pd_plugin.protocol.handoffs import ProducerTable
+from vllm_pd_plugin.protocol.answering import Answering
+from vllm_pd_plugin.protocol.export_states import ExportState
+from vllm_pd_plugin.protocol.exports import ExportTable
+from vllm_pd_plugin.protocol.outbox import Answer, ReturnAddress
+from vllm_pd_plugin.protocol.steps import Advance
 
 LEASE_S = 30.0
 TOKENS = 100
@@ -27,14 +30,14 @@ RANK_1 = ReturnAddress(b"rank-1", Incarnation("consumer-1"))
 
 
 class Producer:
-    """A producer's table, and what it has released and abandoned."""
+    """A producer's table, what consumers are answered, and what was released and abandoned."""
 
     def __init__(self, num_ranks: int = 1, layout: EngineLayout = LAYOUT) -> None:
         self.clock = FakeClock()
-        self.released: list[tuple[str, ProducerState]] = []
-        self.abandoned: list[tuple[str, ProducerState]] = []
+        self.released: list[tuple[str, ExportState]] = []
+        self.abandoned: list[tuple[str, ExportState]] = []
         self.unpacked: list[tuple[HandoffId, int]] = []
-        self.table = ProducerTable(
+        self.table = ExportTable(
             msgspec.structs.replace(layout, tensor_parallel_size=num_ranks),
             LEASE_S,
             lambda *r: self.released.append(r),
@@ -42,6 +45,7 @@ class Producer:
             lambda *u: self.unpacked.append(u),
             self.clock,
         )
+        self.answering = Answering(self.table, num_ranks)
         self.steps = 0
 
     def queued(self, request_id: str = "r", handoff: HandoffId | None = None) -> HandoffId:
@@ -57,7 +61,7 @@ class Producer:
     def wanted(self, request_id: str = "r") -> HandoffId:
         """In the middle of being produced, for a consumer that has asked."""
         handoff = self.open(request_id)
-        assert isinstance(self.table.want(handoff, SCHEDULER), wire.Offer)
+        assert isinstance(self.answering.want(handoff, SCHEDULER), wire.Offer)
         return handoff
 
     def sealed(self, request_id: str = "r") -> HandoffId:
@@ -105,11 +109,11 @@ class Producer:
         epoch: int = 0,
         is_last: bool = True,
     ) -> wire.Message:
-        return self.table.commit(wire.Commit(handoff, epoch, rank, is_last))
+        return self.answering.commit(wire.Commit(handoff, epoch, rank, is_last))
 
     def heartbeat(self, handoffs: Sequence[HandoffId]) -> wire.Message:
         """The answer to a heartbeat of the scheduler that asked; nothing else is said."""
-        ((who, alive),) = self.table.heartbeat(handoffs, SCHEDULER)
+        ((who, alive),) = self.answering.heartbeat(handoffs, SCHEDULER)
         assert who == SCHEDULER
         return alive
 

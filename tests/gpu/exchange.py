@@ -25,7 +25,8 @@ from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.ids import Source, new_handoff_id
 from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.protocol.events import Offered, Released
-from vllm_pd_plugin.protocol.handoff import Advance, ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
+from vllm_pd_plugin.protocol.steps import Advance
 from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec
 
 WAYS = (
@@ -114,7 +115,7 @@ def _produce_one(
     engine.on_control(lambda c: c.seal(handoff_id, request, NUM_TOKENS, _THERE, _SAMPLED))
     released = engine.event(Released)
     assert isinstance(released, Released)
-    connection.send((released.state is ProducerState.COMMITTED, engine.faults))
+    connection.send((released.state is ExportState.COMMITTED, engine.faults))
     return step
 
 

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 from vllm_pd_plugin.transfer.specs import FetchResult
 
 _FETCH_SECONDS_BUCKETS = (
@@ -58,7 +58,7 @@ class PdStats(KVConnectorStats):
     def record_retry(self, reason: Reason) -> None:
         _add(self.data["retries"], {reason.value: 1})
 
-    def record_ended(self, state: ProducerState) -> None:
+    def record_ended(self, state: ExportState) -> None:
         _add(self.data["ended"], {state.value: 1})
 
     def record_withdrawal(self) -> None:
@@ -217,7 +217,7 @@ class PdPromMetrics(KVConnectorPromMetrics):
             self._retries.labels(*values, reason).inc(count)
         for state, count in transfer_stats_data["ended"].items():
             self._ended.labels(*values, state).inc(count)
-            if state == ProducerState.EXPIRED.value:
+            if state == ExportState.EXPIRED.value:
                 self._expired.labels(*values).inc(count)
         self._control.labels(*values).inc(transfer_stats_data["control_bytes"])
         self._dropped.labels(*values).inc(transfer_stats_data["dropped_messages"])

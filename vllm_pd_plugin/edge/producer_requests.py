@@ -1,4 +1,5 @@
-"""Requests of this engine whose KV is to be handed off, as vLLM's scheduler sees them.
+"""Requests of this engine whose KV is to be handed off, as vLLM's scheduler sees them: they hold
+the exports of their prompts' KV.
 
 Owned by the engine's own thread.
 """
@@ -19,8 +20,9 @@ from vllm_pd_plugin.ids import HandoffId, RequestId, new_handoff_id
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
 from vllm_pd_plugin.protocol.control import CallControl
 from vllm_pd_plugin.protocol.events import Abandoned, Released
-from vllm_pd_plugin.protocol.handoff import Advance, ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 from vllm_pd_plugin.protocol.params import parse_handoff_id
+from vllm_pd_plugin.protocol.steps import Advance
 from vllm_pd_plugin.transfer.announcer import Announcement, layers_worth_a_message
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class _Producing:
     request: Request
     handoff_id: HandoffId
     epoch: int = 0
-    ending: ProducerState = ProducerState.CANCELLED
+    ending: ExportState = ExportState.CANCELLED
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class SealedHandoff:
 
 
 class ProducingRequests:
-    """Which requests hand off, and how far each is.
+    """Which requests hand off, and how far each is. The control thread has their exports, and says
+    when blocks may be freed (``released``) and when a request is for nothing (``abandoned``).
 
     stretch_bytes: see ``PdConfig``.
     """

@@ -1,8 +1,8 @@
 """The control plane of one engine: it lives beside the scheduler and knows nothing of vLLM.
 
-A ``ControlPlane`` is owned by the engine's control thread. As a producer it answers consumers
-and keeps the leases; as a consumer it asks for offers and keeps its handoffs alive. What the
-scheduler must know comes out as events.
+A ``ControlPlane`` is owned by the engine's control thread. As a producer it answers consumers of
+what is exported, and keeps the leases; as a consumer it asks for offers and keeps its handoffs
+alive. What the scheduler must know comes out as events.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from vllm_pd_plugin.memory.layout import (
     check_compatible,
 )
 from vllm_pd_plugin.protocol import framing, wire
+from vllm_pd_plugin.protocol.answering import Answering
 from vllm_pd_plugin.protocol.events import Abandoned, Event, Nudged, Released
-from vllm_pd_plugin.protocol.handoff import Advance, Answer, ReturnAddress
-from vllm_pd_plugin.protocol.handoffs import ProducerTable
-from vllm_pd_plugin.protocol.outbox import Outbox
+from vllm_pd_plugin.protocol.exports import ExportTable
+from vllm_pd_plugin.protocol.outbox import Answer, Outbox, ReturnAddress
 from vllm_pd_plugin.protocol.peers import Identity, MakePeers
+from vllm_pd_plugin.protocol.steps import Advance
 from vllm_pd_plugin.protocol.wanting import Wanting
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class ControlPlane:
         self._workers = frozenset(local.workers)
         self._emit = emit
         self._clock = clock
-        self._producing = ProducerTable(
+        self._exports = ExportTable(
             local.layout,
             lease_s,
             lambda request_id, state: emit(Released(request_id, state)),
@@ -84,6 +85,7 @@ class ControlPlane:
             self._unstage,
             clock,
         )
+        self._answering = Answering(self._exports, local.layout.tensor_parallel_size)
         self._wanting = Wanting(make_peers, self._check_fit, queue_timeout_s, emit, clock)
         self._worker_links: dict[int, ReturnAddress] = {}
         self._dropped_requests = 0
@@ -100,20 +102,20 @@ class ControlPlane:
     @property
     def faults(self) -> int:
         """How many were caught; see ``Containment``."""
-        return self._contain.faults + self._producing.faults + self._wanting.faults
+        return self._contain.faults + self._exports.faults + self._wanting.faults
 
     # --- what this engine's KV is ------------------------------------------------------------
 
     def identify(self, kv: KvIdentity) -> None:
         """More is known of what this engine's KV is; peers that do not fit are lost."""
-        revision = self._producing.revision = self._welcome.revision + 1
+        revision = self._exports.revision = self._welcome.revision + 1
         self._welcome = msgspec.structs.replace(self._welcome, kv=kv, revision=revision)
         self._encoded_welcome = framing.Encoded.of(self._welcome)
         self._wanting.look_again()
 
     def void(self, kv: KvIdentity) -> None:
-        """This engine's KV is another from now on: no handoff that has begun is good any more."""
-        self._producing.void()
+        """This engine's KV is another from now on: nothing that has begun is good any more."""
+        self._exports.void()
         text = "this engine's KV is another since: its weights were changed, or its cache was reset"
         self._wanting.give_up_all(Reason.KV_CHANGED, text)
         self.identify(kv)
@@ -130,19 +132,19 @@ class ControlPlane:
         self, handoff_id: HandoffId, request_id: RequestId, num_tokens: int, prompt: bytes
     ) -> None:
         """A request whose KV is to be handed off has arrived."""
-        self._producing.enqueue(handoff_id, request_id, num_tokens, prompt)
+        self._exports.enqueue(handoff_id, request_id, num_tokens, prompt)
 
     def open(self, handoff_id: HandoffId) -> None:
         """It is scheduled for the first time."""
-        self._tell(self._producing.open(handoff_id))
+        self._tell(self._exports.open(handoff_id))
 
     def advance(self, step: int, advances: Sequence[Advance]) -> None:
         """An engine step begins that computes some of these handoffs' KV."""
-        self._producing.advance(step, advances)
+        self._exports.advance(step, advances)
 
     def withdraw(self, handoff_id: HandoffId, epoch: int) -> None:
         """Its request was preempted; what was announced is no longer true."""
-        self._tell(self._producing.withdraw(handoff_id, epoch))
+        self._tell(self._exports.withdraw(handoff_id, epoch))
 
     def seal(
         self,
@@ -153,11 +155,11 @@ class ControlPlane:
         sampled: int | None = None,
     ) -> None:
         """Its KV is final; the blocks are held until a ``Released`` event."""
-        self._tell(self._producing.seal(handoff_id, request_id, num_tokens, blocks, sampled))
+        self._tell(self._exports.seal(handoff_id, request_id, num_tokens, blocks, sampled))
 
     def drop(self, handoff_id: HandoffId) -> None:
         """It ended without KV to hand off."""
-        self._tell(self._producing.drop(handoff_id))
+        self._tell(self._exports.drop(handoff_id))
 
     def receive(self, identity: bytes, frames: list[bytes]) -> None:
         """Handle a message from a consumer."""
@@ -198,30 +200,30 @@ class ControlPlane:
             return wire.Alive({})  # its header says who is here now
         match message:
             case wire.Want(handoff_id):
-                return self._producing.want(handoff_id, who)
+                return self._answering.want(handoff_id, who)
             case wire.Subscribe(handoff_id, rank):
-                return self._producing.subscribe(handoff_id, rank, who)
+                return self._answering.subscribe(handoff_id, rank, who)
             case wire.Heartbeat(handoff_ids):
-                self._tell(self._producing.heartbeat(handoff_ids, who))
+                self._tell(self._answering.heartbeat(handoff_ids, who))
                 return None
             case wire.Commit():
-                return self._producing.commit(message)
+                return self._answering.commit(message)
             case wire.Check():
-                return self._ask_worker(message.rank, self._producing.check(message))
+                return self._ask_worker(message.rank, self._answering.check(message))
             case wire.Pack():
-                return self._ask_worker(message.rank, self._producing.pack(message))
+                return self._ask_worker(message.rank, self._answering.pack(message))
             case wire.Unpacked(handoff_id, rank, number):
                 self._unstage(handoff_id, rank, number)
                 return None
             case wire.Cancel(handoff_id):
-                self._producing.cancel(handoff_id)
+                self._answering.cancel(handoff_id)
                 return None
             case wire.Announce(step, rank, num_layers) if header.sender in self._workers:
                 self._worker_links[rank] = who
-                self._tell(self._producing.announce(step, rank, num_layers))
+                self._tell(self._exports.announce(step, rank, num_layers))
                 return None
             case wire.Examined(check, digest) if header.sender in self._workers:
-                self._tell(self._producing.examined(check, digest))
+                self._tell(self._answering.examined(check, digest))
                 return None
             case wire.Staged() if header.sender in self._workers:
                 self._staged(message)
@@ -245,7 +247,7 @@ class ControlPlane:
         return None
 
     def _staged(self, staged: wire.Staged) -> None:
-        answer = self._producing.staged(staged)
+        answer = self._answering.staged(staged)
         if answer is not None:
             self._reply(*answer)
         elif staged.packed is not None:
@@ -280,7 +282,7 @@ class ControlPlane:
         be done."""
         again = self._clock() + LOOK_AGAIN_S
         due = (
-            self._contain.run("leases", self._producing.tick, again),
+            self._contain.run("leases", self._exports.tick, again),
             self._contain.run("what is wanted", self._wanting.turn, again),
         )
         self.send()

@@ -6,7 +6,7 @@ import dataclasses
 
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import RequestId, Source
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class Lost:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Released:
-    """A sealed handoff of this engine has ended; its blocks may be freed."""
+    """What a request of this engine has sealed is over; its blocks may be freed."""
 
     request_id: RequestId
-    state: ProducerState
+    state: ExportState
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Abandoned:
     """Nobody wants what a request of this engine is computing."""
 
     request_id: RequestId
-    state: ProducerState
+    state: ExportState
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

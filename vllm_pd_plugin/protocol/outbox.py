@@ -8,13 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.ids import Incarnation
 from vllm_pd_plugin.protocol import framing, wire
-from vllm_pd_plugin.protocol.handoff import ReturnAddress
 
 _MAX_BATCH = 256
+
+
+class ReturnAddress(NamedTuple):
+    """Where an answer goes: the channel's opaque identity of a consumer, its incarnation, and the
+    version that it speaks."""
+
+    identity: bytes
+    incarnation: Incarnation
+    version: int = framing.PROTOCOL_VERSION
+
+
+Answer = tuple[ReturnAddress, wire.Reply]
+"""To whom, and what."""
 
 Sendable = wire.Reply | framing.Encoded
 

@@ -11,7 +11,7 @@ import pytest
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult
 
 with warnings.catch_warnings():
@@ -31,7 +31,7 @@ def one_of_each() -> PdStats:
     stats.record_fetch(fetched())
     stats.record_failure(Reason.PRODUCER_ENDED)
     stats.record_retry(Reason.READ_FAILED)
-    stats.record_ended(ProducerState.EXPIRED)
+    stats.record_ended(ExportState.EXPIRED)
     stats.record_withdrawal()
     stats.record_kept(64)
     stats.record_control(700)

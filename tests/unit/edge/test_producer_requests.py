@@ -16,7 +16,8 @@ from vllm_pd_plugin.ids import HandoffId, new_handoff_id
 from vllm_pd_plugin.memory.layout import EngineLayout, Group, RankMemory, Region
 from vllm_pd_plugin.protocol.control import ControlPlane
 from vllm_pd_plugin.protocol.events import Abandoned, Released
-from vllm_pd_plugin.protocol.handoff import Advance, ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
+from vllm_pd_plugin.protocol.steps import Advance
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -221,7 +222,7 @@ def test_a_request_that_ends_well_is_sealed_and_its_blocks_are_held(
     assert (sealed.handoff_id, sealed.num_tokens) == (handoff, TOKENS)
     assert producer.control.calls == [("seal", handoff, "r", TOKENS, TABLE, 7)]
     assert producer.requests.holds_blocks
-    producer.requests.released(Released("r", ProducerState.COMMITTED))
+    producer.requests.released(Released("r", ExportState.COMMITTED))
     assert producer.requests.take_released() == ("r",)
     assert producer.requests.take_released() == ()
     assert not producer.requests.holds_blocks
@@ -252,7 +253,7 @@ def test_an_abandoned_request_is_named_once_and_counts_by_what_ended_it(
 ) -> None:
     request = FakeRequest(status=RequestStatus.FINISHED_ERROR)
     producer.add(request)
-    producer.requests.abandoned(Abandoned("r", ProducerState.EXPIRED))
+    producer.requests.abandoned(Abandoned("r", ExportState.EXPIRED))
     assert producer.requests.take_abandoned() == ["r"]
     assert producer.requests.take_abandoned() == []
     producer.finish(request)

@@ -14,7 +14,7 @@ from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.events import Lost
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 
 OTHER_WEIGHTS = make_kv(weights=Weights("sampled:2"))
 
@@ -94,7 +94,7 @@ def test_a_producer_that_comes_to_know_that_it_is_the_same_goes_on(cluster: Fake
 
 def test_a_producer_that_never_says_what_its_kv_is_is_given_up(cluster: FakeCluster) -> None:
     cluster.want("c", cluster.producer.begin("p", 8))
-    cluster.producer.control._producing.revision = 7  # and its Welcome still says 0
+    cluster.producer.control._exports.revision = 7  # and its Welcome still says 0
     cluster.want("d", cluster.producer.begin("q", 8))
     assert cluster.consumer.lost() == {"d": Reason.PEER_INCOMPATIBLE}
 
@@ -132,7 +132,7 @@ def test_weights_that_are_changed_in_place_fit_nobody(cluster: FakeCluster) -> N
     cluster.want("d", cluster.producer.begin("q", 8))
     lost = cluster.consumer.lost()
     assert lost["d"] is Reason.PEER_INCOMPATIBLE
-    assert ProducerState.CANCELLED in {
+    assert ExportState.CANCELLED in {
         event.state for event in cluster.producer.events if hasattr(event, "state")
     }
 
@@ -143,7 +143,7 @@ def test_what_only_waits_goes_on_when_kv_becomes_another(cluster: FakeCluster) -
     cluster.want("c", waiting)
     cluster.consumer.control.void(make_kv())
     assert cluster.consumer.lost() == {}
-    table = cluster.producer.control._producing
+    table = cluster.producer.control._exports
     table.enqueue(waiting.handoff_id, "p", 8, b"prompt")
     cluster.producer.control.void(make_kv())
     assert cluster.producer.abandoned() == []

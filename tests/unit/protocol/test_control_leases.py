@@ -9,7 +9,7 @@ from tests.fakes.cluster import FakeCluster
 from tests.fakes.engines import FakeEngine
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.protocol.events import Abandoned, Released
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 
 LEASE_S = 8.0
 
@@ -43,7 +43,7 @@ def test_a_consumer_that_dies_gives_up_its_handoff(cluster: FakeCluster) -> None
         assert cluster.producer.events == []
         cluster.clock.advance(1.0)
         cluster.producer.turn()
-    assert cluster.producer.events == [Released("p-c", ProducerState.EXPIRED)]
+    assert cluster.producer.events == [Released("p-c", ExportState.EXPIRED)]
 
 
 def test_a_sealed_handoff_that_nobody_ever_wants_expires(cluster: FakeCluster) -> None:
@@ -51,7 +51,7 @@ def test_a_sealed_handoff_that_nobody_ever_wants_expires(cluster: FakeCluster) -
     assert cluster.producer.control.turn() == pytest.approx(LEASE_S)
     cluster.clock.advance(LEASE_S)
     assert cluster.producer.control.turn() is None
-    assert cluster.producer.events == [Released("p", ProducerState.EXPIRED)]
+    assert cluster.producer.events == [Released("p", ExportState.EXPIRED)]
 
 
 def test_a_consumer_whose_heartbeats_were_lost_learns_of_it(cluster: FakeCluster) -> None:
@@ -96,7 +96,7 @@ def test_between_two_heartbeats_the_control_thread_may_sleep(cluster: FakeCluste
 def test_a_cancelled_handoff_is_released_at_once(cluster: FakeCluster) -> None:
     cluster.offer()
     cluster.cancel()
-    assert cluster.producer.events == [Released("p-c", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Released("p-c", ExportState.CANCELLED)]
 
 
 def test_a_handoff_that_is_cancelled_while_it_is_produced_is_abandoned(
@@ -105,7 +105,7 @@ def test_a_handoff_that_is_cancelled_while_it_is_produced_is_abandoned(
     source = cluster.producer.begin("p", 8)
     cluster.want("c", source)
     cluster.cancel()
-    assert cluster.producer.events == [Abandoned("p", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Abandoned("p", ExportState.CANCELLED)]
     cluster.producer.drop("p")
     assert wanted_and_produced(cluster.producer) == (0, 0)
 
@@ -118,7 +118,7 @@ def test_a_handoff_that_is_cancelled_before_the_producer_has_its_request_is_aban
     cluster.cancel()
     assert cluster.producer.events == []
     cluster.producer.enqueue("p", 8, source.handoff_id)
-    assert cluster.producer.events == [Abandoned("p", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Abandoned("p", ExportState.CANCELLED)]
 
 
 def test_a_consumer_that_dies_while_its_prompt_is_computed_abandons_it(
@@ -130,7 +130,7 @@ def test_a_consumer_that_dies_while_its_prompt_is_computed_abandons_it(
         assert cluster.producer.events == []
         cluster.clock.advance(1.0)
         cluster.producer.turn()
-    assert cluster.producer.events == [Abandoned("p", ProducerState.EXPIRED)]
+    assert cluster.producer.events == [Abandoned("p", ExportState.EXPIRED)]
 
 
 def test_a_handoff_that_ended_well_is_not_cancelled(cluster: FakeCluster) -> None:
@@ -148,7 +148,7 @@ def test_a_cancel_before_the_peer_is_known_is_delivered_later(cluster: FakeClust
     cluster.consumer.control.close("c", cancel=True)
     assert cluster.producer.events == []
     cluster.settle()
-    assert cluster.producer.events == [Released("p", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Released("p", ExportState.CANCELLED)]
     assert cluster.consumer.events == []
 
 
@@ -170,7 +170,7 @@ def test_a_cancel_for_a_peer_that_is_only_known_before_its_restart_is_delivered_
     source = cluster.producer.produce("p", [1], 4)
     cluster.consumer.control.want("new", source)
     cluster.cancel("new")
-    assert cluster.producer.events == [Released("p", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Released("p", ExportState.CANCELLED)]
 
 
 def test_a_cancel_that_waits_for_another_run_of_the_producer_outlives_one_of_this(
@@ -184,7 +184,7 @@ def test_a_cancel_that_waits_for_another_run_of_the_producer_outlives_one_of_thi
     old.close("new", cancel=True)  # waits until the producer has introduced itself again
     old.close("known", cancel=True)  # the one that is thought to be there
     cluster.settle()
-    assert cluster.producer.events == [Released("p", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Released("p", ExportState.CANCELLED)]
 
 
 def test_introductions_put_no_heartbeat_off(cluster: FakeCluster) -> None:

@@ -11,7 +11,7 @@ from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.events import Released
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 
 LEASE_S = 8.0
 
@@ -156,7 +156,7 @@ def test_a_commit_is_granted_and_the_blocks_released(cluster: FakeCluster) -> No
     commit = wire.Commit(source.handoff_id, 0, 0, True)
     answers = ask(cluster, commit, cluster.producer.identity.incarnation)
     assert answers == [wire.Committed(source.handoff_id, 0, True)]
-    assert cluster.producer.events == [Released("p", ProducerState.COMMITTED)]
+    assert cluster.producer.events == [Released("p", ExportState.COMMITTED)]
 
 
 def test_a_hello_needs_no_target(cluster: FakeCluster) -> None:

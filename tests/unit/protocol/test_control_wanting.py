@@ -11,7 +11,7 @@ from tests.fakes.engines import PEER_TIMEOUT_S
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id
 from vllm_pd_plugin.protocol.events import Abandoned, Lost, Offered, Released
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 
 LEASE_S = 8.0
 QUEUE_S = 40.0
@@ -163,7 +163,7 @@ def test_a_want_without_an_incarnation_turns_to_a_producer_that_was_restarted(
     cluster.settle()
     assert cluster.consumer.events == [Offered("c", known, 8, b"digest")]
     cluster.cancel()
-    assert cluster.producer.events == [Abandoned("p", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Abandoned("p", ExportState.CANCELLED)]
 
 
 def test_a_want_without_an_incarnation_that_reaches_a_restarted_producer_is_asked_again(
@@ -234,7 +234,7 @@ def test_a_request_that_waits_too_long_for_blocks_lets_go_of_the_producer_s(
     assert cluster.consumer.lost() == {}
     cluster.pass_time(1)
     assert cluster.consumer.lost() == {"c": Reason.QUEUE_TIMEOUT}
-    assert cluster.producer.events == [Released("p-c", ProducerState.CANCELLED)]
+    assert cluster.producer.events == [Released("p-c", ExportState.CANCELLED)]
     assert cluster.consumer.open_handoffs()["consumer"] == 0
 
 

@@ -19,13 +19,13 @@ from tests.fakes.producer import (
 )
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 
 
 def test_a_commit_releases_the_blocks(producer: Producer) -> None:
     handoff = producer.sealed("mine")
     assert producer.commit(handoff) == granted(handoff)
-    assert producer.released == [("mine", ProducerState.COMMITTED)]
+    assert producer.released == [("mine", ExportState.COMMITTED)]
     assert len(producer.table) == 0
 
 
@@ -35,13 +35,13 @@ def test_a_commit_needs_all_ranks() -> None:
     assert producer.commit(handoff, 1) == granted(handoff)
     assert producer.released == []
     assert producer.commit(handoff, 0) == granted(handoff)
-    assert producer.released == [("r", ProducerState.COMMITTED)]
+    assert producer.released == [("r", ExportState.COMMITTED)]
 
 
 def test_a_rank_that_does_not_exist_is_refused(producer: Producer) -> None:
     handoff = producer.sealed()
     refusal = wire.Refuse(handoff, Reason.MISSING_BLOCKS)
-    assert producer.table.subscribe(handoff, 1, RANK_1) == refusal
+    assert producer.answering.subscribe(handoff, 1, RANK_1) == refusal
     assert producer.commit(handoff, 1) == refusal
     assert producer.released == []
 
@@ -65,7 +65,7 @@ def test_a_commit_before_all_is_computed_is_refused_and_changes_nothing(
     step = producer.advance(handoff, TOKENS)
     producer.table.announce(step, 0, LAYERS - 1)
     assert producer.commit(handoff) == refusal
-    assert isinstance(producer.table.want(handoff, SCHEDULER), wire.Offer)
+    assert isinstance(producer.answering.want(handoff, SCHEDULER), wire.Offer)
     producer.table.announce(step, 0, LAYERS)
     assert producer.commit(handoff) == granted(handoff)
 
@@ -77,7 +77,7 @@ def test_a_commit_before_the_seal_frees_the_blocks_at_the_seal(producer: Produce
     assert producer.released == []
     assert producer.abandoned == []  # its request may still have something to say
     assert producer.table.seal(handoff, "r", TOKENS, BLOCKS) == []
-    assert producer.released == [("r", ProducerState.COMMITTED)]
+    assert producer.released == [("r", ExportState.COMMITTED)]
     assert len(producer.table) == 0
 
 
@@ -107,7 +107,7 @@ def test_a_commit_of_an_earlier_epoch_is_told_how_things_stand_and_never_granted
     producer: Producer, is_last: bool
 ) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     producer.compute(handoff, TOKENS)
     producer.table.withdraw(handoff, 1)
     void = wire.Progress(handoff, 1, 0, 0, 0, NO_BLOCKS)
@@ -148,7 +148,7 @@ def test_nothing_is_vouched_for_once_the_blocks_may_be_gone(producer: Producer, 
     if how == "drop":
         producer.table.drop(handoff)
     elif how == "cancel":
-        producer.table.cancel(handoff)
+        producer.answering.cancel(handoff)
     else:
         if how == "expire sealed":
             producer.table.seal(handoff, "r", TOKENS, BLOCKS)
@@ -164,7 +164,7 @@ def test_a_block_that_the_request_has_let_go_of_since_is_never_vouched_for(
     producer: Producer,
 ) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     producer.compute(handoff, TOKENS, ([1, 2, 3], [4]))
     assert producer.table.seal(handoff, "r", TOKENS, ([0, 0, 3, 5], [4])) == []
     assert producer.commit(handoff) == wire.Refuse(handoff, Reason.CANCELLED)
@@ -187,7 +187,7 @@ def test_a_window_that_moves_on_while_answers_are_computed_ends_the_handoff() ->
     assert producer.commit(handoff, is_last=False) == wire.Refuse(handoff, Reason.CANCELLED)
     assert producer.abandoned == []  # its answer is wanted all the same
     producer.table.seal(handoff, "r", TOKENS, ([*prompt, 26], moved))
-    assert producer.released == [("r", ProducerState.CANCELLED)]
+    assert producer.released == [("r", ExportState.CANCELLED)]
 
 
 def test_a_window_that_moves_on_inside_the_prompt_does_no_harm() -> None:
@@ -206,4 +206,4 @@ def test_a_window_that_moves_on_after_the_commit_does_no_harm() -> None:
     producer.compute(handoff, TOKENS, (prompt, window))
     assert producer.commit(handoff) == granted(handoff)
     producer.table.seal(handoff, "r", TOKENS, (prompt, [*[0] * 24, 32]))
-    assert producer.released == [("r", ProducerState.COMMITTED)]
+    assert producer.released == [("r", ExportState.COMMITTED)]

@@ -7,7 +7,7 @@ import pytest
 from tests.fakes.producer import BLOCKS, LEASE_S, RANK_0, SCHEDULER, TOKENS, Producer, granted
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoff import ProducerState
+from vllm_pd_plugin.protocol.export_states import ExportState
 
 
 def test_a_silent_consumer_s_lease_expires(producer: Producer) -> None:
@@ -17,7 +17,7 @@ def test_a_silent_consumer_s_lease_expires(producer: Producer) -> None:
     assert producer.released == []
     producer.clock.advance(0.001)
     producer.table.tick()
-    assert producer.released == [("r", ProducerState.EXPIRED)]
+    assert producer.released == [("r", ExportState.EXPIRED)]
 
 
 def test_a_commit_that_comes_after_the_lease_is_refused_though_nobody_ticked(
@@ -27,7 +27,7 @@ def test_a_commit_that_comes_after_the_lease_is_refused_though_nobody_ticked(
     producer.clock.advance(LEASE_S)
     refusal = wire.Refuse(handoff, Reason.LEASE_EXPIRED)
     assert producer.commit(handoff) == refusal
-    assert producer.released == [("r", ProducerState.EXPIRED)]
+    assert producer.released == [("r", ExportState.EXPIRED)]
 
 
 def test_a_commit_of_the_second_rank_after_the_lease_is_refused() -> None:
@@ -41,7 +41,7 @@ def test_a_commit_of_the_second_rank_after_the_lease_is_refused() -> None:
 
 def test_heartbeat_renews_a_lease(producer: Producer) -> None:
     handoff = producer.sealed()
-    producer.table.want(handoff, SCHEDULER)
+    producer.answering.want(handoff, SCHEDULER)
     for _ in range(10):
         producer.clock.advance(LEASE_S - 1)
         assert producer.heartbeat([handoff]) == wire.Alive({})
@@ -54,16 +54,16 @@ def test_heartbeat_renews_a_lease(producer: Producer) -> None:
 @pytest.mark.parametrize("ask", ["want", "subscribe", "heartbeat"])
 def test_every_question_renews_a_lease(producer: Producer, stage: str, ask: str) -> None:
     handoff = producer.queued()
-    producer.table.want(handoff, SCHEDULER)
+    producer.answering.want(handoff, SCHEDULER)
     if stage != "queued":
         producer.table.open(handoff)
     if stage == "sealed":
         producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     producer.clock.advance(LEASE_S - 1)
     if ask == "want":
-        producer.table.want(handoff, SCHEDULER)
+        producer.answering.want(handoff, SCHEDULER)
     elif ask == "subscribe":
-        producer.table.subscribe(handoff, 0, RANK_0)
+        producer.answering.subscribe(handoff, 0, RANK_0)
     else:
         producer.heartbeat([handoff])
     producer.clock.advance(LEASE_S - 1)
@@ -74,22 +74,22 @@ def test_every_question_renews_a_lease(producer: Producer, stage: str, ask: str)
 
 def test_heartbeat_names_what_it_cannot_renew(producer: Producer) -> None:
     held, cancelled, committed, expired = (producer.sealed(str(i)) for i in range(4))
-    producer.table.cancel(cancelled)
+    producer.answering.cancel(cancelled)
     producer.commit(committed)
     producer.clock.advance(LEASE_S - 1)
-    producer.table.want(held, SCHEDULER)
+    producer.answering.want(held, SCHEDULER)
     producer.heartbeat([held])
     producer.clock.advance(1)
     alive = producer.heartbeat([held, cancelled, committed, expired])
     lost = {cancelled: Reason.CANCELLED, expired: Reason.LEASE_EXPIRED}
     assert alive == wire.Alive(lost)
-    assert ("3", ProducerState.EXPIRED) in producer.released
+    assert ("3", ExportState.EXPIRED) in producer.released
 
 
 def test_heartbeat_names_what_was_given_up_before_the_seal(producer: Producer) -> None:
     cancelled, committed, dropped = (producer.wanted(str(i)) for i in range(3))
     producer.compute(committed, TOKENS)
-    producer.table.cancel(cancelled)
+    producer.answering.cancel(cancelled)
     producer.commit(committed)
     producer.table.drop(dropped)
     alive = producer.heartbeat([cancelled, committed, dropped])
@@ -102,7 +102,7 @@ def test_heartbeat_of_one_handoff_does_not_renew_another(producer: Producer) -> 
     producer.heartbeat([held])
     producer.clock.advance(1)
     producer.table.tick()
-    assert producer.released == [("other", ProducerState.EXPIRED)]
+    assert producer.released == [("other", ExportState.EXPIRED)]
     assert producer.commit(other) == wire.Refuse(other, Reason.LEASE_EXPIRED)
 
 
@@ -112,7 +112,7 @@ def test_a_handoff_that_is_being_produced_for_nobody_yet_never_expires(
     handoff = producer.open()
     producer.clock.advance(100 * LEASE_S)
     assert producer.table.tick() is None
-    assert isinstance(producer.table.want(handoff, SCHEDULER), wire.Offer)
+    assert isinstance(producer.answering.want(handoff, SCHEDULER), wire.Offer)
 
 
 @pytest.mark.parametrize("stage", ["queued", "producing"])
@@ -120,18 +120,18 @@ def test_a_consumer_that_has_asked_and_falls_silent_ends_what_is_being_produced(
     producer: Producer, stage: str
 ) -> None:
     handoff = producer.queued()
-    producer.table.want(handoff, SCHEDULER)
+    producer.answering.want(handoff, SCHEDULER)
     if stage == "producing":
         producer.table.open(handoff)
     assert producer.table.tick() == producer.clock() + LEASE_S
     producer.expire()
-    assert producer.abandoned == [("r", ProducerState.EXPIRED)]
+    assert producer.abandoned == [("r", ExportState.EXPIRED)]
     assert producer.released == []
     assert producer.table.tick() is None
-    assert producer.table.want(handoff, SCHEDULER) == wire.Refuse(handoff, Reason.LEASE_EXPIRED)
+    assert producer.answering.want(handoff, SCHEDULER) == wire.Refuse(handoff, Reason.LEASE_EXPIRED)
     assert producer.table.drop(handoff) == []
     assert len(producer.table) == 0
-    assert producer.abandoned == [("r", ProducerState.EXPIRED)]
+    assert producer.abandoned == [("r", ExportState.EXPIRED)]
 
 
 def test_the_lease_starts_afresh_at_the_seal(producer: Producer) -> None:
@@ -144,7 +144,7 @@ def test_the_lease_starts_afresh_at_the_seal(producer: Producer) -> None:
 
 def test_the_lease_starts_afresh_with_the_offer(producer: Producer) -> None:
     handoff = producer.queued()
-    producer.table.want(handoff, SCHEDULER)
+    producer.answering.want(handoff, SCHEDULER)
     producer.clock.advance(LEASE_S - 1)
     producer.table.open(handoff)
     assert producer.table.tick() == producer.clock() + LEASE_S

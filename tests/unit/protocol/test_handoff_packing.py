@@ -44,7 +44,7 @@ def handoff(producer: Producer) -> HandoffId:
     """Complete, and wanted by a rank that has subscribed."""
     handoff = producer.wanted()
     producer.compute(handoff, TOKENS)
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     return handoff
 
 
@@ -55,19 +55,19 @@ def test_a_rank_is_to_pack_from_the_blocks_as_they_are(
     producer: Producer, handoff: HandoffId
 ) -> None:
     pack = pack_of(handoff)
-    assert producer.table.pack(pack) == wire.Stage(pack, TABLES, RANK_0.incarnation)
+    assert producer.answering.pack(pack) == wire.Stage(pack, TABLES, RANK_0.incarnation)
 
 
 def test_a_piece_may_be_wanted_before_the_prompt_is_complete(producer: Producer) -> None:
     handoff = producer.wanted()
     producer.compute(handoff, 50, ([1, 2], [4]))
     pack = pack_of(handoff)
-    assert producer.table.pack(pack) == wire.Stage(pack, ((1, 2), (4,)), NOBODY)
+    assert producer.answering.pack(pack) == wire.Stage(pack, ((1, 2), (4,)), NOBODY)
 
 
 def test_a_sealed_handoff_is_packed_too(producer: Producer) -> None:
     pack = pack_of(producer.sealed())
-    assert producer.table.pack(pack) == wire.Stage(pack, TABLES, NOBODY)
+    assert producer.answering.pack(pack) == wire.Stage(pack, TABLES, NOBODY)
 
 
 @pytest.mark.parametrize(
@@ -77,29 +77,29 @@ def test_what_the_handoff_does_not_have_is_refused(
     producer: Producer, handoff: HandoffId, changes: dict[str, int]
 ) -> None:
     refusal = wire.Refuse(handoff, Reason.MISSING_BLOCKS)
-    assert producer.table.pack(pack_of(handoff, **changes)) == refusal
+    assert producer.answering.pack(pack_of(handoff, **changes)) == refusal
 
 
 def test_an_unknown_handoff_is_refused(producer: Producer) -> None:
     handoff = new_handoff_id()
     refusal = wire.Refuse(handoff, Reason.UNKNOWN_HANDOFF)
-    assert producer.table.pack(pack_of(handoff)) == refusal
+    assert producer.answering.pack(pack_of(handoff)) == refusal
 
 
 def test_a_handoff_that_has_expired_is_refused(producer: Producer, handoff: HandoffId) -> None:
     producer.clock.advance(LEASE_S)
-    assert producer.table.pack(pack_of(handoff)) == wire.Refuse(handoff, Reason.LEASE_EXPIRED)
+    assert producer.answering.pack(pack_of(handoff)) == wire.Refuse(handoff, Reason.LEASE_EXPIRED)
 
 
 def test_a_piece_of_an_earlier_epoch_is_answered_with_how_things_stand(
     producer: Producer, handoff: HandoffId
 ) -> None:
     producer.table.withdraw(handoff, 1)
-    answer = producer.table.pack(pack_of(handoff))
+    answer = producer.answering.pack(pack_of(handoff))
     assert isinstance(answer, wire.Progress)
     assert (answer.epoch, answer.num_tokens) == (1, 0)
     producer.table.seal(handoff, "r", TOKENS, BLOCKS)
-    answer = producer.table.pack(pack_of(handoff))
+    answer = producer.answering.pack(pack_of(handoff))
     assert answer == wire.Seal(handoff, 1, TOKENS, SEAL_TABLES)
 
 
@@ -108,7 +108,7 @@ def test_a_piece_of_an_earlier_epoch_for_a_rank_that_never_subscribed_is_refused
 ) -> None:
     handoff = producer.wanted()
     producer.table.withdraw(handoff, 1)
-    assert producer.table.pack(pack_of(handoff)) == wire.Refuse(handoff, Reason.MISSING_BLOCKS)
+    assert producer.answering.pack(pack_of(handoff)) == wire.Refuse(handoff, Reason.MISSING_BLOCKS)
 
 
 # --- answering -------------------------------------------------------------------------------
@@ -118,24 +118,24 @@ def test_the_rank_that_has_subscribed_is_told_where_the_piece_is(
     producer: Producer, handoff: HandoffId
 ) -> None:
     pack = pack_of(handoff)
-    producer.table.pack(pack)
-    assert producer.table.staged(staged_of(pack)) == (RANK_0, packed_of(pack))
+    producer.answering.pack(pack)
+    assert producer.answering.staged(staged_of(pack)) == (RANK_0, packed_of(pack))
 
 
 def test_a_rank_that_has_subscribed_anew_is_told_at_its_new_address(
     producer: Producer, handoff: HandoffId
 ) -> None:
     pack = pack_of(handoff)
-    producer.table.pack(pack)
-    producer.table.subscribe(handoff, 0, RANK_1)
-    assert producer.table.staged(staged_of(pack)) == (RANK_1, packed_of(pack))
+    producer.answering.pack(pack)
+    producer.answering.subscribe(handoff, 0, RANK_1)
+    assert producer.answering.staged(staged_of(pack)) == (RANK_1, packed_of(pack))
 
 
 @pytest.mark.parametrize("reason", [Reason.MISSING_BLOCKS, None])
 def test_a_rank_whose_piece_cannot_be_made_is_refused(
     producer: Producer, handoff: HandoffId, reason: Reason | None
 ) -> None:
-    answer = producer.table.staged(wire.Staged(handoff, 0, None, reason))
+    answer = producer.answering.staged(wire.Staged(handoff, 0, None, reason))
     assert answer == (RANK_0, wire.Refuse(handoff, reason or Reason.INTERNAL))
 
 
@@ -144,25 +144,25 @@ def test_a_piece_of_an_earlier_epoch_is_told_to_nobody(
 ) -> None:
     """Its blocks may have been another's when it was written down."""
     pack = pack_of(handoff)
-    producer.table.pack(pack)
+    producer.answering.pack(pack)
     producer.table.withdraw(handoff, 1)
-    assert producer.table.staged(staged_of(pack)) is None
+    assert producer.answering.staged(staged_of(pack)) is None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_piece_that_nobody_waits_for_is_told_to_nobody(producer: Producer, rank: int) -> None:
     handoff = producer.sealed()
-    assert producer.table.staged(staged_of(pack_of(handoff, rank=rank))) is None
-    assert producer.table.staged(staged_of(pack_of(new_handoff_id()))) is None
+    assert producer.answering.staged(staged_of(pack_of(handoff, rank=rank))) is None
+    assert producer.answering.staged(staged_of(pack_of(new_handoff_id()))) is None
 
 
 def test_a_piece_of_a_handoff_that_is_over_is_told_to_nobody(
     producer: Producer, handoff: HandoffId
 ) -> None:
     pack = pack_of(handoff)
-    producer.table.pack(pack)
-    producer.table.cancel(handoff)
-    assert producer.table.staged(staged_of(pack)) is None
+    producer.answering.pack(pack)
+    producer.answering.cancel(handoff)
+    assert producer.answering.staged(staged_of(pack)) is None
 
 
 # --- when it is over -------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def over(producer: Producer, handoff: HandoffId, how: str) -> None:
         case "committed":
             producer.commit(handoff)
         case "cancelled":
-            producer.table.cancel(handoff)
+            producer.answering.cancel(handoff)
         case "expired":
             producer.expire()
         case "dropped":
@@ -190,7 +190,7 @@ def test_the_rank_that_packed_is_told_once_when_the_handoff_is_over(
     producer: Producer, handoff: HandoffId, how: str
 ) -> None:
     for number in (1, 2):
-        producer.table.pack(pack_of(handoff, number=number))
+        producer.answering.pack(pack_of(handoff, number=number))
     assert producer.unpacked == []
     over(producer, handoff, how)
     assert producer.unpacked == [(handoff, 0)]
@@ -200,7 +200,7 @@ def test_the_rank_that_packed_is_told_once_when_the_handoff_is_over(
 
 @pytest.mark.parametrize("how", ["committed", "cancelled", "expired"])
 def test_so_it_is_after_the_seal(producer: Producer, handoff: HandoffId, how: str) -> None:
-    producer.table.pack(pack_of(handoff))
+    producer.answering.pack(pack_of(handoff))
     producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     assert producer.unpacked == []
     over(producer, handoff, how)
@@ -219,8 +219,8 @@ def test_every_rank_that_packed_is_told() -> None:
     producer = Producer(num_ranks=3)
     handoff = producer.sealed()
     for rank in (0, 2):
-        producer.table.pack(pack_of(handoff, rank=rank))
-    producer.table.cancel(handoff)
+        producer.answering.pack(pack_of(handoff, rank=rank))
+    producer.answering.cancel(handoff)
     assert sorted(producer.unpacked) == [(handoff, 0), (handoff, 2)]
 
 
@@ -228,7 +228,7 @@ def test_one_rank_s_commit_takes_nothing_from_another() -> None:
     producer = Producer(num_ranks=2)
     handoff = producer.sealed()
     for rank in (0, 1):
-        producer.table.pack(pack_of(handoff, rank=rank))
+        producer.answering.pack(pack_of(handoff, rank=rank))
     producer.commit(handoff, rank=0)
     assert producer.unpacked == []
     producer.commit(handoff, rank=1)
@@ -238,9 +238,9 @@ def test_one_rank_s_commit_takes_nothing_from_another() -> None:
 def test_packing_does_not_keep_a_silent_consumer_s_handoff_alive(producer: Producer) -> None:
     """Only heartbeats of its scheduler, and its ranks' subscriptions, do."""
     handoff = producer.sealed()
-    assert isinstance(producer.table.want(handoff, SCHEDULER), wire.Offer)
+    assert isinstance(producer.answering.want(handoff, SCHEDULER), wire.Offer)
     producer.clock.advance(LEASE_S / 2)
-    producer.table.pack(pack_of(handoff))
+    producer.answering.pack(pack_of(handoff))
     producer.clock.advance(LEASE_S / 2)
     producer.table.tick()
     assert producer.unpacked == [(handoff, 0)]

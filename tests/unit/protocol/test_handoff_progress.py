@@ -17,7 +17,7 @@ from tests.fakes.producer import (
 )
 from vllm_pd_plugin.memory.layout import BlockTables
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.handoff import Advance
+from vllm_pd_plugin.protocol.steps import Advance
 
 
 def tables(*slices: tuple[int, Sequence[int]]) -> tuple[wire.TableSlice, ...]:
@@ -30,11 +30,11 @@ def tables(*slices: tuple[int, Sequence[int]]) -> tuple[wire.TableSlice, ...]:
 def test_who_subscribes_is_told_at_once_how_things_stand(producer: Producer) -> None:
     handoff = producer.open()
     nothing = wire.Progress(handoff, 0, 0, 0, 0, NO_BLOCKS)
-    assert producer.table.subscribe(handoff, 0, RANK_0) == nothing
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == nothing
     producer.compute(handoff, 40)
     step = producer.advance(handoff, 80)
     producer.table.announce(step, 0, 2)
-    assert producer.table.subscribe(handoff, 0, RANK_0) == wire.Progress(
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == wire.Progress(
         handoff, 0, 40, 80, 2, SEAL_TABLES
     )
 
@@ -42,22 +42,22 @@ def test_who_subscribes_is_told_at_once_how_things_stand(producer: Producer) -> 
 def test_who_subscribes_after_the_seal_is_told_everything(producer: Producer) -> None:
     handoff = producer.sealed()
     seal = wire.Seal(handoff, 0, TOKENS, SEAL_TABLES)
-    assert producer.table.subscribe(handoff, 0, RANK_0) == seal
-    assert producer.table.subscribe(handoff, 0, RANK_0) == seal
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == seal
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == seal
 
 
 def test_who_subscribes_early_is_told_at_the_seal() -> None:
     producer = Producer(num_ranks=2)
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
-    producer.table.subscribe(handoff, 1, RANK_1)
+    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 1, RANK_1)
     seal = wire.Seal(handoff, 0, 90, SEAL_TABLES)
     assert producer.table.seal(handoff, "r", 90, BLOCKS) == [(RANK_0, seal), (RANK_1, seal)]
 
 
 def test_each_announcement_says_what_is_final(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     step = producer.advance(handoff, 40)
     said = [producer.table.announce(step, 0, layers) for layers in (1, 2, 3)]
     step = producer.advance(handoff, 80)
@@ -75,7 +75,7 @@ def test_each_announcement_says_what_is_final(producer: Producer) -> None:
 def test_each_handoff_of_a_step_is_told_of_at_its_own_layers(producer: Producer) -> None:
     long, short = producer.open("long"), producer.open("short")
     for handoff in (long, short):
-        producer.table.subscribe(handoff, 0, RANK_0)
+        producer.answering.subscribe(handoff, 0, RANK_0)
     producer.table.advance(
         1, [Advance(long, 0, 80, BLOCKS, (1, 2, 3)), Advance(short, 0, 10, BLOCKS, (3,))]
     )
@@ -88,7 +88,7 @@ def test_each_handoff_of_a_step_is_told_of_at_its_own_layers(producer: Producer)
 
 def test_of_a_step_that_is_over_nothing_is_told(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     step = producer.advance(handoff, 40)
     assert len(producer.table.announce(step, 0, LAYERS)) == 1
     assert producer.table.announce(step, 0, LAYERS) == []
@@ -97,7 +97,7 @@ def test_of_a_step_that_is_over_nothing_is_told(producer: Producer) -> None:
 
 def test_a_subscriber_is_told_only_what_is_new_in_the_block_tables(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     growing: list[BlockTables] = [([1], []), ([1, 2], [7]), ([1, 2], [7]), ([1, 2, 3], [7, 8])]
     told = []
     for number, blocks in enumerate(growing):
@@ -116,22 +116,22 @@ def test_a_subscriber_is_told_only_what_is_new_in_the_block_tables(producer: Pro
 
 def test_who_subscribes_again_is_told_the_whole_block_tables(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     producer.compute(handoff, 40)
-    again = producer.table.subscribe(handoff, 0, RANK_0)
+    again = producer.answering.subscribe(handoff, 0, RANK_0)
     assert again == wire.Progress(handoff, 0, 40, 40, LAYERS, SEAL_TABLES)
 
 
 def test_each_rank_hears_of_its_own_progress_only() -> None:
     producer = Producer(num_ranks=2)
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
-    producer.table.subscribe(handoff, 1, RANK_1)
+    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 1, RANK_1)
     step = producer.advance(handoff, 40)
     ((who, message),) = producer.table.announce(step, 1, LAYERS)
     assert who == RANK_1
     assert message == wire.Progress(handoff, 0, 40, 40, LAYERS, SEAL_TABLES)
-    assert producer.table.subscribe(handoff, 0, RANK_0) == wire.Progress(
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == wire.Progress(
         handoff, 0, 0, 0, 0, SEAL_TABLES
     )
     ((who, message),) = producer.table.announce(step, 0, 1)
@@ -142,7 +142,7 @@ def test_each_rank_hears_of_its_own_progress_only() -> None:
 def test_a_step_may_compute_several_handoffs(producer: Producer) -> None:
     handoffs = [producer.open(name) for name in "ab"]
     for handoff, who in zip(handoffs, (RANK_0, RANK_1), strict=True):
-        producer.table.subscribe(handoff, 0, who)
+        producer.answering.subscribe(handoff, 0, who)
     advances = [Advance(handoff, 0, 8 * (i + 1), BLOCKS, ()) for i, handoff in enumerate(handoffs)]
     producer.table.advance(1, advances)
     assert producer.table.announce(1, 0, LAYERS) == [
@@ -153,7 +153,7 @@ def test_a_step_may_compute_several_handoffs(producer: Producer) -> None:
 
 def test_announcements_of_a_step_that_is_unknown_or_over_are_ignored(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     assert producer.table.announce(99, 0, LAYERS) == []
     step = producer.advance(handoff, 40)
     assert len(producer.table.announce(step, 0, LAYERS)) == 1
@@ -163,12 +163,12 @@ def test_announcements_of_a_step_that_is_unknown_or_over_are_ignored(producer: P
 
 def test_announcements_of_a_step_long_ago_are_ignored(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     step = producer.advance(handoff, 40)
     for _ in range(64):
         producer.advance(producer.open(), 40)
     assert producer.table.announce(step, 0, LAYERS) == []
-    assert producer.table.subscribe(handoff, 0, RANK_0) == wire.Progress(
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == wire.Progress(
         handoff, 0, 0, 0, 0, SEAL_TABLES
     )
 
@@ -176,7 +176,7 @@ def test_announcements_of_a_step_long_ago_are_ignored(producer: Producer) -> Non
 def test_steps_that_a_rank_has_announced_are_remembered_for_the_others() -> None:
     producer = Producer(num_ranks=2)
     handoff = producer.open()
-    producer.table.subscribe(handoff, 1, RANK_1)
+    producer.answering.subscribe(handoff, 1, RANK_1)
     step = producer.advance(handoff, 40)
     assert producer.table.announce(step, 0, LAYERS) == []
     assert len(producer.table.announce(step, 1, LAYERS)) == 1
@@ -184,7 +184,7 @@ def test_steps_that_a_rank_has_announced_are_remembered_for_the_others() -> None
 
 def test_announcements_after_the_seal_say_nothing_new(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     step = producer.advance(handoff, TOKENS)
     producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     assert producer.table.announce(step, 0, LAYERS) == []
@@ -196,17 +196,17 @@ def test_announcements_after_the_seal_say_nothing_new(producer: Producer) -> Non
 def test_a_withdrawal_tells_every_subscriber_that_all_before_it_is_void() -> None:
     producer = Producer(num_ranks=2)
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
-    producer.table.subscribe(handoff, 1, RANK_1)
+    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 1, RANK_1)
     producer.compute(handoff, 40, ranks=(0, 1))
     void = wire.Progress(handoff, 1, 0, 0, 0, NO_BLOCKS)
     assert producer.table.withdraw(handoff, 1) == [(RANK_0, void), (RANK_1, void)]
-    assert producer.table.subscribe(handoff, 0, RANK_0) == void
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == void
 
 
 def test_a_withdrawal_counts_once(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     assert len(producer.table.withdraw(handoff, 2)) == 1
     assert producer.table.withdraw(handoff, 2) == []
     assert producer.table.withdraw(handoff, 1) == []
@@ -216,7 +216,7 @@ def test_what_is_computed_again_is_told_from_the_start_of_the_block_tables(
     producer: Producer,
 ) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     producer.compute(handoff, 80)
     producer.table.withdraw(handoff, 1)
     ((_, message),) = producer.compute(handoff, 40, ([8, 9], [5]), epoch=1)
@@ -226,12 +226,12 @@ def test_what_is_computed_again_is_told_from_the_start_of_the_block_tables(
 
 def test_announcements_of_an_earlier_epoch_are_ignored(producer: Producer) -> None:
     handoff = producer.open()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     before = producer.advance(handoff, 80)
     producer.table.withdraw(handoff, 1)
     assert producer.table.announce(before, 0, LAYERS) == []
     void = wire.Progress(handoff, 1, 0, 0, 0, NO_BLOCKS)
-    assert producer.table.subscribe(handoff, 0, RANK_0) == void
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == void
 
 
 def test_a_step_of_an_earlier_epoch_changes_no_block_tables(producer: Producer) -> None:
@@ -239,12 +239,12 @@ def test_a_step_of_an_earlier_epoch_changes_no_block_tables(producer: Producer) 
     producer.table.withdraw(handoff, 1)
     assert producer.compute(handoff, 80, epoch=0) == []
     void = wire.Progress(handoff, 1, 0, 0, 0, NO_BLOCKS)
-    assert producer.table.subscribe(handoff, 0, RANK_0) == void
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == void
 
 
 def test_a_sealed_handoff_cannot_be_withdrawn(producer: Producer) -> None:
     handoff = producer.sealed()
-    producer.table.subscribe(handoff, 0, RANK_0)
+    producer.answering.subscribe(handoff, 0, RANK_0)
     assert producer.table.withdraw(handoff, 1) == []
     assert producer.commit(handoff) == granted(handoff)
 
@@ -254,4 +254,4 @@ def test_the_seal_names_the_epoch_that_it_belongs_to(producer: Producer) -> None
     producer.table.withdraw(handoff, 3)
     producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     seal = wire.Seal(handoff, 3, TOKENS, SEAL_TABLES)
-    assert producer.table.subscribe(handoff, 0, RANK_0) == seal
+    assert producer.answering.subscribe(handoff, 0, RANK_0) == seal

@@ -9,8 +9,7 @@ from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id
 from vllm_pd_plugin.protocol import framing, wire
-from vllm_pd_plugin.protocol.handoff import ReturnAddress
-from vllm_pd_plugin.protocol.outbox import Outbox
+from vllm_pd_plugin.protocol.outbox import Outbox, ReturnAddress
 
 US, THEM = Incarnation("us"), Incarnation("them")
 PEER, OTHER = ReturnAddress(b"peer", THEM), ReturnAddress(b"other", THEM)
