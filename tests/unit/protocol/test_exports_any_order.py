@@ -67,7 +67,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.producer = Producer(num_ranks=len(RANKS))
-        self.table = self.producer.table
+        self.table, self.answering = self.producer.table, self.producer.answering
         self.claims: dict[HandoffId, Claim] = {}
         self.awaited: dict[HandoffId, float] = {}
         self.endings: dict[HandoffId, ExportState] = {}
