@@ -238,6 +238,7 @@ class ExportTable:
 
     def _act(self, export: Export, action: Action) -> list[Answer]:
         """Do what follows from a change; return what is to be told to whom."""
+        outcome = export.state.outcome
         match action:
             case Action.RENEW:
                 self.renew(export)
@@ -247,11 +248,10 @@ class ExportTable:
                 for rank in export.packing_ranks:
                     self._on_unpacked(export.handoff_id, rank)
                 export.packing_ranks.clear()
-            case Action.RELEASE | Action.ABANDON:
-                outcome = export.state.outcome
-                assert outcome is not None
-                is_release = action is Action.RELEASE
-                (self._on_released if is_release else self._on_abandoned)(export.owner, outcome)
+            case Action.RELEASE if outcome is not None:
+                self._on_released(export.owner, outcome)
+            case Action.ABANDON if outcome is not None:
+                self._on_abandoned(export.owner, outcome)
             case Action.OFFER if export.consumer is not None:
                 return [(export.consumer, export.offer(self.revision))]
             case Action.TELL:

@@ -4,6 +4,7 @@ each claim with its facts side by side, and no table of transitions."""
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -23,13 +24,14 @@ from vllm_pd_plugin.ids import HandoffId
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.export_states import ExportState
 
-IDS = [HandoffId(f"handoff {i}") for i in range(3)]
 RANKS = (RANK_0, RANK_1)
 LOST = ([0, 2, 3], [4])
 """``BLOCKS`` without one that a consumer needs."""
 
-ID, RANK = st.sampled_from(IDS), st.sampled_from(range(len(RANKS)))
-HALF_OR_ALL = st.sampled_from([TOKENS // 2, TOKENS])
+SLOT, RANK = st.sampled_from(range(2)), st.sampled_from(range(len(RANKS)))
+SOME_RANKS = st.sampled_from([(0,), (1,), (0, 1), (0, 1)])
+SOME_TOKENS = st.sampled_from([TOKENS // 2, TOKENS, TOKENS])
+NOW_AND_THEN = st.sampled_from([False, False, False, True])
 COMMITTED, CANCELLED, EXPIRED = ExportState.COMMITTED, ExportState.CANCELLED, ExportState.EXPIRED
 
 
@@ -68,6 +70,8 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.producer = Producer(num_ranks=len(RANKS))
         self.table, self.answering = self.producer.table, self.producer.answering
+        self.ids = [HandoffId("a"), HandoffId("b")]
+        """Those that things happen to; whoever held the ones before may still end."""
         self.claims: dict[HandoffId, Claim] = {}
         self.awaited: dict[HandoffId, float] = {}
         self.endings: dict[HandoffId, ExportState] = {}
@@ -125,10 +129,31 @@ class AnyOrder(RuleBasedStateMachine):
             if self.now >= since + LEASE_S:
                 del self.awaited[handoff]
 
+    @rule(
+        what=st.sampled_from(["preempt", "preempt", "lose a block", "drop", "cancel", "void"]),
+        slot=SLOT,
+        index=st.integers(0, 99),
+    )
+    def go_wrong(self, what: str, slot: int, index: int) -> None:
+        match what:
+            case "preempt":
+                self.preempt(slot)
+            case "lose a block":
+                self.lose_a_block(slot)
+            case "drop":
+                self.drop(index)
+            case "cancel":
+                self.cancel(slot)
+            case "void":
+                self.void()
+
     # --- holders
 
-    @rule(handoff=ID)
-    def arrive(self, handoff: HandoffId) -> None:
+    @rule(slot=SLOT, is_used_again=NOW_AND_THEN)
+    def arrive(self, slot: int, is_used_again: bool) -> None:
+        handoff = self.ids[slot]
+        if handoff in (*self.claims, *self.endings) and not is_used_again:
+            handoff = self.ids[slot] = HandoffId(f"{handoff}'")
         self.num_owners += 1
         claim = Claim(f"owner {self.num_owners}", handoff)
         if before := self.claims.get(handoff):
@@ -146,8 +171,9 @@ class AnyOrder(RuleBasedStateMachine):
             self.conclude(claim, self.endings.pop(handoff))
         self.table.enqueue(handoff, claim.owner, TOKENS, b"digest")
 
-    @rule(handoff=ID)
-    def open(self, handoff: HandoffId) -> None:
+    @rule(slot=SLOT)
+    def open(self, slot: int) -> None:
+        handoff = self.ids[slot]
         answers = self.table.open(handoff)
         claim = self.live(handoff)
         offered = claim is not None and not claim.is_open and not claim.is_sealed
@@ -156,27 +182,26 @@ class AnyOrder(RuleBasedStateMachine):
             claim.is_open = True
             self.speak(claim)
 
-    @rule(
-        handoff=ID, rank=RANK, num_tokens=st.sampled_from([TOKENS // 2, TOKENS]), old=st.booleans()
-    )
-    def compute(self, handoff: HandoffId, rank: int, num_tokens: int, old: bool) -> None:
+    @rule(slot=SLOT, ranks=SOME_RANKS, num_tokens=SOME_TOKENS, old=NOW_AND_THEN)
+    def compute(self, slot: int, ranks: tuple[int, ...], num_tokens: int, old: bool) -> None:
+        handoff = self.ids[slot]
         claim = self.live(handoff)
         epoch = (claim.epoch if claim else 0) - old
-        self.producer.compute(handoff, num_tokens, BLOCKS, epoch, ranks=[rank])
+        self.producer.compute(handoff, num_tokens, BLOCKS, epoch, ranks)
         if claim and claim.is_open and not claim.is_sealed and not old:
             claim.has_blocks = True
-            claim.complete -= {rank}
-            claim.complete |= {rank} if num_tokens == TOKENS else set()
+            claim.complete -= set(ranks)
+            claim.complete |= set(ranks) if num_tokens == TOKENS else set()
 
-    @rule(handoff=ID)
-    def lose_a_block(self, handoff: HandoffId) -> None:
+    def lose_a_block(self, slot: int) -> None:
+        handoff = self.ids[slot]
         claim = self.live(handoff)
         if claim and claim.is_open and not claim.is_sealed and claim.has_blocks:
             self.conclude(claim, CANCELLED, is_wanted=True)
             self.producer.advance(handoff, TOKENS, LOST, claim.epoch)
 
-    @rule(handoff=ID)
-    def preempt(self, handoff: HandoffId) -> None:
+    def preempt(self, slot: int) -> None:
+        handoff = self.ids[slot]
         claim = self.live(handoff)
         self.table.withdraw(handoff, claim.epoch + 1 if claim else 1)
         if claim and claim.is_open and not claim.is_sealed:
@@ -198,7 +223,6 @@ class AnyOrder(RuleBasedStateMachine):
             self.speak(claim)
         self.table.seal(claim.handoff, claim.owner, TOKENS, BLOCKS)
 
-    @rule(index=st.integers(0, 99))
     def drop(self, index: int) -> None:
         if not self.claims:
             return
@@ -210,7 +234,6 @@ class AnyOrder(RuleBasedStateMachine):
         self.leave(claim)
         self.table.drop(claim.handoff)
 
-    @rule()
     def void(self) -> None:
         for claim in list(self.claims.values()):
             if claim.is_live and (claim.is_open or claim.is_sealed):
@@ -219,8 +242,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     # --- consumers
 
-    @rule(handoff=ID)
-    def want(self, handoff: HandoffId) -> None:
+    @rule(slot=SLOT)
+    def want(self, slot: int) -> None:
+        handoff = self.ids[slot]
         answer = self.answering.want(handoff, SCHEDULER)
         self.let_time_tell()
         claim = self.live(handoff)
@@ -234,8 +258,9 @@ class AnyOrder(RuleBasedStateMachine):
             assert answer is None
             self.awaited[handoff] = self.now
 
-    @rule(handoff=ID, rank=RANK)
-    def subscribe(self, handoff: HandoffId, rank: int) -> None:
+    @rule(slot=SLOT, rank=RANK)
+    def subscribe(self, slot: int, rank: int) -> None:
+        handoff = self.ids[slot]
         answer = self.answering.subscribe(handoff, rank, RANKS[rank])
         self.let_time_tell()
         claim = self.live(handoff)
@@ -243,15 +268,17 @@ class AnyOrder(RuleBasedStateMachine):
         if claim:
             self.speak(claim)
 
-    @rule(handoff=ID)
-    def heartbeat(self, handoff: HandoffId) -> None:
+    @rule(slot=SLOT)
+    def heartbeat(self, slot: int) -> None:
+        handoff = self.ids[slot]
         self.answering.heartbeat([handoff], SCHEDULER)
         self.let_time_tell()
         if claim := self.live(handoff):
             self.speak(claim)
 
-    @rule(handoff=ID, rank=RANK)
-    def pack(self, handoff: HandoffId, rank: int) -> None:
+    @rule(slot=SLOT, rank=RANK)
+    def pack(self, slot: int, rank: int) -> None:
+        handoff = self.ids[slot]
         epoch = self.claims[handoff].epoch if handoff in self.claims else 0
         pack = wire.Pack(handoff, epoch, rank, 1, Codec.RAW, TOKENS, (), False)
         answer = self.answering.pack(pack)
@@ -261,23 +288,25 @@ class AnyOrder(RuleBasedStateMachine):
         if claim:
             claim.packed.add(rank)
 
-    @rule(handoff=ID, rank=RANK, is_last=st.booleans(), old=st.sampled_from([0, 0, 0, 1]))
-    def commit(self, handoff: HandoffId, rank: int, is_last: bool, old: int) -> None:
-        epoch = (self.claims[handoff].epoch if handoff in self.claims else 0) - old
-        answer = self.answering.commit(wire.Commit(handoff, epoch, rank, is_last))
-        self.let_time_tell()
-        claim = self.live(handoff)
-        held = claim is not None and claim.epoch == epoch
-        has_all = claim is not None and (claim.is_sealed or rank in claim.complete)
-        may = held and (has_all or not is_last)
-        assert isinstance(answer, wire.Committed) == may, answer
-        if may and is_last and claim:
-            claim.committed.add(rank)
-            if claim.committed == set(range(len(RANKS))):
-                self.conclude(claim, COMMITTED, is_wanted=True)
+    @rule(slot=SLOT, ranks=SOME_RANKS, is_vouch=NOW_AND_THEN, old=NOW_AND_THEN)
+    def commit(self, slot: int, ranks: tuple[int, ...], is_vouch: bool, old: bool) -> None:
+        handoff = self.ids[slot]
+        for rank in ranks:
+            epoch = (self.claims[handoff].epoch if handoff in self.claims else 0) - old
+            answer = self.answering.commit(wire.Commit(handoff, epoch, rank, not is_vouch))
+            self.let_time_tell()
+            claim = self.live(handoff)
+            held = claim is not None and claim.epoch == epoch
+            has_all = claim is not None and (claim.is_sealed or rank in claim.complete)
+            may = held and (has_all or is_vouch)
+            assert isinstance(answer, wire.Committed) == may, answer
+            if may and not is_vouch and claim:
+                claim.committed.add(rank)
+                if claim.committed == set(range(len(RANKS))):
+                    self.conclude(claim, COMMITTED, is_wanted=True)
 
-    @rule(handoff=ID)
-    def cancel(self, handoff: HandoffId) -> None:
+    def cancel(self, slot: int) -> None:
+        handoff = self.ids[slot]
         if claim := self.live(handoff):
             self.conclude(claim, CANCELLED)
         elif handoff not in self.claims and handoff not in self.endings:
@@ -299,12 +328,12 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def holders_hear_what_they_must_and_once(self) -> None:
-        assert sorted(self.producer.released) == sorted(self.released.items())
-        assert sorted(self.producer.abandoned) == sorted(self.abandoned.items())
+        assert Counter(self.producer.released) == Counter(self.released.items())
+        assert Counter(self.producer.abandoned) == Counter(self.abandoned.items())
 
     @invariant()
     def pieces_are_let_go_of_when_it_is_over_and_once(self) -> None:
-        assert sorted(self.producer.unpacked) == sorted(self.unpacked)
+        assert Counter(self.producer.unpacked) == Counter(self.unpacked)
 
     @invariant()
     def what_is_open_is_known(self) -> None:
@@ -321,7 +350,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.pieces_are_let_go_of_when_it_is_over_and_once()
         assert len(self.table) == self.table.num_awaited == 0
         assert self.table.tick() is None, "a lease without an export"
-        assert {self.table.state_of(handoff) for handoff in IDS} <= {
+        assert {self.table.state_of(handoff) for handoff in self.ids} <= {
             ExportState.UNKNOWN, COMMITTED, CANCELLED, EXPIRED
         }  # fmt: skip
 
