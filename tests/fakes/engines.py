@@ -17,7 +17,7 @@ from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, RankMemory, Span
-from vllm_pd_plugin.packing.incoming import Incoming, Packing
+from vllm_pd_plugin.packing.incoming import Incoming, Packing, Taker
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
 from vllm_pd_plugin.packing.staging import Room, Staging
@@ -26,9 +26,10 @@ from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Rele
 from vllm_pd_plugin.protocol.peers import Identity, PeerTable
 from vllm_pd_plugin.protocol.steps import Advance
 from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
+from vllm_pd_plugin.transfer.peer_reading import PeerReading
 from vllm_pd_plugin.transfer.plane import TransferPlane
 from vllm_pd_plugin.transfer.rank import LocalRank, Rank, Timeouts
-from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec
+from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec, Segment
 
 PEER_TIMEOUT_S = 5.0
 STAGING_BYTES = 4096
@@ -127,7 +128,7 @@ class FakeEngine(FakeMemory):
         pieces = Pieces(settings.layout, self.regions)
         self.coder = FakeCoder(self, settings.staging_bytes)
         self.outgoing, self.incoming = (Staging(settings.staging_bytes) for _ in range(2))
-        self.room = Room(self.incoming)
+        self.room: Room[Taker] = Room(self.incoming)
         spans = [*self.spans(), *self.coder.spans()]
         staging = Span(*self.coder.spans()[0]) if settings.packing else None
         memory = RankMemory(self.regions, self.transport.register(spans), staging)
@@ -276,11 +277,16 @@ class FakeEngine(FakeMemory):
         seeds: bool = False,
     ) -> None:
         tables = self._tables(blocks)
-        spec = FetchSpec(
-            request_id, source, first_token, num_tokens, tables, codec=choice, seeds=seeds
-        )
+        segment = Segment(range(first_token, num_tokens), source)
+        spec = FetchSpec(request_id, (segment,), tables, codec=choice, seeds=seeds)
         self.specs[request_id] = spec
         self.plane.fetch(spec)
+
+    def attempt(self, request_id: str) -> PeerReading:
+        """The attempt under way of a fetch that has one segment."""
+        (reading,) = self.plane._fetches[request_id].readings
+        assert isinstance(reading, PeerReading)
+        return reading
 
     def result(self, request_id: str) -> FetchResult:
         """The result of a fetch; it must have been reported exactly once."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tests.fakes.clock import rests
 from tests.fakes.cluster import FakeCluster
 from vllm_pd_plugin.ids import Source
+from vllm_pd_plugin.packing.incoming import Packing
 from vllm_pd_plugin.transfer.rank import Timeouts
 
 TOKENS = 8
@@ -19,8 +20,9 @@ QUEUE_S, READ_S, DRAIN_S = 100.0, 60.0, 5.0
 class FetchingCluster(FakeCluster):
     """The producer has ``KV`` in its blocks ``THERE``; the consumer wants it in ``HERE``."""
 
-    def __init__(self) -> None:
-        super().__init__(lease_s=LEASE_S, timeouts=Timeouts(QUEUE_S, READ_S, DRAIN_S))
+    def __init__(self, packing: Packing | None = None) -> None:
+        timeouts = Timeouts(QUEUE_S, READ_S, DRAIN_S)
+        super().__init__(lease_s=LEASE_S, timeouts=timeouts, packing=packing)
         self.producer.fill(THERE, KV)
 
     def sealed(self, request_id: str = "p") -> Source:

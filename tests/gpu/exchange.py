@@ -27,7 +27,7 @@ from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.protocol.events import Offered, Released
 from vllm_pd_plugin.protocol.export_states import ExportState
 from vllm_pd_plugin.protocol.steps import Advance
-from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec
+from vllm_pd_plugin.transfer.specs import FetchResult, FetchSpec, Segment
 
 WAYS = (
     ("raw", Codec.RAW, "never"),
@@ -204,7 +204,8 @@ def _fetch(
         raise RuntimeError(f"{offered.prompt!r} was offered")
     engine.on_control(lambda c: c.allocated(request))
     choice = CodecChoice(codec, codec)
-    spec = FetchSpec(request, offered.source, 0, NUM_TOKENS, _HERE, codec=choice, seeds=True)
+    segment = Segment(range(NUM_TOKENS), offered.source)
+    spec = FetchSpec(request, (segment,), _HERE, codec=choice, seeds=True)
     engine.on_transfer(lambda plane: plane.fetch(spec))
     connection.send("compute")
     result = engine.results.get(timeout=PATIENCE_S)

@@ -5,19 +5,25 @@ Owned by the engine's own thread.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.containment import Containment
-from vllm_pd_plugin.edge.consumer_request import ConsumingRequest, FetchOrders, Stage
+from vllm_pd_plugin.edge.consumer_request import (
+    Allocation,
+    Attempt,
+    AttemptState,
+    ConsumingRequest,
+    FetchOrders,
+    Stage,
+)
 from vllm_pd_plugin.edge.metadata import FetchReport
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.prompts import PromptFingerprint
 from vllm_pd_plugin.edge.provenance import Provenance
-from vllm_pd_plugin.errors import OTHER_KV, HandoffError, Reason
+from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId, RequestId, Source
 from vllm_pd_plugin.protocol.control import CallControl
 from vllm_pd_plugin.protocol.events import Lost, Offered
@@ -77,21 +83,19 @@ class ConsumingRequests:
         seeds: go on after the token that the producer has sampled.
         """
         prompt = PromptFingerprint(request, self._adapters)
-        consuming = ConsumingRequest(
-            request, list(sources), codec=codec, seeds=seeds, prompt=prompt
-        )
+        handoff_id = sources[0].handoff_id
+        stage = Stage.FOLLOWING if self._is_led(handoff_id) else Stage.TRYING
+        consuming = ConsumingRequest(request, tuple(sources), codec, seeds, prompt, stage)
         self._open[request.request_id] = consuming
-        self._look_for_lossy(consuming)
-        if self._is_led(consuming):
-            consuming.stage = Stage.FOLLOWING
-        else:
-            self._leaders[sources[0].handoff_id] = request.request_id
+        consuming.look_for_lossy(self._provenance)
+        if stage is Stage.TRYING:
+            self._leaders[handoff_id] = request.request_id
             self._want(consuming)
             self._call(lambda _: prompt.hash_ahead())
 
     def add_failed(self, request: Request, error: HandoffError, seeds: bool = False) -> None:
         """Take a request that cannot even begin to be handed off."""
-        self._open[request.request_id] = ConsumingRequest(request, [], seeds=seeds)
+        self._open[request.request_id] = ConsumingRequest(request, (), seeds=seeds)
         self._fail(request.request_id, error.reason, str(error))
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -99,14 +103,14 @@ class ConsumingRequests:
         consuming = self._open.get(request.request_id)
         if consuming is None:
             return 0, False
-        if consuming.stage is Stage.WANTED:
+        if consuming.is_at(AttemptState.WANTED):
             return None, False
         if consuming.stage is Stage.FOLLOWING:
-            if self._is_led(consuming):
+            if self._is_led(consuming.sources[0].handoff_id):
                 return None, False
             if not consuming.seeds:
                 # Its leader may have brought it. vLLM has looked by the plain hashes just now.
-                return (None if self._look_for_lossy(consuming) else 0), False
+                return (None if consuming.look_for_lossy(self._provenance) else 0), False
             # Its leader is gone, and with it the token that it was to go on after.
             self._fail(request.request_id, Reason.PRODUCER_ENDED, "the first token is not known")
         if consuming.stage is Stage.FAILED:
@@ -157,13 +161,9 @@ class ConsumingRequests:
         elif consuming.stage is Stage.FAILED:
             self._refused.append(request_id)
         else:
-            consuming.spec = FetchSpec(
-                request_id,
-                consuming.sources[0],
-                consuming.num_tokens - num_external_tokens,
-                consuming.num_tokens,
-                blocks.get_block_ids(),
-            )
+            first_token = consuming.num_tokens - num_external_tokens
+            tokens = range(first_token, consuming.num_tokens)
+            consuming.allocation = Allocation(tokens, blocks.get_block_ids())
             self._fetch(consuming)
 
     def take_orders(self) -> FetchOrders:
@@ -175,9 +175,10 @@ class ConsumingRequests:
     def offered(self, offer: Offered) -> None:
         """Take an offer, if it is for this very prompt."""
         consuming = self._open.get(offer.request_id)
-        if consuming is None:
+        if consuming is None or not consuming.is_at(AttemptState.WANTED):
             return
-        request = consuming.request
+        attempt, request = consuming.attempt, consuming.request
+        assert attempt is not None
         most = request.num_tokens  # with a seed, which must be the next token, all of them
         fits = offer.num_tokens == most if consuming.seeds else offer.num_tokens <= most
         if (prompt := consuming.prompt) is not None:
@@ -187,21 +188,22 @@ class ConsumingRequests:
             text = "the handoff is of another prompt"
             self._lose(consuming, Reason.PROMPT_MISMATCH, text)
             return
-        consuming.sources[0] = offer.source
-        if consuming.stage is Stage.WANTED_ELSEWHERE:
+        attempt.source = offer.source
+        attempt.follow(AttemptState.OFFERED)
+        if consuming.allocation is None:
+            consuming.num_tokens = offer.num_tokens
+        else:  # those of an attempt before it
             self._fetch(consuming)
-        else:
-            consuming.stage, consuming.num_tokens = Stage.OFFERED, offer.num_tokens
 
     def lost(self, lost: Lost) -> None:
         """What a request wants cannot be had."""
         consuming = self._open.get(lost.request_id)
-        if consuming is None:
+        if consuming is None or consuming.stage is not Stage.TRYING:
             return
-        if consuming.stage is Stage.FETCHING:
-            self._cancels[lost.request_id] = lost.reason
-            consuming.is_void = lost.reason in OTHER_KV
-        elif consuming.stage in (Stage.WANTED, Stage.OFFERED, Stage.WANTED_ELSEWHERE):
+        if consuming.is_at(AttemptState.FETCHING):
+            assert consuming.attempt is not None
+            self._cancels[lost.request_id] = consuming.attempt.lost = lost.reason
+        else:
             self._lose(consuming, lost.reason, lost.message)
 
     def collect(self, output: KVConnectorOutput) -> None:
@@ -237,15 +239,16 @@ class ConsumingRequests:
             return
         if consuming.stage is Stage.FINISHED and reason is Reason.INTERNAL:
             reason = Reason.ABORTED  # it was refused for that, see ``finish``
-        if consuming.is_void:
-            if not failed and consuming.stage is Stage.FETCHING:  # it had come before that
+        came = not failed and consuming.is_at(AttemptState.FETCHING)
+        if consuming.attempt is not None and consuming.attempt.is_void:
+            if came:  # before that
                 self._stats.record_failure(Reason.KV_CHANGED)
                 self._end_uncollected(ended)
                 return
             valid_tokens = 0
         if not failed or valid_tokens:
-            self._note_codec(consuming, codec)
-        if not failed and consuming.seeds and consuming.stage is Stage.FETCHING:
+            consuming.note_codec(self._provenance, codec)
+        if came and consuming.seeds:
             self._seed(consuming, sampled)
         retries = failed and self._recomputes and consuming.stage is not Stage.FINISHED
         if failed and consuming.stage is not Stage.FAILED:
@@ -264,15 +267,16 @@ class ConsumingRequests:
         consuming = self._open.get(request_id)
         if consuming is None:
             return
-        if consuming.stage is Stage.FETCHING:
+        if consuming.is_at(AttemptState.FETCHING):
             # vLLM keeps the blocks until the workers report the receive as finished.
-            consuming.stage = Stage.FINISHED
-            if len(consuming.sources) == 1:
+            assert consuming.attempt is not None
+            consuming.follow(Stage.FINISHED)
+            if consuming.attempt.is_last:
                 self._cancels[request_id] = Reason.ABORTED
             else:  # a cancelled fetch that is not the last chance would not be reported
                 self._refused.append(request_id)
-        elif consuming.stage is Stage.WANTED_ELSEWHERE:
-            consuming.stage = Stage.FINISHED
+        elif consuming.is_at(AttemptState.WANTED) and consuming.allocation is not None:
+            consuming.follow(Stage.FINISHED)
             self._refused.append(request_id)
             self._close(request_id, cancel=True)
         else:
@@ -285,106 +289,66 @@ class ConsumingRequests:
 
     def _seed(self, consuming: ConsumingRequest, sampled: int | None) -> None:
         """Let a request that has not been scheduled yet begin after the producer's token."""
-        request = consuming.request
         if sampled is None:
-            self._hopeless.append(request.request_id)
+            self._hopeless.append(consuming.request.request_id)
             self._stats.record_failure(Reason.PRODUCER_ENDED)
-            return
-        # vLLM must take it for a part of the prompt; what is sampled next is the first output.
-        assert request.prompt_token_ids is not None
-        request.prompt_token_ids.append(sampled)
-        request._all_token_ids.append(sampled)
-        request.num_prompt_tokens += 1
-        request.update_block_hashes()
+        else:
+            consuming.seed(sampled)
 
-    def _look_for_lossy(self, consuming: ConsumingRequest) -> bool:
-        """Let a request that allows a lossy codec find what came through one before; say whether
-        there is such."""
-        allows = (
-            consuming.codec.codec is not Codec.RAW and consuming.codec.narrowest is not Codec.RAW
-        )
-        if self._provenance is None or not allows or consuming.lossy is not Codec.RAW:
-            return False
-        found = self._provenance.look_for(consuming.request, consuming.codec)
-        consuming.lossy, consuming.plain_tokens = found
-        return consuming.lossy is not Codec.RAW
+    def _is_led(self, handoff_id: HandoffId) -> bool:
+        return self._leaders.get(handoff_id) in self._open
 
-    def _note_codec(self, consuming: ConsumingRequest, codec: Codec) -> None:
-        """KV has arrived that vLLM is about to cache."""
-        if codec is Codec.RAW:
-            return
-        assert self._provenance is not None
-        assert consuming.spec is not None
-        first_token = consuming.spec.first_token
-        # A plain prefix that was there may have been evicted since, and fetched with the rest.
-        if codec.rank <= consuming.lossy.rank and first_token >= consuming.plain_tokens:
-            return
-        self._provenance.arrived(consuming.request, first_token, codec)
-        consuming.lossy, consuming.plain_tokens = codec, first_token
-
-    def _is_led(self, consuming: ConsumingRequest) -> bool:
-        return self._leaders.get(consuming.sources[0].handoff_id) in self._open
-
-    def _want(self, consuming: ConsumingRequest) -> None:
-        request_id, source = consuming.request.request_id, consuming.sources[0]
+    def _want(self, consuming: ConsumingRequest) -> Attempt:
+        """Turn to the next source."""
+        request_id, attempt = consuming.request.request_id, consuming.begin_attempt()
+        source = attempt.source
         self._call(lambda control: control.want(request_id, source))
+        return attempt
 
     def _fetch(self, consuming: ConsumingRequest) -> None:
         """Let the workers fetch from the source that has offered."""
-        assert consuming.spec is not None
         request_id = consuming.request.request_id
-        consuming.stage = Stage.FETCHING
+        assert consuming.attempt is not None
+        consuming.attempt.follow(AttemptState.FETCHING)
         self._call(lambda control: control.allocated(request_id))
-        consuming.spec = dataclasses.replace(
-            consuming.spec,
-            source=consuming.sources[0],
-            attempt=consuming.attempt,
-            is_last=len(consuming.sources) == 1,
-            codec=consuming.codec,
-            seeds=consuming.seeds,
-        )
-        self._fetches.append(consuming.spec)
+        self._fetches.append(consuming.describe_fetch())
 
     def _lose(self, consuming: ConsumingRequest, reason: Reason, message: str) -> None:
-        """The first source is of no use: turn to the next, or fail."""
-        request_id = consuming.request.request_id
-        has_blocks = consuming.stage in (Stage.FETCHING, Stage.WANTED_ELSEWHERE)
-        if len(consuming.sources) > 1:
-            consuming.stage = Stage.WANTED_ELSEWHERE if has_blocks else Stage.WANTED
-            address = consuming.sources.pop(0).address
-            consuming.attempt += 1
-            consuming.is_void = False  # all of it is fetched again
-            self._stats.record_retry(reason)
-            text = "handoff of request %s: no use of %s:%d (%s): %s; asking %s:%d"
-            logger.warning(
-                text, request_id, *address, reason, message, *consuming.sources[0].address
-            )
-            self._want(consuming)
+        """The source of the attempt under way is of no use: turn to the next, or fail."""
+        request_id, lost = consuming.request.request_id, consuming.attempt
+        assert lost is not None
+        if lost.is_last:
+            self._fail(request_id, reason, message)
+            if consuming.allocation is not None:
+                self._refused.append(request_id)
             return
-        self._fail(request_id, reason, message)
-        if has_blocks:
-            self._refused.append(request_id)
+        lost.end(reason)
+        self._stats.record_retry(reason)
+        text = "handoff of request %s: no use of %s:%d (%s): %s; asking %s:%d"
+        here, there = lost.source.address, self._want(consuming).source.address
+        logger.warning(text, request_id, *here, reason, message, *there)
 
     def _failed_on_a_rank(self, request_id: RequestId, attempt: int) -> None:
         """A fetch has failed on a rank; if there is another source, all ranks turn to it."""
         consuming = self._open.get(request_id)
-        if consuming is not None and attempt == consuming.attempt and len(consuming.sources) < 2:
+        tried = consuming.attempt if consuming is not None else None
+        is_tried = tried is not None and tried.number == attempt
+        if tried is not None and is_tried and tried.is_last:
             return  # the last chance: its end is reported when all ranks have ended
         reason = self._report.reasons.pop(request_id)
         self._report.valid_tokens.pop(request_id)
         self._report.attempts.pop(request_id)
-        if consuming is None or attempt != consuming.attempt:
-            return  # another rank has said so before
-        if consuming.stage is Stage.FETCHING:
+        # Another rank may have said so before.
+        if consuming is not None and is_tried and consuming.is_at(AttemptState.FETCHING):
             self._close(request_id, cancel=True)
             self._lose(consuming, reason, "the fetch failed")
 
     def _fail(self, request_id: RequestId, reason: Reason, message: str) -> None:
-        recomputes = self._recomputes
-        if self._open[request_id].seeds and recomputes:
+        consuming, recomputes = self._open[request_id], self._recomputes
+        if consuming.seeds and recomputes:
             recomputes = False
             self._hopeless.append(request_id)
-        self._open[request_id].stage = Stage.FAILED
+        consuming.fail(reason)
         self._stats.record_failure(reason)
         then = "computing its prompt here" if recomputes else "failing the request"
         text = "handoff of request %s failed (%s): %s; %s"

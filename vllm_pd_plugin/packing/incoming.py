@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 from vllm_pd_plugin.codecs.codec import Codec
+from vllm_pd_plugin.ids import RequestId
 from vllm_pd_plugin.memory.layout import Span
 from vllm_pd_plugin.packing.packer import Coder
 from vllm_pd_plugin.packing.pieces import Pieces
@@ -20,6 +21,10 @@ class Packing(enum.StrEnum):
     NEVER = "never"
 
 
+Taker = tuple[RequestId, int]
+"""Who takes room: a request, for its tokens from here on."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Incoming:
     """Staging memory for what is read.
@@ -28,7 +33,7 @@ class Incoming:
     """
 
     span: Span
-    room: Room
+    room: Room[Taker]
     pieces: Pieces
     coder: Coder
     packing: Packing

@@ -13,7 +13,7 @@ from vllm_pd_plugin.errors import UnsupportedError
 from vllm_pd_plugin.memory.layout import EngineLayout, Span
 from vllm_pd_plugin.memory.regions import region_of
 from vllm_pd_plugin.packing.coder import BlockCoder
-from vllm_pd_plugin.packing.incoming import Incoming, Packing
+from vllm_pd_plugin.packing.incoming import Incoming, Packing, Taker
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
 from vllm_pd_plugin.packing.staging import ALIGNMENT, Room, Staging, max_piece_bytes
@@ -61,7 +61,7 @@ class Slabs:
         cache, which must not be in use yet."""
         lossy = [c for c in Codec if 0 < c.rank <= config.narrowest.rank]
         coding: dict[Codec, float] = {codec: self.coder.speed(codec) for codec in lossy}
-        room = Room(Staging(self.incoming.num_bytes))
+        room: Room[Taker] = Room(Staging(self.incoming.num_bytes))
         packing = Packing(config.packing or ("auto" if self.device == "cpu" else "never"))
         return Incoming(self.incoming, room, self.pieces, self.coder, packing, coding)
 

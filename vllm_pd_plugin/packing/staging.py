@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-
-from vllm_pd_plugin.ids import RequestId
+from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 ALIGNMENT = 256
 """Pieces begin at multiples of it, for the sake of wide loads."""
@@ -58,7 +58,10 @@ class Staging:
         self._gaps.insert(index, (start, end - start))
 
 
-class Room:
+Who = TypeVar("Who", bound=Hashable)
+
+
+class Room(Generic[Who]):
     """A ``Staging`` that is taken from in turn.
 
     Who finds no room waits, and comes before all who ask later: it need not look again and again,
@@ -67,7 +70,7 @@ class Room:
 
     def __init__(self, staging: Staging) -> None:
         self.staging = staging
-        self._waiting: dict[RequestId, None] = {}
+        self._waiting: dict[Who, None] = {}
         self._may_fit = False
         """Whether there may be room now for the first that waits."""
 
@@ -75,7 +78,7 @@ class Room:
     def max_piece_bytes(self) -> int:
         return self.staging.max_piece_bytes
 
-    def take(self, who: RequestId, num_bytes: int) -> int | None:
+    def take(self, who: Who, num_bytes: int) -> int | None:
         """Return the offset of so many free bytes; None when there are none, or others wait for
         some: ``who`` waits then."""
         offset = None
@@ -92,13 +95,13 @@ class Room:
         self.staging.give_back(offset)
         self._may_fit = True
 
-    def leave(self, who: RequestId) -> None:
+    def leave(self, who: Who) -> None:
         """It does not wait any more; who is first now may fit where it did not."""
         if who in self._waiting:
             del self._waiting[who]
             self._may_fit = True
 
-    def next_up(self) -> RequestId | None:
+    def next_up(self) -> Who | None:
         """Return who is to try again, if there may be room for it; it is not returned again before
         something has changed."""
         if not self._may_fit:

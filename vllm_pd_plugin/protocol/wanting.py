@@ -16,7 +16,7 @@ from vllm_pd_plugin.ids import Address, RequestId, Source
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.events import Event, Lost, Offered
 from vllm_pd_plugin.protocol.peers import MakePeers, Peer
-from vllm_pd_plugin.protocol.wants import ConsumerTable, Wanted
+from vllm_pd_plugin.protocol.wants import ConsumerTable, Wanted, WantEvent
 
 _HEARTBEATS_PER_LEASE = 4
 _MAX_HEARTBEAT_INTERVAL_S = 1.0
@@ -118,7 +118,7 @@ class Wanting:
     def give_up_all(self, reason: Reason, text: str) -> None:
         """Nothing that was offered until now is of use any more."""
         for wanted in self._consuming.all():
-            if not wanted.offered:
+            if not wanted.is_offered:
                 continue
             self._emit(Lost(wanted.request_id, reason, text))
             self.close(wanted.request_id, cancel=True)
@@ -144,7 +144,7 @@ class Wanting:
             self._cancels.pop(address, None)
         waits = address in self._cancels
         for wanted in self._consuming.at(address):
-            if restarted and (not wanted.asked or wanted.ask_again()):
+            if restarted and (not wanted.is_asked or wanted.ask_again()):
                 waits = True
             else:
                 self._lose(wanted.request_id, error.reason, str(error))
@@ -176,14 +176,14 @@ class Wanting:
 
     def _ask(self, peer: Peer) -> None:
         for wanted in self._consuming.at(peer.address):
-            if wanted.asked:
+            if wanted.is_asked:
                 continue
             if wanted.source.incarnation is None:
                 wanted.source = dataclasses.replace(wanted.source, incarnation=peer.incarnation)
             if wanted.source.incarnation != peer.incarnation:
                 self._lose(wanted.request_id, Reason.PEER_RESTARTED, "the producer was restarted")
                 continue
-            wanted.asked = True
+            wanted.follow(WantEvent.ASK)
             # No answer is due before the producer has its request; heartbeats tell that it lives.
             want = wire.Want(wanted.source.handoff_id)
             self._peers.send(peer, want, expects_answer=False)
@@ -195,7 +195,7 @@ class Wanting:
         return self._consuming.next_deadline()
 
     def _end_overdue(self, wanted: Wanted) -> None:
-        missing = "free blocks here" if wanted.offered else "offer from the producer"
+        missing = "free blocks here" if wanted.is_offered else "offer from the producer"
         text = f"no {missing} within {self._queue_timeout_s:g} s"
         self._emit(Lost(wanted.request_id, Reason.QUEUE_TIMEOUT, text))
         self.close(wanted.request_id, cancel=True)
@@ -231,14 +231,13 @@ class Wanting:
             return
         # Its KV may not be any more what it said it was: who is there is asked first.
         wanted = self._consuming.get(offer.handoff_id)
-        if wanted is None or wanted.offered or wanted.source.incarnation != peer.incarnation:
+        if wanted is None or wanted.is_offered or wanted.source.incarnation != peer.incarnation:
             return
-        if wanted.asked_anew:
+        if wanted.doubt():
+            self._peers.refresh(peer.address)
+        else:
             text = "the producer does not say what its KV is"
             self._lose(wanted.request_id, Reason.PEER_INCOMPATIBLE, text)
-            return
-        wanted.asked, wanted.asked_anew = False, True
-        self._peers.refresh(peer.address)
 
     def _lose(self, request_id: RequestId, reason: Reason, message: str) -> None:
         self._forget(request_id)

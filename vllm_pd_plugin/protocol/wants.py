@@ -1,36 +1,88 @@
 """Per request: a handoff as its consumer's scheduler sees it; pure.
 
-WANTED -> OFFERED -> ALLOCATED -> closed
+    NEW -> ASKED -> OFFERED -> closed
+
+An offer may show that the producer's KV has become another: then its handoff is DOUBTED, and asked
+for once more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+from collections.abc import Mapping
 
 from vllm_pd_plugin.containment import LOOK_AGAIN_S
 from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.ids import Address, HandoffId, Incarnation, RequestId, Source
 
 
+class WantState(enum.Enum):
+    NEW = "new"
+    ASKED = "asked"
+    DOUBTED = "doubted"
+    ASKED_ANEW = "asked anew"
+    OFFERED = "offered"
+
+
+class WantEvent(enum.Enum):
+    ASK = "ask"
+    DOUBT = "offer of another revision"
+    OFFER = "offer"
+    RESTART = "producer restarted"
+
+
+_S, _E = WantState, WantEvent
+
+TRANSITIONS: Mapping[tuple[WantState, WantEvent], WantState] = {
+    (_S.NEW, _E.ASK): _S.ASKED,
+    (_S.DOUBTED, _E.ASK): _S.ASKED_ANEW,
+    (_S.NEW, _E.DOUBT): _S.DOUBTED,
+    (_S.ASKED, _E.DOUBT): _S.DOUBTED,
+    **{(state, _E.OFFER): _S.OFFERED for state in WantState if state is not _S.OFFERED},
+    (_S.ASKED, _E.RESTART): _S.NEW,
+    (_S.ASKED_ANEW, _E.RESTART): _S.DOUBTED,
+}
+"""What follows on what, until it is closed."""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Wanted:
-    """A handoff as its consumer's scheduler sees it: WANTED, then OFFERED, until it is closed."""
+    """A handoff as its consumer's scheduler sees it, until it is closed."""
 
     request_id: RequestId
     source: Source
     accepts_any: bool
     """The source was named without an incarnation."""
-    asked: bool = False
-    asked_anew: bool = False
-    """Once more, because the producer's KV may have become another."""
-    offered: bool = False
+    state: WantState = WantState.NEW
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the producer has been asked, and its answer counts."""
+        return self.state not in (WantState.NEW, WantState.DOUBTED)
+
+    @property
+    def is_offered(self) -> bool:
+        return self.state is WantState.OFFERED
+
+    def follow(self, event: WantEvent) -> None:
+        """Something has happened that may happen now."""
+        self.state = TRANSITIONS[self.state, event]
+
+    def doubt(self) -> bool:
+        """An offer is of KV that the producer has not described; say whether it is to be asked for
+        once more, which it is once."""
+        if (self.state, WantEvent.DOUBT) not in TRANSITIONS:
+            return False
+        self.follow(WantEvent.DOUBT)
+        return True
 
     def ask_again(self) -> bool:
         """Turn to whoever runs at the address now, if nothing binds it to who ran there before."""
-        if not self.accepts_any or self.offered:
+        if not self.accepts_any or self.is_offered:
             return False
         self.source = dataclasses.replace(self.source, incarnation=None)
-        self.asked = False
+        self.follow(WantEvent.RESTART)
         return True
 
 
@@ -48,7 +100,7 @@ class ConsumerTable:
         return len(self._wanted)
 
     def want(self, request_id: RequestId, source: Source, deadline: float) -> Wanted | None:
-        """Start: WANTED. Returns None when another request already wants the same handoff."""
+        """Start. Returns None when another request already wants the same handoff."""
         if source.handoff_id in self._wanted:
             return None
         handoff_id = source.handoff_id
@@ -60,15 +112,15 @@ class ConsumerTable:
         return wanted
 
     def offered(self, handoff_id: HandoffId, sender: Incarnation) -> Wanted | None:
-        """The producer has offered: OFFERED. None when nobody waits for that."""
+        """The producer has offered. None when nobody waits for that."""
         wanted = self._wanted.get(handoff_id)
-        if wanted is None or wanted.offered or wanted.source.incarnation != sender:
+        if wanted is None or wanted.is_offered or wanted.source.incarnation != sender:
             return None
-        wanted.offered = True
+        wanted.follow(WantEvent.OFFER)
         return wanted
 
     def allocated(self, request_id: RequestId) -> None:
-        """The request has its blocks: ALLOCATED; from here on the workers keep the deadline."""
+        """The request has its blocks; from here on the workers keep the deadline."""
         if handoff_id := self._by_request.get(request_id):
             self._deadlines.remove(handoff_id)
 
@@ -109,7 +161,7 @@ class ConsumerTable:
     def asked_at(self, address: Address) -> tuple[HandoffId, ...]:
         """Return what one peer has been asked for."""
         there = self._by_address.get(address, {})
-        return tuple([handoff_id for handoff_id, wanted in there.items() if wanted.asked])
+        return tuple([handoff_id for handoff_id, wanted in there.items() if wanted.is_asked])
 
     def is_wanted_from(self, address: Address) -> bool:
         """Say whether anything is."""

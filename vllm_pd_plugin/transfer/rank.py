@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
-from vllm_pd_plugin.errors import PeerError
 from vllm_pd_plugin.memory.layout import EngineLayout, Region
-from vllm_pd_plugin.net.transport import PeerName, Transport
+from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.packing.incoming import Incoming
-from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.protocol.peers import Peer
 from vllm_pd_plugin.transfer.plan import Digest
-from vllm_pd_plugin.transfer.rates import PeerRates
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,17 +24,6 @@ class LocalRank:
     incoming: Incoming | None
 
 
-class Connections(Protocol):
-    """What a fetch's reads need of the peers that its plane knows."""
-
-    def send(self, peer: Peer, message: wire.Request, expects_answer: bool = True) -> None: ...
-
-    def name(self, peer: Peer) -> PeerName:
-        """Connect the transport to a peer, once for each incarnation."""
-
-    def rates(self, peer: Peer) -> PeerRates: ...
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Timeouts:
     """How long a fetch may take.
@@ -52,13 +36,6 @@ class Timeouts:
     queue_s: float
     read_s: float
     drain_s: float
-
-
-class FetchConnections(Connections, Protocol):
-    """What a fetch needs of the peers that its plane knows."""
-
-    def drop(self, peer: Peer, error: PeerError) -> None:
-        """Close the connection: nothing is written by reads from that peer afterwards."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

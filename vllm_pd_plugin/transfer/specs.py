@@ -1,14 +1,12 @@
 """Per request: what a consumer's scheduler tells its worker ranks to fetch, and how it went.
 
-    CONNECTING -> FETCHING -> (CHECKING ->) COMMITTING -> ended, well or with a reason
-
-What has been read is used only after a commit was granted.
+A fetch is a list of segments. What has been read of one is used only when its source has said that
+it is valid; a peer says so by granting a commit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 
 from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.errors import Reason
@@ -17,22 +15,23 @@ from vllm_pd_plugin.memory.layout import BlockTables
 from vllm_pd_plugin.net.transport import ReadPlan
 
 
-class FetchState(enum.Enum):
-    CONNECTING = "connecting"
-    FETCHING = "fetching"
-    CHECKING = "checking"
-    """Everything has been read; the producer's digest of it is awaited."""
-    COMMITTING = "committing"
-    DRAINING = "draining"
-    """Failed, but a read may still write: the blocks must be kept until it has ended."""
-    ENDED = "ended"
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a prompt's tokens, and who has their KV.
+
+    A segment that does not end where the prompt ends does so at the border of a block.
+    """
+
+    tokens: range
+    source: Source
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchSpec:
     """What a worker rank is told to fetch.
 
-    The consumer has KV for tokens [0, first_token) and wants [0, num_tokens) in ``blocks``.
+    segments: in the order of the prompt, without a gap. The consumer has KV for the tokens before
+        the first, and wants that of all up to the end of the last in ``blocks``.
     attempt: how many sources were tried before this one.
     is_last: whether there is no other source to turn to when this one fails.
     codec: how it is to be written down.
@@ -40,9 +39,7 @@ class FetchSpec:
     """
 
     request_id: RequestId
-    source: Source
-    first_token: int
-    num_tokens: int
+    segments: tuple[Segment, ...]
     blocks: BlockTables
     attempt: int = 0
     is_last: bool = True
@@ -70,6 +67,15 @@ class FetchCounts:
         self.descriptors += plan.num_descriptors
         self.stretches += 1
         self.packed += is_packed
+
+    def __add__(self, other: FetchCounts) -> FetchCounts:
+        return FetchCounts(
+            self.wire_bytes + other.wire_bytes,
+            self.kv_bytes + other.kv_bytes,
+            self.descriptors + other.descriptors,
+            self.stretches + other.stretches,
+            self.packed + other.packed,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

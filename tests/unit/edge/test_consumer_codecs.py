@@ -81,5 +81,5 @@ def test_kv_of_a_narrower_codec_than_its_prefix_goes_by_a_hash_of_its_own() -> N
     noted = noted_by(consumer)
     consuming.lossy = Codec.INT8
     for codec in (Codec.RAW, Codec.INT8, Codec.INT4, Codec.INT4, Codec.INT8):
-        consumer.requests._note_codec(consuming, codec)
+        consuming.note_codec(consumer.requests._provenance, codec)
     assert noted == [Codec.INT4]

@@ -13,6 +13,7 @@ from vllm_pd_plugin.codecs.codec import Codec, CodecChoice
 from vllm_pd_plugin.errors import OTHER_KV, ParamsError, Reason
 from vllm_pd_plugin.ids import Source
 from vllm_pd_plugin.protocol.events import Lost, Offered
+from vllm_pd_plugin.transfer.specs import Segment
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -55,7 +56,7 @@ def test_only_what_is_missing_is_fetched_from_who_has_offered(consumer: Consumer
     assert consumer.match(request, 16) == (TOKENS - 16, True)
     consumer.allocate(request, TOKENS - 16)
     (spec,) = consumer.requests.take_orders().fetches
-    assert (spec.source, spec.first_token, spec.num_tokens) == (PINNED, 16, TOKENS)
+    assert spec.segments == (Segment(range(16, TOKENS), PINNED),)
     assert spec.blocks == BLOCKS
     assert consumer.requests.take_orders().fetches == ()
 

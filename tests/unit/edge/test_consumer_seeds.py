@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     from tests.fakes.consumer import BIT_FOR_BIT, PINNED, TOKENS, Consumer, new_source
     from vllm_pd_plugin.edge.metadata import FetchReport
     from vllm_pd_plugin.edge.prompts import PromptFingerprint
+    from vllm_pd_plugin.transfer.specs import Segment
 
 PROMPT = list(range(TOKENS))
 SAMPLED = 777
@@ -85,7 +86,8 @@ def test_one_missing_token_is_enough_for_a_load(consumer: Consumer, cached: int)
     assert consumer.match(request, cached) == (TOKENS - cached, True)
     consumer.allocate(request, TOKENS - cached)
     (spec,) = consumer.requests.take_orders().fetches
-    assert (spec.first_token, spec.num_tokens, spec.seeds) == (cached, TOKENS, True)
+    assert spec.segments == (Segment(range(cached, TOKENS), PINNED),)
+    assert spec.seeds
 
 
 # --- the token -------------------------------------------------------------------------------

@@ -277,8 +277,9 @@ def pair(injector: Injector) -> Iterator[Pair]:
 def test_each_call_may_raise_once_and_a_healthy_handoff_completes(
     injector: Injector, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("vllm_pd_plugin.transfer.fetch", "vllm_pd_plugin.transfer.reading"):
-        monkeypatch.setattr(importlib.import_module(module), "_ASK_AGAIN_S", 0.3)
+    for module in ("peer_reading", "peer_pieces", "peer_reads"):
+        found = importlib.import_module(f"vllm_pd_plugin.transfer.{module}")
+        monkeypatch.setattr(found, "ASK_AGAIN_S", 0.3)
     names = [pair.hand_off("raw"), pair.hand_off("int8"), pair.hand_off("raw")]
     pair.settle(names)
     pair.assert_right(names[0])

@@ -113,17 +113,17 @@ A, B, C = RequestId("a"), RequestId("b"), RequestId("c")
 
 
 @pytest.fixture
-def room() -> Room:
+def room() -> Room[RequestId]:
     return Room(Staging(4 * ALIGNMENT))
 
 
-def taken(room: Room, who: RequestId, units: int) -> int:
+def taken(room: Room[RequestId], who: RequestId, units: int) -> int:
     offset = room.take(who, units * ALIGNMENT)
     assert offset is not None
     return offset
 
 
-def test_who_asks_while_others_wait_waits_behind_them(room: Room) -> None:
+def test_who_asks_while_others_wait_waits_behind_them(room: Room[RequestId]) -> None:
     held = taken(room, A, 3)
     assert room.take(B, 2 * ALIGNMENT) is None
     assert room.take(C, ALIGNMENT) is None, "a small one passes a large one"
@@ -136,7 +136,7 @@ def test_who_asks_while_others_wait_waits_behind_them(room: Room) -> None:
     assert room.next_up() is None
 
 
-def test_one_that_is_next_and_finds_no_room_stays_first(room: Room) -> None:
+def test_one_that_is_next_and_finds_no_room_stays_first(room: Room[RequestId]) -> None:
     held = [taken(room, A, 1) for _ in range(4)]
     assert room.take(B, 2 * ALIGNMENT) is None
     assert room.take(C, ALIGNMENT) is None
@@ -148,7 +148,7 @@ def test_one_that_is_next_and_finds_no_room_stays_first(room: Room) -> None:
     assert room.next_up() == B
 
 
-def test_one_that_leaves_lets_the_next_try(room: Room) -> None:
+def test_one_that_leaves_lets_the_next_try(room: Room[RequestId]) -> None:
     taken(room, A, 3)
     assert room.take(B, 2 * ALIGNMENT) is None
     assert room.take(C, ALIGNMENT) is None
@@ -158,7 +158,7 @@ def test_one_that_leaves_lets_the_next_try(room: Room) -> None:
     assert room.next_up() is None
 
 
-def test_one_that_waits_and_asks_again_waits_once(room: Room) -> None:
+def test_one_that_waits_and_asks_again_waits_once(room: Room[RequestId]) -> None:
     held = taken(room, A, 4)
     for _ in range(3):
         assert room.take(B, ALIGNMENT) is None

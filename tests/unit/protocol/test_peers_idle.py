@@ -40,8 +40,8 @@ def test_a_peer_that_nobody_needs_is_let_go_of(cluster: FakeCluster) -> None:
     assert links(cluster) == 2
     cluster.pass_time(IDLE_S + 1, step_s=10.0)
     assert links(cluster) == 0
-    assert not cluster.consumer.plane._names
-    assert not cluster.consumer.plane._rates
+    assert not cluster.consumer.plane._peers._names
+    assert not cluster.consumer.plane._peers._rates
     fetched(cluster, "again")
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pytest
+
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.protocol.wants import ConsumerTable
+from vllm_pd_plugin.protocol.wants import TRANSITIONS, ConsumerTable, Wanted, WantEvent, WantState
 
 LATER = 1e9
 KNOWN = new_incarnation()
@@ -15,9 +17,9 @@ def test_an_offer_reaches_the_request_that_waits_for_it() -> None:
     table, wanted_from = ConsumerTable(), source()
     wanted = table.want("r", wanted_from, LATER)
     assert wanted is not None
-    assert not wanted.offered
+    assert not wanted.is_offered
     assert table.offered(wanted_from.handoff_id, KNOWN) is wanted
-    assert wanted.offered
+    assert wanted.is_offered
 
 
 def test_an_offer_counts_once() -> None:
@@ -32,7 +34,7 @@ def test_an_offer_of_another_incarnation_is_ignored() -> None:
     wanted = table.want("r", wanted_from, LATER)
     assert table.offered(wanted_from.handoff_id, new_incarnation()) is None
     assert wanted is not None
-    assert not wanted.offered
+    assert not wanted.is_offered
 
 
 def test_an_offer_that_nobody_waits_for_is_ignored() -> None:
@@ -111,17 +113,77 @@ def test_a_source_without_an_incarnation_may_be_asked_again_until_it_has_offered
     table, wanted_from = ConsumerTable(), source(incarnation=None)
     wanted = table.want("r", wanted_from, LATER)
     assert wanted is not None
-    wanted.source, wanted.asked = source(), True
+    wanted.source = source()
+    wanted.follow(WantEvent.ASK)
     assert wanted.ask_again()
     assert wanted.source.incarnation is None
-    assert not wanted.asked
-    wanted.offered = True
+    assert not wanted.is_asked
+    wanted.follow(WantEvent.OFFER)
     assert not wanted.ask_again()
 
 
 def test_a_source_with_an_incarnation_is_not_asked_again() -> None:
     wanted = ConsumerTable().want("r", source(), LATER)
     assert wanted is not None
-    wanted.asked = True
+    wanted.follow(WantEvent.ASK)
     assert not wanted.ask_again()
     assert wanted.source.incarnation == KNOWN
+
+
+# --- how far a want is -------------------------------------------------------------------------
+
+BEFORE: dict[WantState, list[WantEvent]] = {
+    WantState.NEW: [],
+    WantState.ASKED: [WantEvent.ASK],
+    WantState.DOUBTED: [WantEvent.ASK, WantEvent.DOUBT],
+    WantState.ASKED_ANEW: [WantEvent.ASK, WantEvent.DOUBT, WantEvent.ASK],
+    WantState.OFFERED: [WantEvent.ASK, WantEvent.OFFER],
+}
+
+
+def want_at(state: WantState) -> Wanted:
+    wanted = Wanted("r", source(), accepts_any=True)
+    for event in BEFORE[state]:
+        wanted.follow(event)
+    assert wanted.state is state
+    return wanted
+
+
+@pytest.mark.parametrize("state", WantState)
+@pytest.mark.parametrize("event", WantEvent)
+def test_a_want_goes_on_as_the_table_says_and_no_other_way(
+    state: WantState, event: WantEvent
+) -> None:
+    wanted = want_at(state)
+    if (state, event) in TRANSITIONS:
+        wanted.follow(event)
+        assert wanted.state is TRANSITIONS[state, event]
+    else:
+        with pytest.raises(KeyError):
+            wanted.follow(event)
+
+
+@pytest.mark.parametrize(
+    ("state", "doubt", "restart"),
+    [
+        (WantState.NEW, WantState.DOUBTED, None),
+        (WantState.ASKED, WantState.DOUBTED, WantState.NEW),
+        (WantState.DOUBTED, None, None),
+        (WantState.ASKED_ANEW, None, WantState.DOUBTED),
+    ],
+)
+def test_what_is_doubted_is_asked_for_once_more_and_a_restart_does_not_excuse_it(
+    state: WantState, doubt: WantState | None, restart: WantState | None
+) -> None:
+    doubted, restarted = want_at(state), want_at(state)
+    assert doubted.doubt() is (doubt is not None)
+    assert doubted.state is (doubt or state)
+    if restart is not None:
+        assert restarted.ask_again()
+        assert restarted.state is restart
+
+
+@pytest.mark.parametrize("state", WantState)
+def test_only_what_its_producer_has_been_asked_for_is_kept_alive(state: WantState) -> None:
+    is_asked = state not in (WantState.NEW, WantState.DOUBTED)
+    assert want_at(state).is_asked is is_asked

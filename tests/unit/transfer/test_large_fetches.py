@@ -6,15 +6,15 @@ import pytest
 
 from tests.fakes.streaming import TOKENS, StreamingCluster
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.transfer import reading
+from vllm_pd_plugin.transfer import peer_reads
 
 
 @pytest.fixture(params=[(3, 2, 2**20), (100, 1, 2**20), (100, 100, 20), (1, 1, 1)], ids=str)
 def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> StreamingCluster:
     """Blocks of one plan, descriptors and bytes of one read: less than there are."""
     blocks, descriptors, num_bytes = request.param
-    monkeypatch.setattr(reading, "_MAX_BLOCKS", blocks)
-    monkeypatch.setattr(reading, "_MAX_DESCRIPTORS", descriptors)
+    monkeypatch.setattr(peer_reads, "_MAX_BLOCKS", blocks)
+    monkeypatch.setattr(peer_reads, "_MAX_DESCRIPTORS", descriptors)
     cluster = StreamingCluster()
     cluster.consumer.transport.max_read_bytes = num_bytes
     return cluster
@@ -35,7 +35,7 @@ def test_all_of_it_arrives_and_is_counted(cluster: StreamingCluster) -> None:
 
 def test_two_reads_are_under_way_at_the_most(cluster: StreamingCluster) -> None:
     cluster.start_reading()
-    assert len(cluster.consumer.transport.unfinished) == reading.MAX_READS
+    assert len(cluster.consumer.transport.unfinished) == peer_reads.MAX_READS
 
 
 def test_nothing_is_vouched_for_before_the_last_part_has_arrived(
@@ -77,9 +77,9 @@ def test_a_defect_while_a_message_is_taken_in_ends_the_fetch(
 ) -> None:
     """What was taken up and not read would be missing, and be committed all the same."""
     cluster.start()
-    fetch = cluster.consumer.plane._fetches["c"]
-    assert fetch._reading is not None
-    stretches = fetch._reading.stretches
+    reads = cluster.consumer.attempt("c")._reads
+    assert reads is not None
+    stretches = reads.stretches
     plan = stretches.plan
 
     def broken(stretch: object) -> None:

@@ -94,7 +94,7 @@ def encodable_cluster(packing: Packing = Packing.NEVER) -> FakeCluster:
         parts=(Part.of_rows("key", 1, 0, 4),),
     )
     cluster = FakeCluster(layout=make_layout(groups=[group]), packing=packing)
-    incoming = cluster.consumer.plane._rank.local.incoming
+    incoming = cluster.consumer.plane._peers._rank.local.incoming
     assert incoming is not None
     incoming.coding.update({Codec.INT8: 1e12})
     return cluster
@@ -114,7 +114,9 @@ def asked_for(cluster: FakeCluster, choice: CodecChoice) -> Codec | None:
 
 
 def know_link(cluster: FakeCluster, bytes_per_s: float) -> None:
-    rates = cluster.consumer.plane._rates[cluster.producer_address] = PeerRates(cluster.clock)
+    rates = cluster.consumer.plane._peers._rates[cluster.producer_address] = PeerRates(
+        cluster.clock
+    )
     rates.link.add(bytes_per_s, 1.0)
 
 
@@ -169,7 +171,7 @@ def test_it_is_observed_how_fast_a_prompt_is_computed() -> None:
         cluster.clock.advance(2.0)
         cluster.compute(range(end - 8, end))
         cluster.settle()
-    prefill = cluster.consumer.plane._rates[cluster.producer_address].prefill
+    prefill = cluster.consumer.plane._peers._rates[cluster.producer_address].prefill
     assert prefill.value == pytest.approx(2 * 2 * 32 / 2.0, rel=1e-3)
     assert prefill.samples == 2
 
@@ -177,10 +179,12 @@ def test_it_is_observed_how_fast_a_prompt_is_computed() -> None:
 def test_a_producer_that_is_lost_is_observed_anew() -> None:
     cluster = FakeCluster(packing=Packing.ALWAYS)
     fetch(cluster, 0)
-    assert cluster.producer_address in cluster.consumer.plane._rates
+    assert cluster.producer_address in cluster.consumer.plane._peers._rates
     cluster.restart_producer()
     source = cluster.producer.produce("p", THERE, TOKENS)
     cluster.consumer.fetch("c", source, HERE, TOKENS)
     cluster.settle()
     assert cluster.consumer.outcome("c") is None
-    assert cluster.consumer.plane._rates[cluster.producer_address]._way(True, 32.0).samples <= 1
+    assert (
+        cluster.consumer.plane._peers._rates[cluster.producer_address]._way(True, 32.0).samples <= 1
+    )

@@ -81,7 +81,7 @@ def test_fetches_that_have_no_room_together_finish_all_the_same() -> None:
 def test_a_fetch_that_waits_for_room_is_told_when_there_is_some() -> None:
     cluster = ManyPrompts()
     room = cluster.consumer.room
-    taken = [room.take("another", 256) for _ in range(4)]
+    taken = [room.take(("another", 0), 256) for _ in range(4)]
     cluster.start(0)
     cluster.settle()
     assert "pack" not in cluster.network.delivered

@@ -12,7 +12,8 @@ from tests.fakes.fetching import EMPTY, HERE, KV, LEASE_S, THERE, TOKENS, Fetchi
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.transfer.plane import LENDING_INTERVAL_S
-from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult, FetchState
+from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult
+from vllm_pd_plugin.transfer.states import FetchState
 
 
 @pytest.fixture
@@ -193,16 +194,16 @@ def test_a_fetch_ends_once_where_there_is_no_connecting_again(cluster: FetchingC
     cluster.start_reading("a")
     cluster.start_reading("b")
     plane = cluster.consumer.plane
-    one, other = plane._fetches["a"], plane._fetches["b"]
-    plane.fetch(dataclasses.replace(other.spec, attempt=1))
+    one, other = cluster.consumer.attempt("a"), cluster.consumer.attempt("b")
+    plane.fetch(dataclasses.replace(cluster.consumer.specs["b"], attempt=1))
     assert other.state is FetchState.DRAINING
     assert one.peer is not None
 
     def refuse(*_: object) -> Any:
         raise PeerError(Reason.PEER_UNREACHABLE, "no descriptors left")
 
-    plane._peers._connect = refuse
-    plane.drop(one.peer, PeerError(Reason.READ_FAILED, "a read failed"))
+    plane._peers._peers._connect = refuse
+    plane._peers.drop(one.peer, PeerError(Reason.READ_FAILED, "a read failed"))
     cluster.settle()
     for name in ("a", "b"):
         assert cluster.consumer.outcome(name) is Reason.PEER_UNREACHABLE

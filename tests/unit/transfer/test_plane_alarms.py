@@ -18,13 +18,13 @@ class Looks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: Counter[str] = Counter()
-        drive = Fetch.drive
+        poll = Fetch.poll
 
         def count(fetch: Fetch) -> None:
             self.counts[fetch.spec.request_id] += 1
-            drive(fetch)
+            poll(fetch)
 
-        monkeypatch.setattr(Fetch, "drive", count)
+        monkeypatch.setattr(Fetch, "poll", count)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_one_that_has_ended_is_never_looked_at_again(
     assert looks.counts["c4"] > 0
     assert "c3" not in cluster.consumer.plane._alarms
     plane = cluster.consumer.plane
-    assert len(plane._by_handoff) == len(plane._fetches) == MANY - 1
+    assert len(plane._peers._by_handoff) == len(plane._fetches) == MANY - 1
 
 
 def test_a_plane_without_fetches_keeps_nothing_of_them(cluster: FetchingCluster) -> None:
@@ -88,6 +88,6 @@ def test_a_plane_without_fetches_keeps_nothing_of_them(cluster: FetchingCluster)
     for number in range(MANY):
         plane.cancel(f"c{number}", Reason.ABORTED)
     assert not plane._fetches
-    assert not plane._by_address
-    assert not plane._by_handoff
+    assert not plane._peers._by_address
+    assert not plane._peers._by_handoff
     assert len(plane._alarms) == 0

@@ -8,7 +8,7 @@ from tests.fakes.clock import rests
 from tests.fakes.fetching import DRAIN_S, EMPTY, HERE, KV, READ_S, THERE, TOKENS, FetchingCluster
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.transfer.specs import FetchSpec
+from vllm_pd_plugin.transfer.specs import FetchSpec, Segment
 
 
 @pytest.fixture
@@ -124,9 +124,13 @@ def test_a_request_may_fetch_again_after_a_failure(cluster: FetchingCluster) -> 
 # --- several producers -----------------------------------------------------------------------
 
 
+def whole(source: Source) -> tuple[Segment, ...]:
+    return (Segment(range(TOKENS), source),)
+
+
 def begin(cluster: FetchingCluster, source: Source, is_last: bool = True, attempt: int = 0) -> None:
     """Start a fetch that may not be the last chance."""
-    spec = FetchSpec("c", source, 0, TOKENS, (tuple(HERE),), attempt, is_last)
+    spec = FetchSpec("c", whole(source), (tuple(HERE),), attempt, is_last)
     cluster.consumer.specs["c"] = spec
     cluster.consumer.plane.fetch(spec)
 
@@ -177,7 +181,8 @@ def test_a_refusal_is_reported_when_the_reads_have_ended(cluster: FetchingCluste
 
 
 def test_a_refusal_of_what_was_never_begun_is_reported_at_once(cluster: FetchingCluster) -> None:
-    cluster.consumer.specs["c"] = FetchSpec("c", cluster.invented(), 0, TOKENS, (tuple(HERE),))
+    spec = FetchSpec("c", whole(cluster.invented()), (tuple(HERE),))
+    cluster.consumer.specs["c"] = spec
     cluster.consumer.plane.refuse("c")
     (result,) = cluster.consumer.results
     assert (result.reason, result.is_final) == (Reason.INTERNAL, True)

@@ -58,9 +58,9 @@ def test_a_connection_that_is_lost_waits_for_what_is_being_taken_in(
     cluster: PackingCluster,
 ) -> None:
     plane = cluster.consumer.plane
-    peer = plane._fetches["c"].peer
+    peer = cluster.consumer.attempt("c").peer
     assert peer is not None
-    plane.drop(peer, PeerError(Reason.PEER_UNREACHABLE, "gone"))
+    plane._peers.drop(peer, PeerError(Reason.PEER_UNREACHABLE, "gone"))
     assert cluster.consumer.is_reported("c")
     assert not cluster.consumer.coder.under_way, "it was reported while something was written"
     assert cluster.consumer.incoming.taken_bytes == 0

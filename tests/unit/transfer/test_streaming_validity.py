@@ -65,12 +65,12 @@ def test_what_is_kept_of_a_connection_that_was_closed_is_told_with_its_codec(
     what vLLM caches of it must not count as exact."""
     vouched(cluster)
     plane = cluster.consumer.plane
-    (fetch,) = plane._fetches.values()
-    assert fetch.peer is not None
-    assert fetch._reading is not None
-    fetch._reading.codec = Codec.INT8
+    attempt = cluster.consumer.attempt("c")
+    assert attempt.peer is not None
+    assert attempt._reads is not None
+    attempt._reads.pieces.codec = Codec.INT8
     cluster.producer.kill()
-    plane.drop(fetch.peer, PeerError(Reason.READ_FAILED, "for another's sake"))
+    plane._peers.drop(attempt.peer, PeerError(Reason.READ_FAILED, "for another's sake"))
     cluster.settle()
     cluster.clock.advance(PEER_TIMEOUT_S)
     cluster.settle()

@@ -1,0 +1,237 @@
+"""Per attempt: the reads from a peer, from block to block or in packed pieces."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from vllm_pd_plugin.memory.layout import Stretch
+from vllm_pd_plugin.net.transport import ReadPlan, ReadState
+from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.transfer.peer_pieces import PeerPieces
+from vllm_pd_plugin.transfer.rank import Rank
+from vllm_pd_plugin.transfer.reads import Read, ToPack, ToPlan, ToRead
+from vllm_pd_plugin.transfer.remote import ASK_AGAIN_S, RemoteHandoff
+from vllm_pd_plugin.transfer.specs import FetchCounts, FetchSpec, Segment
+from vllm_pd_plugin.transfer.stretches import Stretches
+
+MAX_READS = 2
+"""Reads of one segment that are under way together: the next is there when one ends, and what is
+announced meanwhile gathers into one."""
+
+_MIN_POLL_S, _MAX_POLL_S, _POLL_SHARE = 0.0001, 0.002, 0.05
+_MAX_BLOCKS, _MAX_DESCRIPTORS = 2048, 256
+"""Of one plan, and of one read: more would hold up everything else on the thread. NIXL and UCX take
+two microseconds or more to start what one descriptor says."""
+_MEASURABLE_BYTES = 512 * 2**10
+"""What is smaller tells more of the delay than of the link."""
+
+
+class PeerReads:
+    """All reads of one attempt; the methods raise HandoffError when it cannot go on."""
+
+    def __init__(
+        self, spec: FetchSpec, segment: Segment, rank: Rank, remote: RemoteHandoff
+    ) -> None:
+        self.arrived_tokens = 0
+        self.counts = FetchCounts()
+        self.pieces = PeerPieces(spec, segment, rank, remote)
+        self.stretches = Stretches(
+            rank.local.layout,
+            (spec.blocks, rank.local.regions),
+            remote.memory.regions,
+            segment.tokens.start,
+            segment.tokens.stop,
+        )
+        self.remote = remote
+        self._transport = rank.transport
+        self._clock = rank.clock
+        self._reads: deque[Read] = deque()
+        """In the order in which they were begun, which is that in which they are waited for."""
+        self._pending: deque[ToPack | ToPlan | ToRead] = deque()
+        """What is final, in the order in which it is read."""
+        self._last_end = 0.0
+
+    @property
+    def writes(self) -> bool:
+        """Whether something may still be written to local memory."""
+        return any(read.handle is not None for read in self._reads)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all that was wanted has arrived."""
+        return not self._reads and not self._pending and self.stretches.is_exhausted
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for nothing but the producer's word that more is final."""
+        return not self._reads and not self._pending
+
+    @property
+    def oldest(self) -> float | None:
+        """When the read that is waited for began."""
+        return self._reads[0].began_at if self._reads else None
+
+    def wait_s(self) -> float:
+        """Return for how many seconds there is nothing to do."""
+        if not self._reads:  # what waits for room is told when there is some
+            return math.inf
+        if self._reads[0].handle is None:
+            return self._reads[0].asked_at + ASK_AGAIN_S - self._clock()
+        elapsed = self._clock() - self._reads[0].posted_at
+        return min(max(_POLL_SHARE * elapsed, _MIN_POLL_S), _MAX_POLL_S)
+
+    def begin_epoch(self) -> None:
+        """All that was read, or asked for, is void."""
+        self.arrived_tokens = 0
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Nothing of this fetch is wanted any more; reads that are under way still have to end."""
+        self._forget_pending()
+        self._forget_asked()
+        for read in self._reads:
+            read.is_void = True
+
+    def disconnected(self) -> None:
+        """The connection is closed: nothing is written any more."""
+        for read in self._reads:
+            if read.coding is not None:  # that is not a matter of the connection
+                read.coding.wait()
+            elif read.handle is not None:
+                self._transport.release_read(read.handle)
+            self.pieces.lose(read)
+        self._reads.clear()
+        self._forget_pending()
+
+    def follow(self, before: PeerReads) -> None:
+        """Take the place of the reads of a connection that was closed: all is read anew."""
+        self.counts = before.counts
+        self.pieces.follow(before.pieces)
+
+    def go_on(self) -> None:
+        """Begin reads of what is final and was not asked for."""
+        # A read of an earlier epoch may still write to the same blocks.
+        if any(read.is_void for read in self._reads):
+            return
+        while len(self._reads) < MAX_READS:
+            if not self._pending:
+                stretch = self.stretches.take()
+                if stretch is None:
+                    return
+                self._begin(stretch)
+            match self._pending[0]:
+                case ToPack() as piece:
+                    read = self.pieces.begin(piece, self.stretches.epoch)
+                    if read is None:
+                        return
+                    self._pending.popleft()
+                    self._reads.append(read)
+                    self.pieces.send(read)
+                case ToPlan(part, prefix):
+                    plan = self.stretches.plan(part)
+                    self._pending.popleft()
+                    self._pending.extendleft(reversed(self._in_reads(plan, prefix)))
+                case ToRead(plan, prefix):
+                    self._pending.popleft()
+                    self._read(plan, prefix)
+
+    def poll(self) -> bool:
+        """Take the reads that have ended, and ask again for what does not come; False when a read
+        has failed."""
+        for read in self._reads:
+            self.pieces.ask_again(read)
+        while self._reads and (handle := self._reads[0].handle) is not None:
+            read = self._reads[0]
+            if read.coding is None:
+                state = self._transport.poll_read(handle)
+                if state is ReadState.PENDING:
+                    return True
+                if state is ReadState.FAILED:
+                    return False
+                self._transport.release_read(handle)
+                self._arrived(read)
+            if read.coding is not None and not read.coding.is_done():
+                return True
+            self._taken_in(self._reads.popleft())
+        return True
+
+    def packed(self, message: wire.Packed) -> None:
+        """A piece that was asked for can be read."""
+        pieces = (read for read in self._reads if read.piece is not None)
+        read = next((read for read in pieces if read.number == message.number), None)
+        if read is None:
+            self.pieces.refuse(message)
+        elif read.handle is None:  # else it is a message that came twice
+            self._post(read, self.pieces.plan(read, message))
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _begin(self, stretch: Stretch) -> None:
+        """Take up a stretch, to be read as it lies or packed."""
+        prefix = self.stretches.taken_tokens
+        first, *others = self.stretches.cut(stretch, _MAX_BLOCKS)
+        plan = self.stretches.plan(first)  # the others lie about as scattered
+        descriptor_bytes = plan.total_bytes / plan.num_descriptors
+        # Only with the last of them has a longer prefix arrived.
+        if pieces := self.pieces.cut(stretch, descriptor_bytes):
+            last = len(pieces) - 1
+            self._pending += (
+                ToPack(piece, prefix if number == last else 0, descriptor_bytes)
+                for number, piece in enumerate(pieces)
+            )
+        else:
+            self._pending += self._in_reads(plan, 0 if others else prefix)
+            self._pending += (ToPlan(part, 0) for part in others[:-1])
+            self._pending += (ToPlan(part, prefix) for part in others[-1:])
+
+    def _in_reads(self, plan: ReadPlan, prefix_tokens: int) -> list[ToRead]:
+        *others, last = plan.split(_MAX_DESCRIPTORS, self._transport.max_read_bytes)
+        return [*(ToRead(other, 0) for other in others), ToRead(last, prefix_tokens)]
+
+    def _read(self, plan: ReadPlan, prefix_tokens: int) -> None:
+        num_bytes = plan.total_bytes
+        descriptor_bytes = num_bytes / plan.num_descriptors
+        read = Read(prefix_tokens, descriptor_bytes, self._clock(), num_bytes, num_bytes)
+        self._reads.append(read)
+        self._post(read, plan)
+
+    def _post(self, read: Read, plan: ReadPlan) -> None:
+        read.posted_at = self._clock()
+        read.handle = self._transport.post_read(self.remote.name, plan)
+        self.counts.posted(plan, read.kv_bytes, read.piece is not None)
+
+    def _arrived(self, read: Read) -> None:
+        now = self._clock()
+        if read.num_bytes >= _MEASURABLE_BYTES:
+            self.remote.rates.link.add(read.num_bytes, now - max(read.posted_at, self._last_end))
+        if read.piece is not None and not read.is_void:
+            try:
+                read.coding = self.pieces.take_in(read, read.piece)
+            except BaseException:
+                self._reads.remove(read)
+                self.pieces.release(read)
+                raise
+
+    def _taken_in(self, read: Read) -> None:
+        """What was read is where it belongs."""
+        self.pieces.release(read)
+        now = self._clock()
+        self.remote.rates.moved(
+            read.piece is not None,
+            read.descriptor_bytes,
+            read.kv_bytes,
+            now - max(read.began_at, self._last_end),
+        )
+        self._last_end = now
+        if not read.is_void:
+            self.arrived_tokens = max(self.arrived_tokens, read.prefix_tokens)
+
+    def _forget_pending(self) -> None:
+        self._pending.clear()
+        self.pieces.leave_queue()
+
+    def _forget_asked(self) -> None:
+        for read in [read for read in self._reads if read.handle is None]:
+            self._reads.remove(read)
+            self.pieces.release(read)
