@@ -12,7 +12,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-    from vllm_pd_plugin.frontend.requests.course import Course, Leg
+    from vllm_pd_plugin.frontend.requests.course import Course
+    from vllm_pd_plugin.frontend.requests.legs import Leg
     from vllm_pd_plugin.frontend.routing.choice import EngineKey
 
 PREFILL_ENGINES = ["p0", "p1"]

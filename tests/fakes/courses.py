@@ -16,9 +16,9 @@ with warnings.catch_warnings():
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
     from vllm_pd_plugin.frontend.requests.blame import Blame
-    from vllm_pd_plugin.frontend.requests.course import Course, Leg
+    from vllm_pd_plugin.frontend.requests.course import Course
     from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
-    from vllm_pd_plugin.frontend.requests.legs import LegKind
+    from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
     from vllm_pd_plugin.frontend.routing.choice import EngineKey, Pair, Reason, Route, Unroutable
 
 PROMPT = [11, 12, 13, 14]

@@ -26,9 +26,9 @@ from vllm_pd_plugin.frontend.pool.members import Member, Pool
 from vllm_pd_plugin.frontend.pool.membership import Engines
 from vllm_pd_plugin.frontend.requests.blame import Blame
 from vllm_pd_plugin.frontend.requests.context import current, name_of_session
-from vllm_pd_plugin.frontend.requests.course import Course, Leg
+from vllm_pd_plugin.frontend.requests.course import Course
 from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
-from vllm_pd_plugin.frontend.requests.legs import LegKind
+from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 from vllm_pd_plugin.frontend.router import Router
 from vllm_pd_plugin.frontend.routing.choice import EngineKey, Policy, Route, Unroutable
 from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics

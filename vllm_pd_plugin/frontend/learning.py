@@ -8,9 +8,8 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput
 
 from vllm_pd_plugin.frontend.pool.breakers import PairBreakers
 from vllm_pd_plugin.frontend.pool.members import Member
-from vllm_pd_plugin.frontend.requests.course import Leg
 from vllm_pd_plugin.frontend.requests.endings import Failure
-from vllm_pd_plugin.frontend.requests.legs import LegKind
+from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 from vllm_pd_plugin.frontend.router import Router
 from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics
 from vllm_pd_plugin.frontend.underway import Underway

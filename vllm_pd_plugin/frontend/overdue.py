@@ -12,8 +12,7 @@ import heapq
 from collections.abc import Iterator
 
 from vllm_pd_plugin.frontend.pool.members import Pool
-from vllm_pd_plugin.frontend.requests.course import Leg
-from vllm_pd_plugin.frontend.requests.legs import LegKind
+from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 from vllm_pd_plugin.frontend.routing.choice import EngineKey
 from vllm_pd_plugin.frontend.underway import Limits, Underway
 from vllm_pd_plugin.ids import RequestId

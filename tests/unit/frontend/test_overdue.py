@@ -14,8 +14,8 @@ with warnings.catch_warnings():
     from tests.fakes.links import make_member
     from vllm_pd_plugin.frontend.overdue import OpenLegs, Seen, is_overdue
     from vllm_pd_plugin.frontend.pool.members import Pool
-    from vllm_pd_plugin.frontend.requests.course import Course, Leg
-    from vllm_pd_plugin.frontend.requests.legs import LegKind
+    from vllm_pd_plugin.frontend.requests.course import Course
+    from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
     from vllm_pd_plugin.frontend.routing.choice import Reason, Role, Route
     from vllm_pd_plugin.frontend.telemetry.tracing import Marks
     from vllm_pd_plugin.frontend.underway import Limits, Underway
@@ -127,8 +127,9 @@ def test_an_engine_s_requests_are_those_that_it_works_on_or_hands_over() -> None
         ("a", Route("p", "d", Reason.DISAGGREGATED)),
         ("b", Route(None, "p", Reason.SHORT)),
     ):
+        dispatcher.next_route = route
         course = Course(make_request(name), dispatcher)
-        course.route = route
+        course.start()
         there[name] = Underway(course, None, Marks(START), START, ("", ""))  # type: ignore[arg-type]
     legs.put(there["a"], Leg("a-1p", "p", PREFILL, 100, START))
     legs.put(there["a"], Leg("a-1d", "d", DECODE, 100, START))

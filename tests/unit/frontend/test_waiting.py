@@ -41,7 +41,7 @@ class Line:
         self.tried += 1
         if self.room and not course.id.startswith("special"):
             self.room -= 1
-            course.attempt += 1
+            course.start()
             self.begun.append(course.id)
 
 

@@ -17,9 +17,9 @@ from vllm.v1.engine import (
 
 from vllm_pd_plugin.engine_port.link import Link
 from vllm_pd_plugin.frontend.dispatch import Dispatch
-from vllm_pd_plugin.frontend.requests.course import Course, Leg
+from vllm_pd_plugin.frontend.requests.course import Course
 from vllm_pd_plugin.frontend.requests.endings import Ending
-from vllm_pd_plugin.frontend.requests.legs import LegKind
+from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 from vllm_pd_plugin.frontend.routing.choice import Policy, Route, Unroutable
 from vllm_pd_plugin.frontend.telemetry.metrics import FrontendMetrics
 from vllm_pd_plugin.frontend.underway import Limits, Underway

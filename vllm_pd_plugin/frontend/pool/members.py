@@ -16,7 +16,7 @@ from vllm_pd_plugin.frontend.admission import Capacity
 from vllm_pd_plugin.frontend.pool.breakers import Breaker
 from vllm_pd_plugin.frontend.pool.groups import Group
 from vllm_pd_plugin.frontend.pool.work import Share, Work
-from vllm_pd_plugin.frontend.requests.course import Leg
+from vllm_pd_plugin.frontend.requests.legs import Leg
 from vllm_pd_plugin.frontend.routing.choice import Engine, EngineKey, Role
 from vllm_pd_plugin.memory.identity import KvIdentity
 

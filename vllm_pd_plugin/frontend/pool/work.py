@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from vllm_pd_plugin.frontend.requests.course import Leg
-from vllm_pd_plugin.frontend.requests.legs import LegKind
+from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,10 +11,9 @@ import enum
 from typing import TYPE_CHECKING
 
 from vllm_pd_plugin.frontend.requests.endings import Failure
-from vllm_pd_plugin.frontend.requests.legs import LegKind
+from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 
 if TYPE_CHECKING:
-    from vllm_pd_plugin.frontend.requests.course import Leg
     from vllm_pd_plugin.frontend.routing.choice import EngineKey, Pair
 
 

@@ -7,17 +7,20 @@ no clock; its ``Dispatcher`` does what it says.
 
 from __future__ import annotations
 
-import dataclasses
+import enum
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, FinishReason
 
 from vllm_pd_plugin.engine_port.refusals import refusal_of
+from vllm_pd_plugin.frontend.requests.attempt import Attempt, Novelty
 from vllm_pd_plugin.frontend.requests.blame import Blame, blame_for
 from vllm_pd_plugin.frontend.requests.endings import Ending, Failure
 from vllm_pd_plugin.frontend.requests.legs import (
     Handoff,
+    Leg,
     LegKind,
     Work,
     decode_leg,
@@ -32,7 +35,6 @@ from vllm_pd_plugin.ids import RequestId, new_handoff_id
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.metrics.stats import PrefillStats
 
     from vllm_pd_plugin.ids import Address
 
@@ -44,33 +46,26 @@ MAX_LOST_ENGINES = 2
 """So many engines lost while they worked on the same request are no chance; one may have been."""
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Leg:
-    """One engine's part in one attempt.
+class CourseState(enum.Enum):
+    WAITING = "waiting"
+    """No attempt is under way: for an engine, or for a while after one has failed."""
+    UNDERWAY = "under way"
+    OVER = "over"
 
-    num_tokens: length of its prompt. uncached: how much of that is likely not to be cached there;
-    None: all of it. begun_at: since when its engine is known to work on it; 0 while it waits there.
-    is_preempted: it has given something out, and waits again.
-    """
 
-    id: RequestId
-    engine: EngineKey
-    kind: LegKind
-    num_tokens: int
-    started_at: float
-    has_output: bool = False
-    begun_at: float = 0.0
-    is_preempted: bool = False
-    uncached: int | None = None
+class CourseEvent(enum.Enum):
+    BEGUN = "attempt begun"
+    FAILED = "attempt failed"
+    ENDED = "ended"
 
-    @property
-    def to_compute(self) -> int:
-        return self.num_tokens if self.uncached is None else self.uncached
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it waits in its engine's queue, as far as is known."""
-        return self.is_preempted if self.has_output else not self.begun_at
+TRANSITIONS: Mapping[tuple[CourseState, CourseEvent], CourseState] = {
+    (CourseState.WAITING, CourseEvent.BEGUN): CourseState.UNDERWAY,
+    (CourseState.UNDERWAY, CourseEvent.FAILED): CourseState.WAITING,
+    (CourseState.WAITING, CourseEvent.ENDED): CourseState.OVER,
+    (CourseState.UNDERWAY, CourseEvent.ENDED): CourseState.OVER,
+}
+"""What follows on what; nothing else happens to a course."""
 
 
 class Dispatcher(Protocol):
@@ -130,31 +125,47 @@ class Course:
         self.session = b""
         self.siblings = Siblings()
         self.to_compute = len(request.prompt_token_ids)
-        self.attempt = 0
+        self.state = CourseState.WAITING
         self.arrived_at = dispatcher.now()
-        self.route: Route | None = None
-        self.is_over = False
         self._prompt = NamedPrompt(request.prompt_token_ids)
         self._dispatcher = dispatcher
-        self._legs: dict[LegKind, Leg] = {}
-        self._seeds = False
-        self._prefill_failed = False
+        self._latest: Attempt | None = None
+        """The attempt that is under way, or was the last one; None before the first."""
         self._num_lost_engines = 0
-        self._prefill_stats: PrefillStats | None = None
-        self._held: list[EngineCoreOutput] = []
-        """What the decode engine gave out before the prefill engine's token came."""
         self._has_started = False
-        self._skip = 0
-        """How many tokens are still to come that the client has got before."""
 
     @property
     def id(self) -> RequestId:
         return self.request.request_id
 
     @property
+    def attempt(self) -> int:
+        """Return how many attempts have begun."""
+        return self._latest.number if self._latest is not None else 0
+
+    @property
+    def route(self) -> Route | None:
+        """Return that of the latest attempt."""
+        return self._latest.route if self._latest is not None else None
+
+    @property
     def legs(self) -> list[Leg]:
         """Return what is under way."""
-        return list(self._legs.values())
+        return self._latest.legs if self._latest is not None else []
+
+    @property
+    def prefills(self) -> bool:
+        """Whether an engine computes the prompt for another one."""
+        return self._latest is not None and self._latest.prefills
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the decode engine has given something out: the handoff is over."""
+        return self._latest is not None and self._latest.decodes
+
+    @property
+    def is_over(self) -> bool:
+        return self.state is CourseState.OVER
 
     @property
     def named_prompt(self) -> NamedPrompt:
@@ -191,29 +202,33 @@ class Course:
         if isinstance(route, Unroutable):
             self._dispatcher.queue(self, route)
             return
-        self.route = route
-        self.attempt += 1
-        self._held = []
-        self._prefill_failed = False
-        self._prefill_stats = None
-        self._skip = len(self.sent) if replay_of(self.params) is Replay.REGENERATE else 0
+        seeds = route.prefill is not None and is_seed_safe(self.params)
+        repeats = replay_of(self.params) is Replay.REGENERATE
+        attempt = Attempt(self.attempt + 1, route, seeds, len(self.sent) if repeats else 0)
+        self._follow(CourseEvent.BEGUN)
+        self._latest = attempt
         work = Work(self.request, self.prompt, self.max_tokens)
         if route.prefill is None:
-            self._seeds = False
-            self._start(LegKind.WHOLE, route.decode, work, None)
+            self._start(attempt, LegKind.WHOLE, route.decode, work, None)
             return
-        self._seeds = is_seed_safe(self.params)
         address, incarnation = self._dispatcher.control_address(route.prefill)
-        handoff = Handoff(new_handoff_id(), address, incarnation, self._seeds)
-        self._start(LegKind.PREFILL, route.prefill, work, handoff)
-        if not self.is_over and LegKind.PREFILL in self._legs:
-            self._start(LegKind.DECODE, route.decode, work, handoff)
+        handoff = Handoff(new_handoff_id(), address, incarnation, seeds)
+        self._start(attempt, LegKind.PREFILL, route.prefill, work, handoff)
+        if attempt.prefills:  # else it was lost as it was sent
+            self._start(attempt, LegKind.DECODE, route.decode, work, handoff)
 
-    def _start(self, kind: LegKind, engine: EngineKey, work: Work, handoff: Handoff | None) -> None:
-        leg_id = f"{self.id}-{self.attempt}{kind[0]}"
+    def _start(
+        self,
+        attempt: Attempt,
+        kind: LegKind,
+        engine: EngineKey,
+        work: Work,
+        handoff: Handoff | None,
+    ) -> None:
+        leg_id = f"{self.id}-{attempt.number}{kind[0]}"
         leg = Leg(leg_id, engine, kind, len(work.prompt), self._dispatcher.now())
         leg.uncached = self.to_compute
-        self._legs[kind] = leg
+        attempt.begin(leg)
         if handoff is None:
             request = whole_leg(work, leg_id)
         elif kind is LegKind.PREFILL:
@@ -226,37 +241,38 @@ class Course:
 
     def take(self, leg: Leg, output: EngineCoreOutput) -> None:
         """Take one output of a leg."""
-        if self.is_over or self._legs.get(leg.kind) is not leg:
+        attempt = self._latest
+        if attempt is None or not attempt.has(leg):
             return
         finish = output.finish_reason
         has_failed = finish in (FinishReason.ABORT, FinishReason.ERROR)
         leg.has_output = leg.has_output or not has_failed
         if finish is not None:
-            del self._legs[leg.kind]
+            attempt.end(leg)
             self._dispatcher.drop(leg, abort=False)
         if (refusal := refusal_of(output)) is not None:
             self.refusal = refusal
             self._end(Ending.REFUSED)
         elif leg.kind is LegKind.PREFILL:
-            self._take_prefill(leg, output)
+            self._take_prefill(attempt, leg, output)
         elif finish is FinishReason.ABORT:
             self.leg_failed(leg, Failure.ENGINE_STOPPED)
         elif finish is FinishReason.ERROR:
             self.leg_failed(leg, Failure.REQUEST_FAILED)
-        elif leg.kind is LegKind.DECODE and LegKind.PREFILL in self._legs and self._seeds:
-            self._held.append(output)
+        elif leg.kind is LegKind.DECODE and attempt.waits_for_token:
+            attempt.hold(output)
         else:
-            self._emit(output)
+            self._emit(attempt, output)
 
-    def _take_prefill(self, leg: Leg, output: EngineCoreOutput) -> None:
-        self._prefill_stats = output.prefill_stats
+    def _take_prefill(self, attempt: Attempt, leg: Leg, output: EngineCoreOutput) -> None:
+        attempt.prefill_stats = output.prefill_stats
         finish = output.finish_reason
         failed = finish in (FinishReason.ABORT, FinishReason.ERROR)
-        if not self._seeds:
+        if not attempt.seeds:
             # Its token is not used. A failure is the decode engine's to deal with: it may have
             # ended the prefill itself, because it has the KV already.
-            self._prefill_failed = finish is FinishReason.ERROR
-            if finish is FinishReason.ABORT and not self.decodes:
+            attempt.prefill_failed = finish is FinishReason.ERROR
+            if finish is FinishReason.ABORT and not attempt.decodes:
                 self.leg_failed(leg, Failure.ENGINE_STOPPED)
             return
         if failed or not output.new_token_ids:
@@ -266,31 +282,22 @@ class Course:
             return
         if finish is FinishReason.LENGTH and self.max_tokens > 1:
             output.finish_reason = None  # it is only the leg that is at its end
-        held, self._held = self._held, []
-        self._emit(output)
-        for each in held:
-            self._emit(each)
+        for each in [output, *attempt.take_held()]:
+            self._emit(attempt, each)
 
-    @property
-    def decodes(self) -> bool:
-        """Whether the decode engine has given something out: the handoff is over."""
-        leg = self._legs.get(LegKind.DECODE)
-        return leg is not None and leg.has_output
-
-    @property
-    def prefills(self) -> bool:
-        """Whether an engine computes the prompt for another one."""
-        return LegKind.PREFILL in self._legs
-
-    def _emit(self, output: EngineCoreOutput) -> None:
+    def _emit(self, attempt: Attempt, output: EngineCoreOutput) -> None:
         """Give an output to the client, without what it has got before."""
         if self.is_over:
             return
-        if self._skip and not self._skip_known(output):
-            return
-        if self._prefill_stats is not None and output.prefill_stats is not None:
+        match attempt.cut_known(output, self.sent):
+            case Novelty.DIFFERS:
+                self._end(Ending.REPLAY_DIFFERS)
+                return
+            case Novelty.NONE:
+                return
+        if attempt.prefill_stats is not None and output.prefill_stats is not None:
             # What was cached on the engine that computed the prompt, and not what was handed over.
-            output.prefill_stats = self._prefill_stats
+            output.prefill_stats = attempt.prefill_stats
         self.sent += output.new_token_ids
         output.request_id = self.id
         output.kv_transfer_params = None
@@ -304,29 +311,6 @@ class Course:
         if output.finish_reason is not None:
             self._end(None)
 
-    def _skip_known(self, output: EngineCoreOutput) -> bool:
-        """Compare with what the client has got; say whether there is something new in it."""
-        start = len(self.sent) - self._skip
-        known = min(self._skip, len(output.new_token_ids))
-        if output.new_token_ids[:known] != self.sent[start : start + known]:
-            self._end(Ending.REPLAY_DIFFERS)
-            return False
-        self._skip -= known
-        if self._skip and output.finish_reason is not None:
-            self._end(Ending.REPLAY_DIFFERS)
-            return False
-        output.new_token_ids = output.new_token_ids[known:]
-        if known:
-            output.new_sampling_mask = output.routed_experts = None  # they count all tokens
-        if output.new_logprobs is not None:
-            rows = output.new_logprobs
-            output.new_logprobs = rows._replace(
-                logprob_token_ids=rows.logprob_token_ids[known:],
-                logprobs=rows.logprobs[known:],
-                sampled_token_ranks=rows.sampled_token_ranks[known:],
-            )
-        return bool(output.new_token_ids) or output.finish_reason is not None
-
     # --- failing and ending ------------------------------------------------------------------
 
     def engine_lost(self, engine: EngineKey, was_at_work: bool = False) -> None:
@@ -334,49 +318,51 @@ class Course:
 
         was_at_work: it is gone, and this request may be why.
         """
+        attempt = self._latest
+        if attempt is None:
+            return
         blame = Blame(Failure.ENGINE_LOST, (engine,))
-        for leg in self.legs:
+        for leg in attempt.legs:
             if leg.engine != engine:
                 continue
-            if leg.kind is LegKind.PREFILL and not self._seeds and self.decodes:
-                del self._legs[leg.kind]  # the handoff was over
+            if leg.kind is LegKind.PREFILL and not attempt.seeds and attempt.decodes:
+                attempt.end(leg)  # the handoff was over
                 self._dispatcher.drop(leg, abort=True)
             else:
                 # While a prompt is computed elsewhere, the engine that is to decode does nothing.
-                waits = leg.kind is LegKind.DECODE and LegKind.PREFILL in self._legs
+                waits = leg.kind is LegKind.DECODE and attempt.prefills
                 self._num_lost_engines += was_at_work and not waits
-                self._fail(blame)
+                self._fail(attempt, blame)
                 return
-        # It had sampled its token, but the decode engine may not have all KV yet.
-        handed_off = self.route is not None and self.route.prefill == engine
-        if handed_off and LegKind.DECODE in self._legs and not self.decodes:
-            self._fail(blame)
+        if attempt.needs(engine):
+            self._fail(attempt, blame)
 
     def leg_failed(self, leg: Leg, failure: Failure) -> None:
         """A leg has failed, and with it this attempt."""
-        prefill = self.route.prefill if self.route is not None else None
-        self._fail(blame_for(failure, leg, prefill, self._prefill_failed))
+        if (attempt := self._latest) is not None:
+            blame = blame_for(failure, leg, attempt.route.prefill, attempt.prefill_failed)
+            self._fail(attempt, blame)
 
-    def _fail(self, blame: Blame) -> None:
-        """End what is left of this attempt, and try again."""
-        if self.is_over:
+    def _fail(self, attempt: Attempt, blame: Blame) -> None:
+        """End what is left of an attempt, and try again."""
+        if self.state is not CourseState.UNDERWAY:
             return
         failure = blame.failure
         self._dispatcher.failed(blame)
         self._abort_legs()
+        self._follow(CourseEvent.FAILED)
         self.excluded.update(blame.engines)
         self.handoff_failed = self.handoff_failed or blame.ends_handoff
-        self._held = []
         if self._num_lost_engines >= MAX_LOST_ENGINES:
             self._end(Ending.SUSPECT)
-        elif self.attempt >= MAX_ATTEMPTS:
+        elif attempt.number >= MAX_ATTEMPTS:
             self._end(Ending.ATTEMPTS_EXHAUSTED)
         elif self.sent and replay_of(self.params) is Replay.REFUSE:
             self._end(Ending.NOT_REPLAYABLE)
         else:
             text = "request %s: %s (%s) in attempt %d; trying again after %d tokens"
             names = ", ".join(blame.engines)
-            logger.warning(text, self.id, names, failure, self.attempt, len(self.sent))
+            logger.warning(text, self.id, names, failure, attempt.number, len(self.sent))
             self._dispatcher.try_again(self, failure)
 
     def give_up(self, ending: Ending) -> None:
@@ -390,11 +376,14 @@ class Course:
             self._end(None)
 
     def _end(self, ending: Ending | None) -> None:
-        self.is_over = True
+        self._follow(CourseEvent.ENDED)
         self._abort_legs()
         self._dispatcher.ended(self, ending)
 
     def _abort_legs(self) -> None:
-        legs, self._legs = self.legs, {}
+        legs = self._latest.end_all() if self._latest is not None else []
         for leg in legs:
             self._dispatcher.drop(leg, abort=True)
+
+    def _follow(self, event: CourseEvent) -> None:
+        self.state = TRANSITIONS[self.state, event]

@@ -17,11 +17,42 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
+    from vllm_pd_plugin.frontend.routing.choice import EngineKey
+
 
 class LegKind(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     WHOLE = "whole"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Leg:
+    """One engine's part in one attempt.
+
+    num_tokens: length of its prompt. uncached: how much of that is likely not to be cached there;
+    None: all of it. begun_at: since when its engine is known to work on it; 0 while it waits there.
+    is_preempted: it has given something out, and waits again.
+    """
+
+    id: RequestId
+    engine: EngineKey
+    kind: LegKind
+    num_tokens: int
+    started_at: float
+    has_output: bool = False
+    begun_at: float = 0.0
+    is_preempted: bool = False
+    uncached: int | None = None
+
+    @property
+    def to_compute(self) -> int:
+        return self.num_tokens if self.uncached is None else self.uncached
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits in its engine's queue, as far as is known."""
+        return self.is_preempted if self.has_output else not self.begun_at
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

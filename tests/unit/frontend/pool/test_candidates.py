@@ -16,8 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from tests.fakes.links import FakeLink, link_of, make_member
     from vllm_pd_plugin.frontend.pool.members import Member, Pool
-    from vllm_pd_plugin.frontend.requests.course import Leg
-    from vllm_pd_plugin.frontend.requests.legs import LegKind
+    from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
     from vllm_pd_plugin.frontend.routing.choice import Role
 
 NOW = 1000.0

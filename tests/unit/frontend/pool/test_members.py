@@ -15,8 +15,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from tests.fakes.links import link_of, make_member
     from vllm_pd_plugin.frontend.pool.members import Member, MemberState, Pool
-    from vllm_pd_plugin.frontend.requests.course import Leg
-    from vllm_pd_plugin.frontend.requests.legs import LegKind
+    from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
     from vllm_pd_plugin.frontend.routing.choice import Role
 
 PREFILL, DECODE, WHOLE = LegKind.PREFILL, LegKind.DECODE, LegKind.WHOLE

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from vllm_pd_plugin.frontend.pool.work import Share, Work
-    from vllm_pd_plugin.frontend.requests.course import Leg
-    from vllm_pd_plugin.frontend.requests.legs import LegKind
+    from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 
 
 def uncomputed(legs: Iterable[Leg]) -> list[Leg]:

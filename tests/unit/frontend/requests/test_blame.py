@@ -9,9 +9,8 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
     from vllm_pd_plugin.frontend.requests.blame import Blame, Fault, blame_for, fault_of
-    from vllm_pd_plugin.frontend.requests.course import Leg
     from vllm_pd_plugin.frontend.requests.endings import Failure
-    from vllm_pd_plugin.frontend.requests.legs import LegKind
+    from vllm_pd_plugin.frontend.requests.legs import Leg, LegKind
 
 PREFILL, DECODE, WHOLE = LegKind.PREFILL, LegKind.DECODE, LegKind.WHOLE
 FAILED, TIMEOUT = Failure.REQUEST_FAILED, Failure.TIMEOUT
