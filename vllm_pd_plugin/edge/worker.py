@@ -19,6 +19,7 @@ from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
 from vllm_pd_plugin.memory import regions
 from vllm_pd_plugin.memory.layout import EngineLayout
+from vllm_pd_plugin.memory.probe import Sums
 from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Loop
 from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.packing.digests import kv_digest
@@ -117,6 +118,14 @@ class WorkerSide:
         )
         self._loop.start()
         return RankHandshake(self._identity.incarnation, layout, rank_memory)
+
+    def probe(self, compute: Callable[[], dict[str, Sums]], why_not: str) -> dict[str, Sums] | None:
+        """Return what ``compute`` returns; None where there is a reason not to, or it fails."""
+        if why_not:
+            text = "pdplugin: the probe prompt is not computed: %s. Other engines go by names"
+            logger.warning(text, why_not)
+            return None
+        return self._contain.run("the probe", compute, None)
 
     def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Dealer:
         return Dealer(self._loop, address, self._keys, on_message)

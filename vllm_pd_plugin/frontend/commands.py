@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import uvloop
-from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import VLLMError
 from vllm.logger import configure_logging_from_args
 
+from vllm_pd_plugin.compat import moved
 from vllm_pd_plugin.config import CLUSTER_KEY_VARIABLE, read_secret
 from vllm_pd_plugin.errors import ConfigError, PdError
 from vllm_pd_plugin.frontend import options
@@ -154,7 +153,7 @@ def read(parser: FrontendParser, arguments: Sequence[str]) -> CommandLine:
         if (path := getattr(args, name)) and not Path(path).is_file():
             raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file")
     try:
-        validate_parsed_serve_args(args)
+        moved("validate_parsed_serve_args")(args)
     except (TypeError, ValueError, VLLMError) as error:  # all of them vLLM's, of options
         raise ConfigError(" ".join(str(error).split())) from error
     return CommandLine(args, words, typed)
@@ -164,7 +163,7 @@ def _run(
     make_plan: Callable[[], tuple[CommandLine, Plan]], environ: Mapping[str, str], name: str
 ) -> int:
     """Run a frontend until it is told to stop."""
-    cli_env_setup()
+    moved("cli_env_setup")()
     status = 0
     try:
         line, plan = make_plan()

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_pd_plugin.compat import moved
 from vllm_pd_plugin.frontend.options import GROUP_PREFIX, add_frontend_options
 
 _MORE = """\
@@ -48,7 +48,7 @@ def make_parser(
     formatter = partial(
         argparse.RawDescriptionHelpFormatter, width=_WIDTH, max_help_position=_INDENT
     )
-    parser = make_arg_parser(
+    parser = moved("make_arg_parser")(
         FrontendParser(
             prog=prog,
             usage=f"{prog} {usage}",

@@ -10,6 +10,8 @@ import dataclasses
 
 import msgspec
 
+from vllm_pd_plugin.memory.probe import Sketch, bound, distances
+
 UNKNOWN = "unknown:"
 """Begins a fingerprint that is equal to no other engine's; see ``Weights``."""
 
@@ -50,6 +52,9 @@ class KvIdentity(msgspec.Struct, frozen=True):
     dtype: of activations, and of KV unless ``kv_cache_dtype`` says otherwise.
     kv_cache_dtype, quantization: as vLLM names them; two of one width may differ in meaning.
     rope, windows: how positions count, and how far layers look back.
+    vllm: release line of the vLLM that computes it; empty where that is not known.
+    probe: what it computes for the probe prompt; None where it has not, or computes something else
+        by now.
     """
 
     architecture: str
@@ -60,6 +65,8 @@ class KvIdentity(msgspec.Struct, frozen=True):
     quantization: str
     rope: str
     windows: str
+    vllm: str = ""
+    probe: Sketch | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ class Difference:
 
     @property
     def verb(self) -> str:
-        return "are" if self.field == "weights" else "is"
+        return "are" if self.field in ("weights", _ANSWERS) else "is"
 
 
 _WEIGHTS_REMEDY = (
@@ -95,14 +102,53 @@ _REMEDIES = {
 }
 
 
+_SAID_BY_VLLM = "config"
+"""What the same files come to depends on vLLM, and on the transformers that it brings."""
+_ANSWERS = "answers to the probe prompt"
+_ANSWERS_REMEDY = (
+    "one of them computes other KV from the same files: look at the revision, the quantization, "
+    "the --hf-overrides and the vLLM of both"
+)
+_VERSIONS_REMEDY = (
+    "engines of two release lines go together by their answers to the probe prompt only, and {} "
+    "not computed it, or had its weights changed since (the log says why); run the same vLLM on "
+    "both"
+)
+
+
 def difference(ours: KvIdentity, theirs: KvIdentity) -> Difference | None:
-    """Return the first thing that differs, the most telling first; None where nothing does."""
+    """Return the first thing that differs, the most telling first; None where nothing does.
+
+    Engines of two of vLLM's release lines must have computed the same, within a bound; of their
+    configuration, what vLLM itself decides is not compared then.
+    """
+    are_mixed = ours.vllm != theirs.vllm and bool(ours.vllm and theirs.vllm)
     for field, remedy in _REMEDIES.items():
+        if are_mixed and field == _SAID_BY_VLLM:
+            continue
         here, there = getattr(ours, field), getattr(theirs, field)
         is_like = here.is_like(there) if isinstance(here, Weights) else here == there
         if not is_like:
             return Difference(field.replace("_", " "), *_told_apart(here, there), remedy)
-    return None
+    return _computed_apart(ours, theirs, are_mixed)
+
+
+def _computed_apart(ours: KvIdentity, theirs: KvIdentity, are_mixed: bool) -> Difference | None:
+    """Compare what both compute. Within one release line, only where both have computed it."""
+    if not (ours.probe and ours.probe.rows and theirs.probe and theirs.probe.rows):
+        if not are_mixed:
+            return None
+        who = "this one has" if theirs.probe and theirs.probe.rows else "it has"
+        return Difference("vLLM", ours.vllm, theirs.vllm, _VERSIONS_REMEDY.format(who))
+    found = distances(ours.probe, theirs.probe)
+    allowed = bound((ours.dtype, ours.kv_cache_dtype), are_mixed)
+    if found[0].relative <= allowed:
+        return None
+    apart = ", ".join(str(distance) for distance in found)
+    between = f"{ours.dtype}, vLLM {ours.vllm} and {theirs.vllm}"
+    return Difference(
+        _ANSWERS, f"{allowed:g} at most ({between})", f"{apart} away", _ANSWERS_REMEDY
+    )
 
 
 def _told_apart(ours: Weights | str, theirs: Weights | str) -> tuple[str, str]:

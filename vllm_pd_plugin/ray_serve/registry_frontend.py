@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from vllm import envs
 from vllm.version import __version__ as vllm_version
 
+from vllm_pd_plugin.compat import moved
 from vllm_pd_plugin.edge.hooks import log_like_vllm
 from vllm_pd_plugin.engine_port.link import Connection
 from vllm_pd_plugin.errors import ConfigError
@@ -58,17 +59,14 @@ def parse_frontend(deployment: Deployment) -> tuple[argparse.Namespace, Frontend
     Raises:
         ConfigError: an option is wrong; the message is that of vLLM's parser.
     """
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-
     from vllm_pd_plugin.frontend.parsing import make_parser
 
-    cli_env_setup()
+    moved("cli_env_setup")()
     parser, _ = make_parser("the frontend", "", "A frontend on Ray Serve.", lambda parser: None)
     parser.error = _refuse  # it would end the process
     args = parser.parse_args([deployment.model, *deployment.frontend_words()])
     args.model = args.model_tag or args.model
-    validate_parsed_serve_args(args)
+    moved("validate_parsed_serve_args")(args)
     frontend_options.take_api_key(args)
     return args, frontend_options.parse_options(args, (), os.environ)
 

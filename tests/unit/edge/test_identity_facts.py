@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_pd_plugin.ids import new_incarnation
 from vllm_pd_plugin.memory.identity import difference
+from vllm_pd_plugin.memory.probe import BUCKETS, together
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
@@ -164,6 +166,48 @@ def test_changed_weights_that_were_named_are_equal_after_as_many_changes(checkpo
     assert unlike(one, other) == "weights"
     other.changed()
     assert unlike(one, other) == ""
+
+
+SUMS = {"logits": np.ones(BUCKETS)}
+
+
+def test_what_an_engine_computes_is_known_where_every_rank_has_computed_it(
+    checkpoint: Path,
+) -> None:
+    engine = identity(checkpoint)
+    assert engine.kv.probe is None
+    for ranks in ([None], [SUMS, None], [None, SUMS]):
+        engine.probed(ranks)
+        assert engine.kv.probe is None
+    engine.probed([SUMS, SUMS])
+    assert engine.kv.probe == together([{"logits": 2 * np.ones(BUCKETS)}])
+
+
+def test_what_an_engine_has_computed_says_nothing_of_weights_that_were_changed_since(
+    checkpoint: Path,
+) -> None:
+    for change in ("changing", "changed"):
+        engine = identity(checkpoint, "mine")
+        engine.probed([SUMS])
+        assert engine.kv.probe is not None
+        getattr(engine, change)()
+        assert engine.kv.probe is None
+
+
+def test_reading_all_weights_changes_nothing_of_what_an_engine_computes(checkpoint: Path) -> None:
+    engine = identity(checkpoint)
+    engine.probed([SUMS])
+    kv = engine.hashed("full:1")
+    assert kv is not None
+    assert kv.probe is not None
+
+
+def test_an_engine_says_of_which_release_line_its_vllm_is(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, line in (("0.32.1+cpu", "0.32"), ("0.31.0", "0.31"), ("dev", "")):
+        monkeypatch.setattr("vllm.version.__version__", version)
+        assert identity(checkpoint).kv.vllm == line
 
 
 # --- of adapters -----------------------------------------------------------------------------

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from tests.fakes.engines import make_kv
+from vllm_pd_plugin.memory import probe
 from vllm_pd_plugin.memory.identity import UNKNOWN, KvIdentity, Weights, difference
+from vllm_pd_plugin.memory.probe import Sketch
 
 OURS = make_kv()
-FIELDS = [name for name in KvIdentity.__struct_fields__ if name != "weights"]
+COMPUTED = ("weights", "vllm", "probe")
+FIELDS = [name for name in KvIdentity.__struct_fields__ if name not in COMPUTED]
 
 
 def test_the_same_kv_does_not_differ() -> None:
@@ -64,3 +69,91 @@ def test_weights_are_compared_at_the_depth_that_both_know(
         if found is not None:
             assert "weights are" in str(found)
             assert found.ours != found.theirs
+
+
+# --- what they compute -----------------------------------------------------------------------
+
+COMPUTED_HERE = np.random.default_rng(1).standard_normal((4, 2, 8)).astype(np.float32)
+FLOAT32 = {"dtype": "float32", "kv_cache_dtype": "float32"}
+
+
+def answer(off_by: float = 0.0) -> Sketch:
+    """A sketch so far from that of another engine."""
+    return probe.together([{"layer 0 key": probe.sketch(COMPUTED_HERE * (1 + off_by))}])
+
+
+def engine(vllm: str = "0.32", off_by: float | None = 0.0, **changes: Any) -> KvIdentity:
+    found = None if off_by is None else answer(off_by)
+    return make_kv(**FLOAT32 | changes, vllm=vllm, probe=found)
+
+
+def unlike(one: KvIdentity, other: KvIdentity) -> str:
+    """Return in what two differ, the same both ways; empty where in nothing."""
+    found = [difference(one, other), difference(other, one)]
+    assert len({each and each.field for each in found}) == 1
+    return str(found[0] or "")
+
+
+def test_engines_of_two_release_lines_go_together_by_what_they_compute() -> None:
+    assert unlike(engine("0.32"), engine("0.31")) == ""
+    assert unlike(engine("0.32"), engine("0.31", off_by=0.00015)) == ""
+    text = unlike(engine("0.32"), engine("0.31", off_by=0.05))
+    assert "its answers to the probe prompt are 0.048 in layer 0 key away" in text
+    assert "expected 0.0002 at most (float32, vLLM 0.32 and 0.31)" in text
+    assert "revision" in text
+
+
+@pytest.mark.parametrize("ours", [0.0, None], ids=["we have", "we have not"])
+@pytest.mark.parametrize("theirs", [None, Sketch(())], ids=["nothing", "an empty one"])
+def test_engines_of_two_release_lines_need_what_both_compute(
+    ours: float | None, theirs: Sketch | None
+) -> None:
+    other = msgspec.structs.replace(engine("0.31"), probe=theirs)
+    text = str(difference(engine("0.32", ours), other))
+    assert "its vLLM is 0.31, expected 0.32" in text
+    assert "it has not computed it" in text
+    assert "run the same vLLM on both" in text
+    if ours is not None:
+        assert "this one has not computed it" in str(difference(other, engine("0.32", ours)))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_within_a_release_line_one_that_has_not_computed_it_is_compared_by_names(
+    missing: int,
+) -> None:
+    answers = [None if place == missing else 0.0 for place in range(2)]
+    one, other = (engine(off_by=each) for each in answers)
+    assert unlike(one, other) == ""
+    assert "config" in unlike(one, msgspec.structs.replace(other, config="another"))
+
+
+def test_within_a_release_line_names_and_what_is_computed_both_count() -> None:
+    assert unlike(engine(), engine(off_by=0.00001)) == ""
+    assert "probe prompt" in unlike(engine(), engine(off_by=0.00015))
+    assert "weights" in unlike(engine(), engine(weights=Weights("sampled:2")))
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "weights"])
+def test_between_release_lines_everything_counts_but_how_vllm_reads_a_configuration(
+    field: str,
+) -> None:
+    value = Weights("sampled:2") if field == "weights" else "another"
+    text = unlike(engine("0.32"), engine("0.31", **{field: value}))
+    assert (text == "") is (field == "config")
+
+
+def test_an_engine_of_an_older_release_of_the_plug_in_is_compared_as_it_always_was() -> None:
+    older = make_kv(**FLOAT32)
+    assert unlike(engine("0.32"), older) == ""
+    assert "config" in unlike(engine("0.32"), msgspec.structs.replace(older, config="another"))
+    known_then = {
+        name: value
+        for name, value in msgspec.to_builtins(older).items()
+        if name not in ("vllm", "probe")
+    }
+    assert msgspec.convert(known_then, KvIdentity) == older
+
+
+def test_what_an_engine_computes_is_compared_last() -> None:
+    """It says least of what to do."""
+    assert "rope" in unlike(engine("0.32"), engine("0.31", off_by=1.0, rope="another"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from vllm_pd_plugin.compat import understand_each_other
 from vllm_pd_plugin.engine_port.messages import EngineDescription
 from vllm_pd_plugin.engine_port.served_options import differing_option
 from vllm_pd_plugin.frontend.routing.choice import Role
@@ -52,7 +53,7 @@ def misfit(
             )
         if wanted.vocab_size not in (None, engine.vocab_size):
             return f"it runs {engine.model}, which has another vocabulary than this frontend's"
-        if engine.vllm_version != wanted.vllm_version:
+        if not understand_each_other(engine.vllm_version, wanted.vllm_version):
             return f"it runs vLLM {engine.vllm_version}, and this frontend {wanted.vllm_version}"
         if found := differing_option(wanted.options, engine.options):
             return found

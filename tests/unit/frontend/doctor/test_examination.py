@@ -245,7 +245,7 @@ def test_an_engine_that_never_says_anything_costs_no_more_than_the_timeout() -> 
     ("of_p", "words"),
     [
         ({"role": "decode"}, "P: it is named as prefill, and was started with --kv-role decode"),
-        ({"vllm_version": "0.31.1"}, "P: it runs vLLM 0.31.1, and this frontend 0.32.0"),
+        ({"vllm_version": "0.33.1"}, "P: it runs vLLM 0.33.1, and this frontend 0.32.0"),
         ({"vocab_size": 7}, "P: it runs model, which has another vocabulary"),
         ({"block_tokens": 64}, "P has blocks of 64 tokens, D of 16"),
         (

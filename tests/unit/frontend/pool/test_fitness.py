@@ -40,6 +40,21 @@ def test_what_does_not_fit_is_said(change: dict[str, object], words: str) -> Non
     assert words in misfit(engine, Role(engine.role), WANTED, ENGINE.kv)
 
 
+@pytest.mark.parametrize(
+    ("version", "goes"),
+    [
+        ("0.32.0", True), ("0.32.1", True), ("0.32.0+cpu", True), ("0.31.0", True),
+        ("0.30.9", False), ("0.33.0", False), ("dev", False),
+    ],
+)  # fmt: skip
+def test_an_engine_goes_with_a_frontend_where_their_release_lines_say_the_same(
+    version: str, goes: bool
+) -> None:
+    wanted = dataclasses.replace(WANTED, vllm_version="0.32.0")
+    engine = describe(vllm_version=version)
+    assert (misfit(engine, Role(engine.role), wanted, ENGINE.kv) == "") is goes
+
+
 SAMPLING = {"--reasoning-parser": "qwen3", "--logprobs-mode": "raw_logprobs"}
 
 

@@ -1,0 +1,1 @@
+"""How small a disturbance of weights shows in the answers to the probe prompt."""
