@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     import torch
     from vllm.distributed.kv_transfer import kv_transfer_state
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_worker import Worker as WorkerOfVllm
 
     from tests.fakes import llama
     from tests.fakes.sketches import TOKENS, sketch_of
@@ -23,6 +24,7 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.codecs.cpu_layout import parts_of_cpu_kernel
     from vllm_pd_plugin.config import PdConfig
     from vllm_pd_plugin.edge import probing
+    from vllm_pd_plugin.edge.connector import PdConnector
     from vllm_pd_plugin.edge.probing import scratch_tables, why_not
     from vllm_pd_plugin.edge.worker import WorkerSide
     from vllm_pd_plugin.ids import EngineId
@@ -243,6 +245,51 @@ def test_blocks_for_tokens_that_are_speculated_are_there_too() -> None:
     config = vllm_config()
     config.num_lookahead_tokens = 1
     assert [len(table) for table in scratch_tables(config, Worker().layout)] == [4]
+
+
+class Ours(PdConnector):
+    """Takes note of what it is asked."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self.asked = asked
+
+    def probe(self, worker: Any) -> None:
+        self.asked.append("probe")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of a worker that describes itself, and of its connector."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        WorkerOfVllm,
+        "get_kv_connector_handshake_metadata",
+        lambda self: asked.append("describe"),
+    )
+    monkeypatch.setattr(WorkerOfVllm, probing._MARK, False, raising=False)
+    for _ in range(2):
+        probing.probe_at_start()
+    return asked
+
+
+@pytest.mark.parametrize("among_others", [False, True])
+def test_a_worker_computes_the_prompt_before_it_describes_itself(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], among_others: bool
+) -> None:
+    ours = Ours(asked)
+    agent = SimpleNamespace(sub_connectors=[object(), ours]) if among_others else ours
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", agent)
+    WorkerOfVllm.get_kv_connector_handshake_metadata(object.__new__(WorkerOfVllm))
+    assert asked == ["probe", "describe"]
+
+
+@pytest.mark.parametrize("agent", [None, object()], ids=["none", "another"])
+def test_a_worker_without_our_connector_only_describes_itself(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str], agent: Any
+) -> None:
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", agent)
+    WorkerOfVllm.get_kv_connector_handshake_metadata(object.__new__(WorkerOfVllm))
+    assert asked == ["describe"]
 
 
 @pytest.fixture

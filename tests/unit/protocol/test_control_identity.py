@@ -5,18 +5,27 @@ from __future__ import annotations
 import dataclasses
 
 import msgspec
+import numpy as np
 import pytest
 
 from tests.fakes.cluster import FakeCluster
 from tests.fakes.engines import FakeEngine, Surroundings, make_kv
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id
+from vllm_pd_plugin.memory import probe
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
 from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.events import Lost
 from vllm_pd_plugin.protocol.export_states import ExportState
 
 OTHER_WEIGHTS = make_kv(weights=Weights("sampled:2"))
+
+
+def computing(scale: float, vllm: str = "0.31") -> KvIdentity:
+    """An engine of a release line that computes so much of what another does."""
+    rows = scale * np.ones((4, 2, 8), np.float32)
+    answers = probe.together([{"layer 0 key": probe.sketch(rows)}])
+    return make_kv(vllm=vllm, probe=answers)
 
 
 def hashed(full: str) -> KvIdentity:
@@ -49,14 +58,25 @@ def the_loss(cluster: FakeCluster) -> Lost:
         (OTHER_WEIGHTS, "weights are sampled:2, expected sampled:1"),
         (make_kv(kv_cache_dtype="fp8_e5m2"), "kv cache dtype is fp8_e5m2, expected bfloat16"),
         (make_kv(rope="{}x"), "rope is {}x, expected {}"),
+        (computing(2.0), "answers to the probe prompt are 0.5 in layer 0 key away"),
+        (make_kv(vllm="0.31"), "vLLM is 0.31, expected 0.32"),
     ],
 )
 def test_a_peer_whose_kv_is_another_is_refused_by_name(kv: KvIdentity, words: str) -> None:
     cluster = unlike(kv)
+    if kv.vllm:
+        cluster.consumer.control.identify(computing(1.0, vllm="0.32"))
     cluster.want("c", cluster.producer.begin("p", 8))
     lost = the_loss(cluster)
     assert lost.reason is Reason.PEER_INCOMPATIBLE
     assert words in lost.message
+
+
+def test_a_peer_of_another_release_line_that_computes_the_same_is_a_peer() -> None:
+    cluster = unlike(computing(1.0))
+    cluster.consumer.control.identify(computing(1.0, vllm="0.32"))
+    cluster.want("c", cluster.producer.begin("p", 8))
+    assert cluster.consumer.offered() == ["c"]
 
 
 def test_weights_that_only_the_full_hash_tells_apart_are_refused_when_both_have_it(
