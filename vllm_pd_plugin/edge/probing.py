@@ -159,26 +159,39 @@ def _first_head(vllm_config: VllmConfig, group: Group, rank: int) -> int | None:
 def _compute(
     worker: Any, vllm_config: VllmConfig, tables: tuple[list[int], ...]
 ) -> npt.NDArray[np.float32] | None:
-    """Compute the prompt in some blocks; return the log-probabilities after it, by token; None on a
-    rank that has none."""
+    """Compute the prompt in some blocks; return the logits after it, None on a rank that has none.
+
+    They are taken where the model gives them out: log-probabilities of a whole vocabulary would
+    have vLLM compile a kernel for them, which takes ten seconds on a CPU.
+    """
     vocab_size = vllm_config.model_config.get_vocab_size()
-    with _without_connectors(worker.model_runner):
+    runner = worker.model_runner
+    with _without_connectors(runner), _listening(runner.model) as logits:
         try:
-            output = worker.execute_model(_step(probe.prompt(vocab_size), tables))
-            if output is None:
-                output = worker.sample_tokens(None)
-            if hasattr(output, "get_output"):  # with asynchronous scheduling
-                output = output.get_output()
+            worker.execute_model(_step(probe.prompt(vocab_size), tables))
+            worker.sample_tokens(None)
         finally:
             worker.execute_model(_end())
-    found = getattr(output, "logprobs", None)
-    if found is None:
-        return None
-    logprobs = np.zeros(vocab_size, np.float32)
-    tokens = found.logprob_token_ids[0]
-    is_in = tokens < vocab_size
-    logprobs[tokens[is_in]] = found.logprobs[0][is_in]
-    return logprobs
+    return logits[0][:vocab_size] if logits else None
+
+
+@contextlib.contextmanager
+def _listening(model: Any) -> Iterator[list[npt.NDArray[np.float32]]]:
+    """Collect the first row of all logits that a model gives out."""
+    found: list[npt.NDArray[np.float32]] = []
+    compute_logits = model.compute_logits
+
+    def and_keep(*args: Any, **kwargs: Any) -> Any:
+        logits = compute_logits(*args, **kwargs)
+        if logits is not None:
+            found.append(logits[0].float().cpu().numpy().copy())  # samplers write to them
+        return logits
+
+    model.compute_logits = and_keep
+    try:
+        yield found
+    finally:
+        del model.compute_logits
 
 
 def _step(tokens: list[int], tables: tuple[list[int], ...]) -> SchedulerOutput:
@@ -190,9 +203,7 @@ def _step(tokens: list[int], tables: tuple[list[int], ...]) -> SchedulerOutput:
         req_id=_REQUEST_ID,
         prompt_token_ids=tokens,
         mm_features=[],
-        sampling_params=SamplingParams(
-            temperature=0.0, max_tokens=1, logprobs=-1, watermarking=False
-        ),
+        sampling_params=SamplingParams(temperature=0.0, max_tokens=1, watermarking=False),
         pooling_params=None,
         block_ids=tables,
         num_computed_tokens=0,
@@ -220,7 +231,7 @@ def _without_connectors(runner: Any) -> Iterator[None]:
     knows. Model runner V2 has a switch for that, for its own warm-up."""
     from vllm.distributed.kv_transfer import kv_transfer_state
 
-    active = getattr(runner, "kv_connector", None)
+    active: Any = getattr(runner, "kv_connector", None)
     if hasattr(active, "set_disabled"):
         active.set_disabled(True)
         try:

@@ -85,7 +85,8 @@ def sketch(values: npt.NDArray[np.floating[Any]], first_head: int = 0) -> Sums:
     signs = np.where(words >> np.uint64(63), -1.0, 1.0)
     buckets = (words % np.uint64(BUCKETS)).astype(np.intp)
     signed = values.astype(np.float64).ravel() * signs
-    return np.bincount(buckets, signed, minlength=BUCKETS)
+    sums: Sums = np.bincount(buckets, signed, minlength=BUCKETS).astype(np.float64)
+    return sums
 
 
 def sketch_logits(logits: npt.NDArray[np.floating[Any]]) -> Sums:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 with warnings.catch_warnings():
@@ -70,6 +69,20 @@ def vllm_config(tp_size: int = 1, **changes: Any) -> Any:
     )
 
 
+class Model:
+    """gives_logits: as those of the last pipeline stage do."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.gives_logits = True
+
+    def compute_logits(self, hidden: None) -> torch.Tensor | None:
+        padding = torch.zeros(64)  # of a vocabulary that is divided among ranks
+        return (
+            torch.cat([self._worker.computed.logits, padding])[None] if self.gives_logits else None
+        )
+
+
 class Worker:
     """One rank of an engine: what vLLM's worker does with a step, and its KV caches.
 
@@ -101,10 +114,9 @@ class Worker:
             ),
         )  # fmt: skip
         self.caches = {name: torch.full((40, *shape), torch.nan, dtype=dtype) for name in names}
-        self.model_runner = SimpleNamespace()
+        self.model_runner = SimpleNamespace(model=Model(self))
         self.steps: list[tuple[SchedulerOutput, Any]] = []
         self.fails_in = ""
-        self.is_asynchronous = False
 
     def execute_model(self, step: SchedulerOutput) -> None:
         self.steps.append((step, kv_transfer_state._KV_CONNECTOR_AGENT))
@@ -133,17 +145,12 @@ class Worker:
                 shape = view[block, :, tile, inside].shape
                 view[block, :, tile, inside] = row.reshape(shape)
 
-    def sample_tokens(self, grammar: None) -> Any:
+    def sample_tokens(self, grammar: None) -> None:
+        logits = self.model_runner.model.compute_logits(None)
+        if logits is not None:
+            logits.div_(1e6)  # in place, as samplers do
         if self.fails_in == "sample_tokens":
             raise RuntimeError("out of memory")
-        logprobs = self.computed.logits.float().log_softmax(0).numpy()
-        order = np.argsort(-logprobs)
-        ids = np.concatenate([order[:1], order])[None]
-        lists = SimpleNamespace(logprob_token_ids=ids, logprobs=logprobs[ids[0]][None])
-        output = SimpleNamespace(logprobs=lists)
-        if self.is_asynchronous:
-            return SimpleNamespace(get_output=lambda: output)
-        return output
 
     def run(self, rank: int = 0) -> dict[str, probe.Sums]:
         tp_size = self.layout.tensor_parallel_size
@@ -183,10 +190,18 @@ def test_groups_of_one_cache_get_no_block_in_common_and_none_gets_the_null_block
     assert 0 not in blocks
 
 
-def test_the_result_of_a_step_that_is_still_under_way_is_waited_for() -> None:
+def test_a_rank_that_has_no_logits_sketches_its_kv() -> None:
     worker = Worker()
-    worker.is_asynchronous = True
-    assert "logits" in worker.run()
+    worker.model_runner.model.gives_logits = False
+    found = worker.run()
+    assert "logits" not in found
+    assert "layer 0 key" in found
+
+
+def test_the_model_is_as_it_was_when_the_prompt_is_computed() -> None:
+    worker = Worker()
+    worker.run()
+    assert "compute_logits" not in vars(worker.model_runner.model)
 
 
 def test_kv_that_cannot_be_read_as_numbers_is_left_out() -> None:
