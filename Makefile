@@ -83,7 +83,7 @@ test-outage: setup
 # What differs from .venv lies over it: packages of the other vLLM are found first.
 .venv-%/.done: requirements/vllm-%.txt $(SETUP) packaging/vllm-for-cpu/setup.py
 	@echo "vLLM $* over .venv, in .venv-$*: half a gigabyte on disk"
-	@rm -rf .venv-$* && $(PYTHON) -m venv .venv-$*
+	@rm -rf .venv-$* && $(BIN)/python -m venv .venv-$*
 	@.venv-$*/bin/python -m pip install -qq --no-deps -r $<
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
