@@ -19,7 +19,8 @@ from vllm_pd_plugin.mapping.reads import plan_reads
 class Pair:
     """Two engines and a request: the consumer has [0, first_token) and wants [0, num_tokens).
 
-    cut: what is read as it lies is read in two reads, the first layers' up to about this token.
+    cut: what is read as it lies is read in two reads, every other layer's up to about this token.
+    prefers_slabs: whether what could be read as it lies is written down all the same.
     """
 
     source: Engine
@@ -27,6 +28,7 @@ class Pair:
     first_token: int
     num_tokens: int
     cut: int = 0
+    prefers_slabs: bool = False
 
 
 def check(pair: Pair) -> Counter[str]:
@@ -67,14 +69,15 @@ class _Handover:
         pair = self._pair
         group = pair.local.told.groups[share.group]
         tokens = group.needed_tokens(pair.first_token, pair.num_tokens)
-        if isinstance(share.way, Direct):
-            self._read_as_it_lies(share, share.way, tokens)
+        if share.direct is None or (share.slab is not None and pair.prefers_slabs):
+            assert share.slab is not None
+            self._read_slab(share, share.slab, tokens)
         else:
-            self._read_slab(share, share.way, tokens)
+            self._read_as_it_lies(share, share.direct, tokens)
 
-    def _read_as_it_lies(self, share: Share, way: Direct, tokens: range) -> None:
+    def _read_as_it_lies(self, share: Share, direct: Direct, tokens: range) -> None:
         source, local = self._pair.source, self._pair.local
-        cut = min(max(way.cover(range(0, self._pair.cut)).stop, tokens.start), tokens.stop)
+        cut = min(max(direct.cover(range(0, self._pair.cut)).stop, tokens.start), tokens.stop)
         first = [range(tokens.start, cut) if n % 2 else tokens for n in range(len(share.layers))]
         rest = [range(part.stop, tokens.stop) for part in first]
         for wanted in (first, rest):
@@ -92,17 +95,17 @@ class _Handover:
             self.seen += Counter(descriptors=plan.num_descriptors, direct_bytes=plan.total_bytes)
         self.seen["direct"] += 1
 
-    def _read_slab(self, share: Share, way: Slab, tokens: range) -> None:
-        wire = _pack(self._pair.source, share, way, tokens, self._written, self._read)
-        assert wire.size == way.num_bytes(len(share.layers), len(tokens))
-        self._unpack(share, way, tokens, wire)
+    def _read_slab(self, share: Share, slab: Slab, tokens: range) -> None:
+        wire = _pack(self._pair.source, share, slab, tokens, self._written, self._read)
+        assert wire.size == slab.num_bytes(len(share.layers), len(tokens))
+        self._unpack(share, slab, tokens, wire)
         self.seen += Counter(slab=1, slab_bytes=wire.size)
 
-    def _unpack(self, share: Share, way: Slab, tokens: range, wire: Numbers) -> None:
+    def _unpack(self, share: Share, slab: Slab, tokens: range, wire: Numbers) -> None:
         local = self._pair.local
         heads = range(share.head, share.head + len(share.heads))
         counted = local.counted(share.group, tokens)
-        numbers = _elements_of(wire.reshape(-1, ITEM_BYTES[way.dtype]), way.dtype)
+        numbers = _elements_of(wire.reshape(-1, ITEM_BYTES[slab.dtype]), slab.dtype)
         numbers = numbers.reshape(len(share.layers), len(tokens), len(heads), -1)
         nth = np.arange(ITEM_BYTES[local.told.groups[share.group].layout.dtype])
         for layer, region in enumerate(share.regions):
@@ -118,7 +121,7 @@ class _Handover:
 def _pack(
     source: Engine,
     share: Share,
-    way: Slab,
+    slab: Slab,
     tokens: range,
     written: list[Numbers],
     read: list[Numbers],
@@ -139,7 +142,7 @@ def _pack(
             channels.append(_elements_of(written[share.source_rank][places], dtype))
         layers.append(np.concatenate(channels, axis=2))
     numbers = np.stack(layers)
-    return (numbers[..., None] + np.arange(ITEM_BYTES[way.dtype])).ravel()
+    return (numbers[..., None] + np.arange(ITEM_BYTES[slab.dtype])).ravel()
 
 
 def _elements_of(numbers: Numbers, dtype: str) -> Numbers:

@@ -103,7 +103,8 @@ def pairs(draw: st.DrawFn) -> Pair:
         rank = draw(st.integers(0, 3)) if side else 0
         shape = Shape(sizes[side], tuple(depth), dtypes[side], rank)
         engines.append(engine(shape, side, of_layer, num_tokens, rng))
-    return Pair(engines[0], engines[1], first_token, num_tokens, rng.randint(0, num_tokens))
+    cut, prefers_slabs = rng.randint(0, num_tokens), draw(st.integers(0, 3)) == 0
+    return Pair(engines[0], engines[1], first_token, num_tokens, cut, prefers_slabs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -89,8 +89,10 @@ def _paired(theirs: Sequence[Part], ours: Sequence[Part]) -> list[tuple[Part, Pa
     """Return which parts correspond; where they are one row on both sides, they count as one."""
     if _are_one_row(theirs) and _are_one_row(ours):
         width = sum(part.width for part in ours)
-        whole = {"width": width, "channel_tile": width, "kind": ours[0].kind}
-        return [(dataclasses.replace(theirs[0], **whole), dataclasses.replace(ours[0], **whole))]
+        source, local = (
+            dataclasses.replace(side[0], width=width, channel_tile=width) for side in (theirs, ours)
+        )
+        return [(source, local)]
     return list(zip(theirs, ours, strict=True))
 
 

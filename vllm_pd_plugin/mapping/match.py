@@ -44,6 +44,8 @@ class Share:
     source_group, group: whose block tables say in which blocks, on their side and on ours.
     layers, source_regions, regions: names, and places among the regions of both ranks.
     heads: of the model. source_head, head: which the first of them is, in their page and in ours.
+    direct: how it is read as it lies; None where it cannot be.
+    slab: how it is written down; None where what is in a page is not known. One of both is there.
     shared_by: our ranks that hold the same, this one included; where several share a host, the
         bytes need to come there only once.
     """
@@ -57,7 +59,8 @@ class Share:
     heads: range
     source_head: int
     head: int
-    way: Direct | Slab
+    direct: Direct | None
+    slab: Slab | None
     shared_by: tuple[int, ...]
 
 
@@ -100,7 +103,8 @@ def match(
                     heads=heads,
                     source_head=heads.start - pair.heads_there(source).start,
                     head=heads.start - pair.heads_here(tp_rank).start,
-                    way=pair.way(source, tp_rank, heads),
+                    direct=pair.direct(source, tp_rank, heads),
+                    slab=pair.slab(len(heads)),
                     shared_by=shared_by,
                 )
                 shares[first_rank + tp_rank].append(share)
@@ -169,20 +173,29 @@ class _Pair:
         """Return how many tensor parallel ranks hold the same head."""
         return max(1, engine.tensor_parallel_size // self.here.spec.num_heads)
 
-    def way(self, source: int, tp_rank: int, heads: range) -> Direct | Slab:
-        """Return how some heads come from a rank of theirs to one of ours. Raises PeerError."""
+    def direct(self, source: int, tp_rank: int, heads: range) -> Direct | None:
+        """Return how some heads are read as they lie, from a rank of theirs by one of ours.
+
+        Raises:
+            PeerError: they cannot be, and what is in the pages is not known.
+        """
+        heads_there, heads_here = self.heads_there(source), self.heads_here(tp_rank)
         there, here = self.there.layout, self.here.layout
         if not there.parts or not here.parts:
-            return self._whole(self.heads_there(source), self.heads_here(tp_rank))
-        direct = find_direct(
-            Heads(there, heads.start - self.heads_there(source).start, len(heads)),
-            Heads(here, heads.start - self.heads_here(tp_rank).start, len(heads)),
+            return self._whole(heads_there, heads_here)
+        return find_direct(
+            Heads(there, heads.start - heads_there.start, len(heads)),
+            Heads(here, heads.start - heads_here.start, len(heads)),
         )
-        if direct is not None:
-            return direct
+
+    def slab(self, num_heads: int) -> Slab | None:
+        """Return how so many heads are written down, where what is in the pages is known."""
+        there, here = self.there.layout, self.here.layout
+        if not there.parts or not here.parts:
+            return None
         dtype = min(here.dtype, there.dtype, key=ITEM_BYTES.__getitem__)
         width = sum(width for _, width in self.here.spec.channels)
-        return Slab(dtype, len(heads) * width * ITEM_BYTES[dtype])
+        return Slab(dtype, num_heads * width * ITEM_BYTES[dtype])
 
     def _whole(self, heads_there: range, heads_here: range) -> Direct:
         """Return how pages are read whose inside is not known: whole, where they are alike.

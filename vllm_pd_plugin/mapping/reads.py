@@ -1,4 +1,4 @@
-"""For each read: from a share that is read as it lies, and two block tables, to descriptors."""
+"""For each read: from a share that can be read as it lies, and block tables, to descriptors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import NULL_BLOCK, BlockId
-from vllm_pd_plugin.mapping.direct import Direct
 from vllm_pd_plugin.mapping.match import Share
 from vllm_pd_plugin.memory.layout import BlockTables, Region
 from vllm_pd_plugin.net.transport import ReadPlan
@@ -24,7 +23,7 @@ def plan_reads(
     source: tuple[BlockTables, Sequence[Region]],
     local: tuple[BlockTables, Sequence[Region]],
 ) -> ReadPlan:
-    """Plan the reads of some tokens of a share that is read as it lies.
+    """Plan the reads of some tokens of a share that can be read as it lies (``Share.direct``).
 
     Whole chunks are read (``Direct.cover``): stretches that follow each other meet at the end of
     one, and the first begins where one of our blocks does, or in a window. Each byte is in one
@@ -37,8 +36,8 @@ def plan_reads(
     Raises:
         HandoffError: a block that is needed is absent, or lies outside its region.
     """
-    direct = share.way
-    assert isinstance(direct, Direct)
+    direct = share.direct
+    assert direct is not None
     runs = np.array(direct.runs, dtype=np.uint64)  # [runs, fields of Run]
     lengths = runs[:, 4]
     columns: list[tuple[_Numbers, _Numbers, _Numbers]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 
@@ -62,6 +64,13 @@ def test_keys_in_columns_are_read_as_they_lie_between_equal_blocks_only() -> Non
     columns = ("columns", "columns")
     assert not check(request((32, 32), columns, sizes=(1, 2)))["slab"]
     assert not check(request((32, 64), columns, sizes=(1, 2)))["direct"]
+
+
+def test_what_could_be_read_as_it_lies_can_be_written_down_too() -> None:
+    pair = request((32, 64), sizes=(2, 1))
+    seen = check(dataclasses.replace(pair, prefers_slabs=True))
+    assert not seen["direct"]
+    assert check(pair)["direct"]
 
 
 def test_only_the_tokens_that_are_missing_cross_the_wire() -> None:

@@ -8,9 +8,8 @@ import pytest
 
 from tests.unit.mapping.examples import changed, kv_cache, mla, opaque
 from vllm_pd_plugin.errors import PeerError, Reason
-from vllm_pd_plugin.mapping.direct import Direct
 from vllm_pd_plugin.mapping.kv_cache import FP8, EngineKvCache
-from vllm_pd_plugin.mapping.match import Slab, match
+from vllm_pd_plugin.mapping.match import match
 
 
 def taken(theirs: EngineKvCache, ours: EngineKvCache) -> list[list[tuple[int, list[int]]]]:
@@ -25,8 +24,8 @@ def test_rank_i_of_equal_engines_takes_whole_pages_from_rank_i() -> None:
     engine = kv_cache(tp=2)
     assert taken(engine, engine) == [[(0, [0, 1])], [(1, [2, 3])]]
     for (share,) in match(engine, engine):
-        assert isinstance(share.way, Direct)
-        assert [run.num_bytes for run in share.way.runs] == [engine.groups[0].layout.page_bytes]
+        assert share.direct is not None
+        assert [run.num_bytes for run in share.direct.runs] == [engine.groups[0].layout.page_bytes]
 
 
 def test_more_ranks_take_their_heads_from_fewer() -> None:
@@ -102,8 +101,9 @@ def test_what_is_converted_crosses_the_wire_in_the_narrower_type(
     theirs: str, ours: str, on_the_wire: str
 ) -> None:
     ((share,),) = match(kv_cache(dtype=theirs), kv_cache(dtype=ours), allow_fp8=True)
-    assert isinstance(share.way, Slab)
-    assert share.way.dtype == on_the_wire
+    assert share.direct is None
+    assert share.slab is not None
+    assert share.slab.dtype == on_the_wire
 
 
 def test_nothing_becomes_fp8_unless_that_is_allowed() -> None:
@@ -121,9 +121,10 @@ def test_other_types_do_not_become_each_other(theirs: str, ours: str) -> None:
 
 def test_pages_of_which_nobody_knows_the_inside_go_between_equal_ones() -> None:
     ((share,), _) = match(opaque(tp=2), opaque(tp=2))
-    assert isinstance(share.way, Direct)
+    assert share.direct is not None
+    assert share.slab is None
     ((of_latent,), _) = match(opaque(heads=1), opaque(heads=1, tp=2))
-    assert isinstance(of_latent.way, Direct)
+    assert of_latent.direct is not None
 
 
 @pytest.mark.parametrize(
