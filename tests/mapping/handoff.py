@@ -59,6 +59,8 @@ class _Handover:
         """How often each byte here was written."""
         self._read = [np.zeros(len(memory), np.int64) for memory in written]
         """How often each byte there was read."""
+        self.read_as_they_lie: set[int] = set()
+        """Which of our groups were, in part or as a whole."""
         self.seen: Counter[str] = Counter()
 
     @property
@@ -93,6 +95,7 @@ class _Handover:
                 self.times[b : b + n] += 1
                 self._read[share.source_rank][a : a + n] += 1
             self.seen += Counter(descriptors=plan.num_descriptors, direct_bytes=plan.total_bytes)
+        self.read_as_they_lie.add(share.group)
         self.seen["direct"] += 1
 
     def _read_slab(self, share: Share, slab: Slab, tokens: range) -> None:
@@ -155,7 +158,7 @@ def _elements_of(numbers: Numbers, dtype: str) -> Numbers:
 
 def _compare(pair: Pair, rank: int, handover: _Handover) -> None:
     """Every byte that is needed was written once and is the right one; of all others none was,
-    but for those that share a chunk with one, and none of what the consumer had before."""
+    but for those that were read with one in a chunk, and none of what the consumer had before."""
     local, times = pair.local, handover.times
     may = np.zeros(len(times), bool)
     must = np.zeros(len(times), bool)
@@ -165,7 +168,7 @@ def _compare(pair: Pair, rank: int, handover: _Handover) -> None:
             assert (handover.memory[places] == numbers).all(), "a wrong element"
             must[places] = True
         chunk, larger = sorted((told.layout.block_tokens, _their_block(pair, group)))
-        if larger % chunk == 0:
+        if group in handover.read_as_they_lie and larger % chunk == 0:
             start = max(pair.first_token, needed.start // chunk * chunk)
             spare = range(start, -(-needed.stop // chunk) * chunk)
             for places, _ in local.contents(rank, group, spare):
