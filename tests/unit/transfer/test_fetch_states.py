@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fakes.streaming import HERE, TIMEOUTS, TOKENS, StreamingCluster
+from tests.fakes.streaming import HERE, TIMEOUTS, TOKENS, VOUCH_S, StreamingCluster
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.packing.incoming import Packing
 from vllm_pd_plugin.transfer import states
@@ -164,3 +164,18 @@ def test_a_piece_that_comes_while_reads_are_waited_for_does_not_prolong_that() -
     assert attempt.consumer.attempt("c").state is FetchState.DRAINING
     attempt.pass_time(TIMEOUTS.drain_s)
     assert attempt.consumer.outcome("c") is Reason.ABORTED
+
+
+def test_what_was_vouched_for_counts_until_another_attempt_writes_it_anew() -> None:
+    attempt = Attempt()
+    attempt.start()
+    attempt.compute(range(8))
+    attempt.settle()
+    attempt.clock.advance(VOUCH_S)
+    attempt.settle()
+    attempt.lose(Reason.READ_FAILED)
+    assert attempt.consumer.attempt("c").valid_tokens == 8, "nothing has been written since"
+    attempt.settle()
+    assert attempt.consumer.attempt("c").valid_tokens == 0
+    attempt.cancel_fetch()
+    assert attempt.consumer.result("c").valid_tokens == 0
