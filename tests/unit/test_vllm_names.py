@@ -113,11 +113,15 @@ def test_a_use_is_an_import_a_parameter_or_what_an_object_of_a_known_class_is_as
         "C.ours = old\n"
         "start(port=1)\n"
         "def ask(config: Config): return config.size\n"
+        "def change(it):\n"
+        "    config: Config = it.config\n"
+        "    return dataclasses.replace(config, depth=config.width)\n"
         "class Mine(C):\n"
         "    def extended(self): ...\n"
     )
     used, overridden = wanted(package(tmp_path / "ours", module=source))
-    names = {"Core", "start", "Config", "Core.step", "start.port", "Config.size"}
+    names = {"Core", "start", "Config", "Core.step", "start.port"}
+    names |= {"Config.size", "Config.depth", "Config.width"}
     assert used == {("vllm.core", name) for name in names}
     assert overridden == {("vllm.core", "Core.extended")}
 

@@ -29,7 +29,7 @@ def wanted(package: Path = PACKAGE) -> tuple[set[Name], set[Name]]:
 class _Source:
     """One module of ours: what it imports, and what it reaches in what it has imported.
 
-    An object is known to be of a class where an annotation of a parameter says so.
+    An object is known to be of a class where an annotation of a parameter or a variable says so.
     """
 
     def __init__(self, tree: ast.Module) -> None:
@@ -71,8 +71,17 @@ class _Source:
         kinds = dict(self._parameters(function.args))
         node: Any
         for node in ast.walk(function):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                if _is_name(node.annotation, self._homes):
+                    assert isinstance(node.annotation, ast.Name)
+                    kinds[node.target.id] = node.annotation.id
+        for node in ast.walk(function):
             if _is_read(node) and node.value.id in kinds:
                 self._reach(kinds[node.value.id], node.attr)
+            elif _replaces(node) and getattr(node.args[0], "id", "") in kinds:
+                for keyword in node.keywords:
+                    if keyword.arg:
+                        self._reach(kinds[node.args[0].id], keyword.arg)
 
     def _parameters(self, arguments: ast.arguments) -> Iterator[tuple[str, str]]:
         for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
@@ -87,6 +96,15 @@ def _is_read(node: Any) -> bool:
         isinstance(node, ast.Attribute)
         and isinstance(node.ctx, ast.Load)
         and isinstance(node.value, ast.Name)
+    )
+
+
+def _replaces(node: Any) -> bool:
+    """Say whether it copies an object with other fields, as ``dataclasses.replace`` does."""
+    return (
+        isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) == "replace"
+        and bool(node.args)
     )
 
 

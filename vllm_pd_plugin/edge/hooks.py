@@ -7,6 +7,7 @@ Each wraps a method of vLLM's once.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import os
@@ -21,6 +22,7 @@ from vllm_pd_plugin.engine_port.messages import DESCRIPTION_PATH
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine.core_client import AsyncMPClient
 
 logger = logging.getLogger(__name__)
 
@@ -316,10 +318,9 @@ def add_description_route() -> None:
         register_api_routers(args, app, *more, **kwargs)
 
         async def describe() -> list[dict[str, Any]]:
-            cores = app.state.engine_client.engine_core
-            descriptions: list[dict[str, Any]]
-            descriptions = await cores.call_utility_all_async("pd_describe_engine")
-            return descriptions
+            cores: AsyncMPClient = app.state.engine_client.engine_core
+            ask = functools.partial(cores._call_utility_async, "pd_describe_engine")
+            return list(await asyncio.gather(*(ask(engine=core) for core in cores.core_engines)))
 
         app.add_api_route(DESCRIPTION_PATH, describe, methods=["GET"])
 

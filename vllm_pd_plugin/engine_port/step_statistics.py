@@ -13,6 +13,8 @@ from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
 _EVERY_S = 0.25
 _NO_COUNTS = SchedulerStats()
+_LATER_GAUGES = ("num_kv_fetch_reqs_by_stage",)
+"""Which vLLM 0.31 does not have."""
 
 
 class StepStatistics:
@@ -43,8 +45,8 @@ def _counts(stats: SchedulerStats) -> bool:
         num_running_reqs=0,
         num_waiting_reqs=0,
         num_skipped_waiting_reqs=0,
-        num_kv_fetch_reqs_by_stage={},
         kv_cache_usage=0.0,
         connector_prefix_cache_stats=None if external == PrefixCacheStats() else external,
+        **{name: {} for name in _LATER_GAUGES if hasattr(stats, name)},
     )
     return bool(rest != _NO_COUNTS)
