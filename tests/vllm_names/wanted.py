@@ -71,10 +71,9 @@ class _Source:
         kinds = dict(self._parameters(function.args))
         node: Any
         for node in ast.walk(function):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                if _is_name(node.annotation, self._homes):
-                    assert isinstance(node.annotation, ast.Name)
-                    kinds[node.target.id] = node.annotation.id
+            is_told = isinstance(node, ast.AnnAssign) and _is_name(node.annotation, self._homes)
+            if is_told and isinstance(node.target, ast.Name):
+                kinds[node.target.id] = node.annotation.id
         for node in ast.walk(function):
             if _is_read(node) and node.value.id in kinds:
                 self._reach(kinds[node.value.id], node.attr)
