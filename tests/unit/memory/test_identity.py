@@ -78,8 +78,9 @@ FLOAT32 = {"dtype": "float32", "kv_cache_dtype": "float32"}
 
 
 def answer(off_by: float = 0.0) -> Sketch:
-    """A sketch so far from that of another engine."""
-    return probe.together([{"layer 0 key": probe.sketch(COMPUTED_HERE * (1 + off_by))}])
+    """A sketch of which one row is so far from that of another engine."""
+    rows = {"layer 0 key": COMPUTED_HERE * (1 + off_by), "layer 0 value": COMPUTED_HERE}
+    return probe.together([{name: probe.sketch(values) for name, values in rows.items()}])
 
 
 def engine(vllm: str = "0.32", off_by: float | None = 0.0, **changes: Any) -> KvIdentity:
@@ -98,7 +99,9 @@ def test_engines_of_two_release_lines_go_together_by_what_they_compute() -> None
     assert unlike(engine("0.32"), engine("0.31")) == ""
     assert unlike(engine("0.32"), engine("0.31", off_by=0.00015)) == ""
     text = unlike(engine("0.32"), engine("0.31", off_by=0.05))
-    assert "its answers to the probe prompt are 0.048 in layer 0 key away" in text
+    assert (
+        "its answers to the probe prompt are 0.048 in layer 0 key, 0 in layer 0 value away" in text
+    )
     assert "expected 0.0002 at most (float32, vLLM 0.32 and 0.31)" in text
     assert "revision" in text
 
