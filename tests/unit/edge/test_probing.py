@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 with warnings.catch_warnings():
@@ -204,9 +205,16 @@ def test_the_model_is_as_it_was_when_the_prompt_is_computed() -> None:
     assert "compute_logits" not in vars(worker.model_runner.model)
 
 
-def test_kv_that_cannot_be_read_as_numbers_is_left_out() -> None:
+def test_kv_of_which_it_is_not_known_how_it_lies_is_left_out() -> None:
     worker = Worker(lambda tokens: ())
     worker._write = lambda *_: None  # type: ignore[method-assign]
+    assert worker.run().keys() == {"logits"}
+
+
+def test_kv_of_eight_bits_is_left_out() -> None:
+    worker = Worker()
+    groups = (msgspec.structs.replace(group, dtype="uint8") for group in worker.layout.groups)
+    worker.layout = EngineLayout(1, tuple(groups))
     assert worker.run().keys() == {"logits"}
 
 
