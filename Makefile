@@ -162,6 +162,7 @@ quality: setup
 
 conformance: setup
 	@$(BIN)/python -m tests.models smollm2 tiny-llama
+	$(BIN)/python -m tests.conformance.disaggregated --json benchmarks/results/conformance-disaggregated.json
 	$(BIN)/python -m tests.conformance --module "$(MODULE)" --json benchmarks/results/conformance.json
 
 compatibility: setup

@@ -179,7 +179,7 @@ class Engine:
         except subprocess.TimeoutExpired:
             self.kill()
 
-    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S, path: str = "/health") -> None:
         """Wait for the health check. Raises EngineError when the process ends or time is up."""
         deadline = time.monotonic() + timeout_s
         problem = "it was not asked"
@@ -189,7 +189,7 @@ class Engine:
                     f"{self.name} ended with status {self.process.returncode}:\n{self.log_tail()}"
                 )
             try:
-                answer = HTTP.get(f"{self.url}/health", timeout=5)
+                answer = HTTP.get(self.url + path, timeout=5)
                 if answer.status_code == 200:
                     return
                 problem = f"status {answer.status_code}"
