@@ -29,7 +29,7 @@ class FakeApp:
         self.routes: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {}
         self.methods: dict[str, list[str]] = {}
         self.calls: list[str] = []
-        core = SimpleNamespace(call_utility_all_async=self._call)
+        core = SimpleNamespace(_call_utility_async=self._call, core_engines=[b"core"])
         self.state = SimpleNamespace(engine_client=SimpleNamespace(engine_core=core))
 
     def add_api_route(
@@ -38,9 +38,10 @@ class FakeApp:
         assert path not in self.routes, "a route was added twice"
         self.routes[path], self.methods[path] = endpoint, methods
 
-    async def _call(self, method: str) -> list[dict[str, Any]]:
+    async def _call(self, method: str, *, engine: bytes) -> dict[str, Any]:
+        assert engine == b"core"
         self.calls.append(method)
-        return [{"engine_id": "engine"}]
+        return {"engine_id": "engine"}
 
 
 class Launcher(types.ModuleType):
