@@ -156,6 +156,8 @@ class Gate:
     has_limit: bool = False
     tells_keys_apart: bool = False
     queued: Counter[Tenant] = dataclasses.field(default_factory=Counter)
+    num_reserved: int = 0
+    """Answers among them that have room and have not begun; see ``Room``."""
 
     def tenant(self, slo_class: str, key: str) -> Tenant:
         """Return whose request it is."""
@@ -193,6 +195,7 @@ class Gate:
 
     def reserve(self, tenant: Tenant, num: int) -> Room:
         """Let a request in that will join with so many answers; see ``Room``."""
+        self.num_reserved += num
         for _ in range(num):
             self.joined(tenant)
         return Room(self, tenant, num)
@@ -212,6 +215,7 @@ class Room:
         if num > self.num:
             return False
         self.num -= num
+        self.gate.num_reserved -= num
         for _ in range(num):
             self.gate.left(self.tenant)
         return True

@@ -144,7 +144,15 @@ def test_the_engines_count_what_a_frontend_has_them_do(
         names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return [each[name] for each in told for name in names]
 
-    frontend, before = servers["handed off"], counts()
+    def settled() -> list[float]:
+        """Return what they have counted when they have told of all that was before."""
+        before = counts()
+        while True:
+            time.sleep(2)
+            if before == (before := counts()):
+                return before
+
+    frontend, before = servers["handed off"], settled()
     answer = complete(client_of(frontend), frontend.model, prompt=f"{STORY} The new king")
     prompt, given = answer.usage.prompt_tokens, answer.usage.completion_tokens
     # The first token may count as a part of the consumer's prompt.

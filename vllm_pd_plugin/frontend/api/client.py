@@ -211,8 +211,9 @@ class PoolLLM(AsyncLLM):
     def _turn_away(self, num_new: int, request_id: str | None) -> TurnedAway | None:
         if self._is_draining:
             return TurnedAway(Refusal.STOPPING)
+        num_coming = num_new + self.dispatch.gate.num_reserved  # vLLM counts those that have begun
         try:
-            super().check_admission(num_new, request_id)
+            super().check_admission(num_coming, request_id)
         except (QueueOverflowError, MaxQueuedTokensError):  # the operator's own bounds
             return TurnedAway(Refusal.OVERLOADED)
         return self.dispatch.refuse(num_new)

@@ -36,6 +36,12 @@ def client_of(world: World) -> PoolLLM:
     return client
 
 
+async def served(app: Any) -> None:
+    """Handle one HTTP request."""
+    nothing: Any = None
+    await ContextMiddleware(app)({"type": "http", "headers": []}, nothing, nothing)
+
+
 def outcomes() -> dict[str, float]:
     return values("pd_frontend_requests_total", "outcome")
 
@@ -93,11 +99,34 @@ def test_what_was_let_in_is_not_turned_away_after_its_status_was_sent(
                 client.check_admission(1, "s")
             gate.queued.clear()
 
-        scope: Any = {"type": "http", "headers": []}
-        await ContextMiddleware(app)(scope, None, None)  # type: ignore[arg-type]
+        await served(app)
 
     with counting({}) as metrics:
         dispatching.run(story, metrics=metrics)
+
+
+def test_an_operator_s_bound_counts_what_was_let_in_and_has_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    async def story(world: World) -> None:
+        client = client_of(world)
+        monkeypatch.setattr(AsyncLLM, "check_admission", lambda _, n, request_id: asked.append(n))
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            client.check_admission(2)
+            await asyncio.create_task(served(another))  # as every request is
+            client.check_admission(2, "r")
+            client.check_admission(1, "s")
+
+        async def another(scope: Any, receive: Any, send: Any) -> None:
+            client.check_admission(3)
+
+        await served(app)
+        assert asked == [2, 5, 1]  # what had room is not asked for again
+
+    dispatching.run(story)
 
 
 def test_a_request_of_which_nobody_tells_the_end_reserves_nothing(
@@ -124,7 +153,7 @@ def test_a_beam_search_has_room_for_one_answer_once_it_has_begun(
                 client.check_admission(1, "first step")
             assert not gate.queued  # it joins next
 
-        await ContextMiddleware(app)({"type": "http", "headers": []}, None, None)  # type: ignore[arg-type]
+        await served(app)
 
     dispatching.run(story)
 
