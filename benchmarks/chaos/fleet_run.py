@@ -34,12 +34,13 @@ from benchmarks.common.routers import start_vllm_router_over
 from tests import models
 from tests.engine import Completion, Engine, EngineError, say, start_frontend
 
+_LOGPROBS = ("--logprobs-mode", "processed_logprobs")
+"""So that a tie between two tokens is seen after penalties, too; a frontend must have the same."""
 FLEET_FLAGS = (
     *SMALL_FLAGS,
     # vLLM's CPU backend dies of a seeded prompt that is computed in several steps.
     "--max-num-batched-tokens", "8192",
-    # So that a tie between two tokens is seen after penalties, too.
-    "--logprobs-mode", "processed_logprobs",
+    *_LOGPROBS,
 )  # fmt: skip
 """What every engine is started with, the one for reference too."""
 
@@ -126,7 +127,7 @@ async def open_frontend(
     """Start ``vllm-pd serve`` in front of the engines."""
     arguments = [
         "--prefill", *urls[Side.PRODUCER], "--decode", *urls[Side.CONSUMER],
-        "--local-below", str(LOCAL_BELOW), "--disable-uvicorn-access-log",
+        "--local-below", str(LOCAL_BELOW), "--disable-uvicorn-access-log", *_LOGPROBS,
     ]  # fmt: skip
     if not plan.spares_last:
         arguments += ["--queue-timeout", str(plan.hang_after_s)]
