@@ -206,6 +206,13 @@ class ConsumingRequests:
         else:
             self._lose(consuming, lost.reason, lost.message)
 
+    def void(self) -> None:
+        """This engine's KV is another from now on: what is being fetched is of no use."""
+        for request_id, consuming in self._open.items():
+            if consuming.is_at(AttemptState.FETCHING):
+                assert consuming.attempt is not None
+                self._cancels[request_id] = consuming.attempt.lost = Reason.KV_CHANGED
+
     def collect(self, output: KVConnectorOutput) -> None:
         """Take the workers' results of a step."""
         report = output.kv_connector_worker_meta
@@ -347,7 +354,8 @@ class ConsumingRequests:
         consuming, recomputes = self._open[request_id], self._recomputes
         if consuming.seeds and recomputes:
             recomputes = False
-            self._hopeless.append(request_id)
+            if consuming.stage is not Stage.FINISHED:  # else it has been ended
+                self._hopeless.append(request_id)
         consuming.fail(reason)
         self._stats.record_failure(reason)
         then = "computing its prompt here" if recomputes else "failing the request"

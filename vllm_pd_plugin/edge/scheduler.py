@@ -146,8 +146,7 @@ class SchedulerSide:
         divert_outputs(core, server, StepStatistics(time.monotonic))
         server.watch_prefix_cache()
         self._tokens = server
-        # More may have become known of it since.
-        self._loop.call(lambda: server.identify(self._local.kv))
+        self._loop.call(lambda: server.identify(self._local.kv))  # more may be known since
 
     def describe_engine(self) -> dict[str, Any]:
         """Return what a frontend has to know before it can attach."""
@@ -169,12 +168,13 @@ class SchedulerSide:
     # --- what this engine's KV is ------------------------------------------------------------
 
     def reset(self) -> None:
-        """The cache was reset, and perhaps for the sake of other weights: no KV from before is
-        handed off or taken any more."""
+        """The cache was reset, perhaps for other weights: no KV from before is given or taken."""
+        self._consuming.void()  # until the control thread says so, a commit may be granted
         self._loop.call(lambda: self._void(self._local.kv))
 
     def weights_change(self, is_over: bool) -> None:
         """The weights are about to be changed in place, or were."""
+        self._consuming.void()
         identify = self._local.changed if is_over else self._local.changing
         self._loop.call(lambda: self._void(identify()))
 

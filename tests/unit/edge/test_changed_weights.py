@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -86,4 +87,34 @@ def test_engines_that_were_changed_alike_hand_off_again(pair: Pair) -> None:
         engine.scheduler.weights_change(is_over=False)
         engine.scheduler.weights_change(is_over=True)
     assert pair.consume("after", pair.produce("after")) == "fetched"
+    pair.wait_until_free()
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_what_came_before_is_not_used_however_late_the_control_thread_is(
+    pair: Pair, is_reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, goes_on = pair.consumer.scheduler, threading.Event()
+    ended: list[str] = []
+    take = side.take_abandoned
+    monkeypatch.setattr(side, "take_abandoned", lambda: [ended.append(i) or i for i in take()])
+    host, port = pair.producer.address
+    params = {"do_remote_prefill": True, "remote_host": host, "remote_port": port}
+    params["remote_handoff_id"] = pair.produce("r")
+    tracked = pair.consumer.add("r", list(range(70)), params)
+    deadline = time.monotonic() + PATIENCE_S
+    while not tracked.waits_for_kv:
+        assert time.monotonic() < deadline
+        pair.consumer.step()
+    try:
+        side._loop.call(lambda: bool(goes_on.wait(PATIENCE_S)))
+        if is_reset:
+            side.reset()
+        else:
+            side.weights_change(is_over=False)
+        while "r" not in ended and tracked.outcome != "failed":
+            assert time.monotonic() < deadline
+            pair.consumer.step()
+    finally:
+        goes_on.set()
     pair.wait_until_free()

@@ -160,6 +160,19 @@ def test_nothing_is_kept_that_is_no_kv_of_this_model_any_more(change: Reason) ->
     assert consumer.stats.data["kept_tokens"] == 0
 
 
+def test_what_comes_before_it_is_said_that_the_weights_were_changed_is_not_used() -> None:
+    """The control thread may be late: what is being fetched is void at once."""
+    consumer = Consumer(recomputes=True)
+    provenance: Any = SimpleNamespace(disown=lambda request: None)
+    consumer.requests._provenance = provenance
+    request = consumer.fetching()
+    consumer.requests.void()
+    assert consumer.requests.take_orders().cancels == {"r": Reason.KV_CHANGED}
+    consumer.collect(request)
+    assert consumer.requests.take_hopeless() == ["r"]
+    assert consumer.stats.data["failures"] == {"kv_changed": 1}
+
+
 def test_what_had_come_before_the_weights_were_changed_is_not_used() -> None:
     """Its commit was granted, and the engine has not heard of it yet."""
     consumer = Consumer(recomputes=True)

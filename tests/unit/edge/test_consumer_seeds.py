@@ -214,6 +214,15 @@ def test_a_failed_fetch_is_not_made_up_for_here() -> None:
     assert len(consumer.requests) == 0
 
 
+def test_one_that_has_ended_is_not_to_be_ended_when_its_fetch_fails() -> None:
+    consumer = Consumer(recomputes=True)
+    request = fetching(consumer)
+    consumer.requests.finish("r")
+    consumer.collect(request, Reason.ABORTED)
+    assert consumer.requests.take_hopeless() == []
+    assert len(consumer.requests) == 0
+
+
 def test_a_lost_handoff_is_not_made_up_for_here() -> None:
     consumer = Consumer(recomputes=True)
     request = consumer.add_seeded()
