@@ -20,7 +20,7 @@ SUPPORTED_VLLM: tuple[Minor, ...] = ((0, 31), (0, 32))
 
 SAME_MESSAGES: tuple[frozenset[Minor], ...] = (frozenset({(0, 31), (0, 32)}),)
 """Release lines whose engine cores say the same to their clients, so that a frontend of one goes
-with engines of another. ``tests/minors`` holds them to it."""
+with engines of another. ``tests/minors`` has a frontend of the newer over engines of both."""
 
 MOVED: dict[str, dict[Minor, str]] = {
     "CacheHitSource": {(0, 32): "vllm.v1.metrics.cache_hit_source"},
@@ -39,6 +39,10 @@ MOVED: dict[str, dict[Minor, str]] = {
 }
 """What is not in one module in every release line that is known, 0.33 included: the module, from a
 release line on. Before the first there is none."""
+
+
+_RELEASE = re.compile(r"\d+(\.\d+)+(\.?post\d+)?(\+.*)?")
+"""What a version of a release looks like; a build may add to it."""
 
 
 def require_supported_vllm() -> None:
@@ -64,9 +68,12 @@ def minor_of(version: str) -> Minor | None:
 
 
 def understand_each_other(version: str, other: str) -> bool:
-    """Say whether a frontend of one version goes with an engine of the other."""
+    """Say whether a frontend of one version goes with an engine of the other: the same, or releases
+    of lines that say the same. What is no release may say anything."""
     if version == other:
         return True
+    if not all(_RELEASE.fullmatch(each) for each in (version, other)):
+        return False
     minors = {minor_of(version), minor_of(other)}
     return any(minors <= together for together in SAME_MESSAGES)
 

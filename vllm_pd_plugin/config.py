@@ -48,6 +48,8 @@ class PdConfig:
         it reads; 0 packs nothing, and sends and fetches raw KV only.
     weights_id: what the operator calls these weights, instead of what their files say; needed where
         they are not in files, or are changed in place. Equal means equal.
+    probe: "always" computes a fixed prompt at the start, so that engines compare what they compute;
+        "never" leaves it out, and engines of other release lines of vLLM refuse this one.
     cluster_key: shared secret of the control channel, from ``VLLM_PD_CLUSTER_KEY`` or the file that
         ``VLLM_PD_CLUSTER_KEY_FILE`` names; None without.
     """
@@ -66,6 +68,7 @@ class PdConfig:
     packing: str = ""
     staging_bytes: int = 64 * 2**20
     weights_id: str = ""
+    probe: str = "always"
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
@@ -98,6 +101,7 @@ class PdConfig:
             packing=_one_of(options, "packing", default.packing, ("auto", "always", "never")),
             staging_bytes=_bytes(options, "staging_bytes", default.staging_bytes, least=0),
             weights_id=_name(options, "weights_id", default.weights_id),
+            probe=_one_of(options, "probe", default.probe, ("always", "never")),
             cluster_key=_cluster_key(environ),
         )
         if config.narrowest is not Codec.RAW and not config.staging_bytes:

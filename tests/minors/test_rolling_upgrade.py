@@ -46,6 +46,7 @@ class Load:
         self._stopping.set()
         for thread in self._threads:
             thread.join(180)
+            assert not thread.is_alive(), "a request hangs"
 
     def _ask(self, client: int) -> None:
         number = client

@@ -91,6 +91,9 @@ def test_engines_of_one_release_line_and_of_those_that_say_the_same_are_understo
     assert understand_each_other("dev", "dev")
     assert not understand_each_other("0.32.0", "0.33.0")
     assert not understand_each_other("0.32.0", "dev")
+    assert not understand_each_other("0.32.0", "0.32.1.dev7+g1234567")
+    assert not understand_each_other("0.32.0rc1", "0.32.0")
+    assert understand_each_other("0.32.1.dev7", "0.32.1.dev7")
 
 
 def test_what_is_said_to_be_the_same_is_supported() -> None:

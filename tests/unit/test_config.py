@@ -45,6 +45,7 @@ def test_every_option_is_taken_over() -> None:
         "packing": "never",
         "staging_bytes": 2**20,
         "weights_id": "policy-7",
+        "probe": "never",
     }
     assert list(options) == OPTIONS
     config = PdConfig.parse(options, KEYED)
@@ -60,6 +61,7 @@ def test_every_option_is_taken_over() -> None:
         ("codec", "raw, int8, int4, int2 and auto"),
         ("lossy_max", "none, int8, int4 and int2"),
         ("packing", "auto, always and never"),
+        ("probe", "always and never"),
     ],
 )
 def test_a_word_that_is_none_of_the_allowed_is_refused(

@@ -121,9 +121,12 @@ class WorkerSide:
 
     def probe(self, compute: Callable[[], dict[str, Sums]], why_not: str) -> dict[str, Sums] | None:
         """Return what ``compute`` returns; None where there is a reason not to, or it fails."""
+        if self._config.probe == "never":
+            why_not = "probe=never"
         if why_not:
-            text = "pdplugin: the probe prompt is not computed: %s. Other engines go by names"
-            logger.warning(text, why_not)
+            text = "pdplugin: the probe prompt is not computed: %s. %s"
+            then = "Engines of another release line of vLLM refuse this one, others go by names"
+            logger.warning(text, why_not, then)
             return None
         return self._contain.run("the probe", compute, None)
 

@@ -107,7 +107,9 @@ _SAID_BY_VLLM = "config"
 _ANSWERS = "answers to the probe prompt"
 _ANSWERS_REMEDY = (
     "one of them computes other KV from the same files: look at the revision, the quantization, "
-    "the --hf-overrides and the vLLM of both"
+    "the --hf-overrides and the vLLM of both. If all of that is alike, the devices round further "
+    "apart than the bound allows: give one of two engines of one release line the connector's "
+    "option probe=never"
 )
 _VERSIONS_REMEDY = (
     "engines of two release lines go together by their answers to the probe prompt only, and {} "

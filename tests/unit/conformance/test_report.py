@@ -89,3 +89,14 @@ def test_until_all_modules_have_run_the_page_speaks_of_those_that_have() -> None
     assert page.startswith("1 of 3 modules have been run.\n")
     assert "Of these, no test passes on `vllm serve` and fails on `vllm-pd up`." in page
     assert "No test" not in page
+
+
+def test_modules_without_servers_are_told_apart() -> None:
+    """They say nothing of a frontend."""
+    alone = {arm: [Run({"a": PASSED})] for arm in (THEIRS, OURS)}
+    page = tables({"tests/m.py": ARMS, "tests/n.py": alone}, 2)
+    with_servers, _, without = page.partition("that start none")
+    assert "`m.py`" in with_servers
+    assert "`n.py`" not in with_servers
+    assert "| `n.py` | 1 / 0 / 0 / 0 | 1 / 0 / 0 / 0 | 0 | 0 + 0 |" in without
+    assert "| without | with |" in without

@@ -339,3 +339,14 @@ def test_why_there_is_no_probe_is_said(side: WorkerSide, caplog: pytest.LogCaptu
     assert "there is a reason not to" in caplog.text
     assert not worker.steps
     assert side._contain.faults == 0
+
+
+def test_an_operator_can_leave_the_probe_out(caplog: pytest.LogCaptureFixture) -> None:
+    side, worker = WorkerSide(PdConfig(probe="never"), EngineId("engine"), 0), Worker()
+    try:
+        with caplog.at_level("WARNING", "vllm_pd_plugin"):
+            assert side.probe(worker.run, "") is None
+        assert "probe=never" in caplog.text
+        assert not worker.steps
+    finally:
+        side._loop.close()

@@ -13,11 +13,13 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from vllm_pd_plugin.frontend.api.probes import PROXY_PATH
+
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 OPEN_TO_READ = {
-    "/health", "/ping", "/load", "/version", "/metrics", "/metrics/",
+    "/health", PROXY_PATH, "/ping", "/load", "/version", "/metrics", "/metrics/",
     "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json",
 }  # fmt: skip
 """What monitoring asks for, and the description of the API."""

@@ -58,5 +58,5 @@ def misfit(
         if found := differing_option(wanted.options, engine.options):
             return found
     if pool is not None and (other := difference(pool, engine.kv)):
-        return f"it runs another model than the decode engines ({engine.model}): {other}"
+        return f"its KV does not go with that of the decode engines ({engine.model}): {other}"
     return ""

@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 
     from vllm_pd_plugin.frontend.api.guard import ADMIN_PREFIX, OPEN_TO_POST, OPEN_TO_READ, NeedsKey
+    from vllm_pd_plugin.frontend.api.probes import PROXY_PATH
 
 KEYED = {"Authorization": "Bearer right"}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
@@ -73,7 +74,7 @@ def test_nothing_of_vllm_that_takes_a_request_is_open(
 
 def test_what_is_open_is_there(vllm_routes: list[tuple[str, str]]) -> None:
     """An entry that names nothing would one day name something else."""
-    there = {path for _, path in vllm_routes} | {"/metrics/"}
+    there = {path for _, path in vllm_routes} | {"/metrics/", PROXY_PATH}
     assert there >= OPEN_TO_POST
     assert there >= OPEN_TO_READ - {"/docs/oauth2-redirect"}
 
