@@ -211,7 +211,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             compute = partial(probing.run, worker, self._vllm_config, layout, self._caches, rank)
             num_blocks = self._kv_cache_config.num_blocks
             why = probing.why_not(self._vllm_config, layout, num_blocks)
-            self._handshake = replace(self._handshake, probe=self._worker.probe(compute, why))
+            found = self._worker.probe(compute, why, layout.tensor_parallel_size)
+            self._handshake = replace(self._handshake, probe=found)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._handshake

@@ -80,6 +80,11 @@ class Attempt:
         """Whether what is being fetched is no KV of this engine's model any more."""
         return self.lost in OTHER_KV
 
+    def is_at(self, source: Source) -> bool:
+        """Whether it is this source's turn, of whichever incarnation."""
+        ours = self.source
+        return (ours.handoff_id, ours.address) == (source.handoff_id, source.address)
+
     def follow(self, state: AttemptState) -> None:
         """Go on to a state."""
         assert state in ATTEMPTS[self.state], (self.state, state)

@@ -200,9 +200,14 @@ class ConsumingRequests:
         consuming = self._open.get(lost.request_id)
         if consuming is None or consuming.stage is not Stage.TRYING:
             return
-        if consuming.is_at(AttemptState.FETCHING):
-            assert consuming.attempt is not None
-            self._cancels[lost.request_id] = consuming.attempt.lost = lost.reason
+        attempt = consuming.attempt
+        assert attempt is not None
+        if lost.source is not None and not attempt.is_at(lost.source):
+            return  # its ranks have turned to the next meanwhile
+        if attempt.is_void:
+            return  # that weighs more, whatever else is said of it
+        if attempt.state is AttemptState.FETCHING:
+            self._cancels[lost.request_id] = attempt.lost = lost.reason
         else:
             self._lose(consuming, lost.reason, lost.message)
 

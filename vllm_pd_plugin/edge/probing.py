@@ -203,7 +203,12 @@ def _step(tokens: list[int], tables: tuple[list[int], ...]) -> SchedulerOutput:
         req_id=_REQUEST_ID,
         prompt_token_ids=tokens,
         mm_features=[],
-        sampling_params=SamplingParams(temperature=0.0, max_tokens=1, watermarking=False),
+        sampling_params=SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            seed=0,  # else one is drawn, which would change those of requests
+            watermarking=False,
+        ),
         pooling_params=None,
         block_ids=tables,
         num_computed_tokens=0,

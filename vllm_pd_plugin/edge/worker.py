@@ -119,8 +119,13 @@ class WorkerSide:
         self._loop.start()
         return RankHandshake(self._identity.incarnation, layout, rank_memory)
 
-    def probe(self, compute: Callable[[], dict[str, Sums]], why_not: str) -> dict[str, Sums] | None:
-        """Return what ``compute`` returns; None where there is a reason not to, or it fails."""
+    def probe(
+        self, compute: Callable[[], dict[str, Sums]], why_not: str, num_ranks: int
+    ) -> dict[str, Sums] | None:
+        """Return what ``compute`` returns; None where there is a reason not to, or it fails.
+
+        Raises what it raises where other ranks compute it, too: they would wait for this one.
+        """
         if self._config.probe == "never":
             why_not = "probe=never"
         if why_not:
@@ -128,7 +133,13 @@ class WorkerSide:
             then = "Engines of another release line of vLLM refuse this one, others go by names"
             logger.warning(text, why_not, then)
             return None
-        return self._contain.run("the probe", compute, None)
+        if num_ranks == 1:
+            return self._contain.run("the probe", compute, None)
+        try:
+            return compute()
+        except Exception:
+            logger.error("pdplugin: the probe prompt failed; without it: probe=never")
+            raise
 
     def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Dealer:
         return Dealer(self._loop, address, self._keys, on_message)

@@ -32,6 +32,8 @@ other places was measured to come to on 30 layers (``benchmarks.probe``); deeper
 _BOUND_OF_BYTES = (0.2, 0.4)
 """Of whatever has 8 bits."""
 
+_MOST_LOGIT = 1e30
+
 Sums = npt.NDArray[np.float64]
 """``[BUCKETS]``."""
 
@@ -91,8 +93,10 @@ def sketch(values: npt.NDArray[np.floating[Any]], first_head: int = 0) -> Sums:
 
 def sketch_logits(logits: npt.NDArray[np.floating[Any]]) -> Sums:
     """Return the sketch of one token's logits ``[vocabulary]``, or of what differs from them by a
-    constant."""
-    return sketch((logits - logits.mean(dtype=np.float64))[None, None, :])
+    constant. Tokens that a model rules out have none: an infinity, or what stands for one."""
+    ruled_out = ~(np.abs(logits) < _MOST_LOGIT)
+    kept = np.ma.masked_array(logits, ruled_out)
+    return sketch((kept - kept.mean(dtype=np.float64)).filled(0.0)[None, None, :])
 
 
 def together(ranks: Sequence[Mapping[str, Sums]]) -> Sketch:
@@ -130,6 +134,8 @@ def _by_name(rows: Iterable[Row]) -> dict[str, bytes]:
 def _distance(ours: bytes | None, theirs: bytes | None) -> float:
     if ours is None or theirs is None or not len(ours) == len(theirs) == BUCKETS * 4:
         return float("inf")
+    if ours == theirs:
+        return 0.0
     one, other = (np.frombuffer(sums, _STORED).astype(np.float64) for sums in (ours, theirs))
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return float("inf")

@@ -21,11 +21,12 @@ class Offered:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lost:
-    """What this engine wants cannot be had."""
+    """What this engine wants cannot be had. source: whence; None where that makes no odds."""
 
     request_id: RequestId
     reason: Reason
     message: str
+    source: Source | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ the table does it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.deadlines import Deadlines
@@ -209,7 +210,10 @@ class ExportTable:
         if was_held and export.state.is_over:
             del self._held[export.handoff_id]
             self._absent.put(export.handoff_id, export.state, None)
-        return [answer for action in transition.actions for answer in self._act(export, action)]
+        answers: list[Answer] = []
+        for action in transition.actions:  # one that fails keeps no blocks
+            answers += self._contain.run(action.value, partial(self._act, export, action), [])
+        return answers
 
     # --- inside ------------------------------------------------------------------------------
 

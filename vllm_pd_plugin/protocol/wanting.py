@@ -70,7 +70,7 @@ class Wanting:
         wanted = self._consuming.want(request_id, source, deadline)
         if wanted is None:
             text = "another request already fetches this handoff"
-            self._emit(Lost(request_id, Reason.BAD_PARAMS, text))
+            self._emit(Lost(request_id, Reason.BAD_PARAMS, text, source))
             return
         peer = self._peers.get(source.address)
         if peer is None:
@@ -120,7 +120,7 @@ class Wanting:
         for wanted in self._consuming.all():
             if not wanted.is_offered:
                 continue
-            self._emit(Lost(wanted.request_id, reason, text))
+            self._emit(Lost(wanted.request_id, reason, text, wanted.source))
             self.close(wanted.request_id, cancel=True)
 
     def shut_down(self) -> None:
@@ -197,7 +197,7 @@ class Wanting:
     def _end_overdue(self, wanted: Wanted) -> None:
         missing = "free blocks here" if wanted.is_offered else "offer from the producer"
         text = f"no {missing} within {self._queue_timeout_s:g} s"
-        self._emit(Lost(wanted.request_id, Reason.QUEUE_TIMEOUT, text))
+        self._emit(Lost(wanted.request_id, Reason.QUEUE_TIMEOUT, text, wanted.source))
         self.close(wanted.request_id, cancel=True)
 
     def _beat(self) -> float | None:
@@ -240,8 +240,8 @@ class Wanting:
             self._lose(wanted.request_id, Reason.PEER_INCOMPATIBLE, text)
 
     def _lose(self, request_id: RequestId, reason: Reason, message: str) -> None:
-        self._forget(request_id)
-        self._emit(Lost(request_id, reason, message))
+        wanted = self._forget(request_id)
+        self._emit(Lost(request_id, reason, message, wanted.source if wanted else None))
 
     def _forget(self, request_id: RequestId) -> Wanted | None:
         wanted = self._consuming.close(request_id)

@@ -18,6 +18,7 @@ from vllm_pd_plugin.edge.consumer_request import (
     Stage,
 )
 from vllm_pd_plugin.errors import ParamsError, Reason
+from vllm_pd_plugin.ids import Incarnation
 from vllm_pd_plugin.protocol.events import Lost, Offered
 
 with warnings.catch_warnings():
@@ -194,3 +195,35 @@ def test_an_offer_that_is_not_waited_for_changes_nothing(go: Callable[[Consumer]
     consumer.requests.offered(Offered("r", new_source(), TOKENS - 1, b"another prompt"))
     assert (consuming.stage, consuming.num_tokens) == before
     assert "prompt_mismatch" not in consumer.stats.data["failures"]
+
+
+def test_what_is_told_late_of_one_source_does_not_end_the_attempt_at_the_next() -> None:
+    """A rank says so at the same time, and may be heard first."""
+    consumer = Consumer()
+    first = new_source()
+    second = dataclasses.replace(first, address=("127.0.0.1", 7001))
+    request = consumer.fetching("r", first, second)
+    consumer.fail_on_a_rank(request, Reason.PRODUCER_ENDED, attempt=0)
+    attempt = consumer.requests._open["r"].attempt
+    assert attempt is not None
+    of_boot = dataclasses.replace(first, incarnation=Incarnation("1" * 16))
+    consumer.requests.lost(Lost("r", Reason.PRODUCER_ENDED, "refused", of_boot))
+    assert (attempt.source, attempt.state) == (second, AttemptState.WANTED)
+    consumer.requests.lost(Lost("r", Reason.PRODUCER_ENDED, "refused", second))
+    assert attempt.state is AttemptState.ENDED
+
+
+@pytest.mark.parametrize(
+    "order", [(Reason.KV_CHANGED, Reason.CANCELLED), (Reason.CANCELLED, Reason.KV_CHANGED)]
+)
+def test_kv_of_other_weights_is_not_used_whatever_else_is_said_of_its_source(
+    order: tuple[Reason, Reason],
+) -> None:
+    consumer = Consumer()
+    consumer.fetching()
+    for reason in order:
+        consumer.requests.lost(Lost("r", reason, "said"))
+    attempt = consumer.requests._open["r"].attempt
+    assert attempt is not None
+    assert attempt.is_void
+    assert consumer.requests.take_orders().cancels == {"r": Reason.KV_CHANGED}

@@ -325,17 +325,32 @@ def side() -> Iterator[WorkerSide]:
 def test_a_probe_that_fails_is_a_fault_and_the_engine_goes_on(side: WorkerSide) -> None:
     worker = Worker()
     worker.fails_in = "sample_tokens"
-    assert side.probe(worker.run, "") is None
+    assert side.probe(worker.run, "", 1) is None
     assert side._contain.faults == 1
-    found = side.probe(Worker().run, "")
+    found = side.probe(Worker().run, "", 1)
     assert found is not None
     assert "logits" in found
+
+
+def test_a_rank_that_fails_does_not_leave_the_others_waiting(side: WorkerSide) -> None:
+    worker = Worker()
+    worker.fails_in = "execute_model"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        side.probe(worker.run, "", 2)
+
+
+def test_the_prompt_draws_no_seed() -> None:
+    """Model runner V2 draws one for a request without, and later requests would get others."""
+    worker = Worker()
+    worker.run()
+    (request,) = worker.steps[0][0].scheduled_new_reqs
+    assert request.sampling_params.seed is not None
 
 
 def test_why_there_is_no_probe_is_said(side: WorkerSide, caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker()
     with caplog.at_level("WARNING", "vllm_pd_plugin"):
-        assert side.probe(worker.run, "there is a reason not to") is None
+        assert side.probe(worker.run, "there is a reason not to", 1) is None
     assert "there is a reason not to" in caplog.text
     assert not worker.steps
     assert side._contain.faults == 0
@@ -345,7 +360,7 @@ def test_an_operator_can_leave_the_probe_out(caplog: pytest.LogCaptureFixture) -
     side, worker = WorkerSide(PdConfig(probe="never"), EngineId("engine"), 0), Worker()
     try:
         with caplog.at_level("WARNING", "vllm_pd_plugin"):
-            assert side.probe(worker.run, "") is None
+            assert side.probe(worker.run, "", 1) is None
         assert "probe=never" in caplog.text
         assert not worker.steps
     finally:

@@ -183,3 +183,20 @@ def test_the_bound_is_that_of_the_coarser_type_and_wider_between_release_lines()
         assert probe.bound(dtypes, are_mixed=False) < probe.bound(dtypes, are_mixed=True)
     assert probe.bound(["float32", "bfloat16"], True) == probe.bound(["bfloat16"], True)
     assert probe.bound(["bfloat16", "fp8_e4m3"], True) > probe.bound(["bfloat16"], True)
+
+
+@pytest.mark.parametrize("ruled_out", [-np.inf, np.finfo(np.float32).min, np.nan])
+def test_tokens_that_a_model_rules_out_have_no_part_in_its_sketch(ruled_out: float) -> None:
+    logits = np.random.default_rng(5).normal(size=1000).astype(np.float32)
+    logits[[3, 500]] = ruled_out
+    found = probe.sketch_logits(logits)
+    assert np.isfinite(found).all()
+    logits += 2  # no matter
+    assert np.allclose(probe.sketch_logits(logits), found, atol=1e-3)
+    logits[10] += 5
+    assert not np.allclose(probe.sketch_logits(logits), found, atol=1e-3)
+
+
+def test_whatever_an_engine_computes_it_goes_with_itself() -> None:
+    odd = Sketch((Row("logits", np.full(BUCKETS, np.nan, "<f4").tobytes()),))
+    assert probe.distances(odd, odd)[0].relative == 0

@@ -257,7 +257,11 @@ def test_every_loss_says_why(cluster: FakeCluster) -> None:
     cluster.producer.control.drop(source.handoff_id)
     cluster.want("c", source)
     (event,) = cluster.consumer.events
-    assert event == Lost("c", Reason.CANCELLED, "the producer refused: cancelled")
+    assert isinstance(event, Lost)
+    assert event.source is not None
+    assert (event.source.handoff_id, event.source.address) == (source.handoff_id, source.address)
+    expected = Lost("c", Reason.CANCELLED, "the producer refused: cancelled", event.source)
+    assert event == expected
 
 
 def test_an_engine_may_fetch_from_itself_and_from_its_consumer(cluster: FakeCluster) -> None:
