@@ -94,9 +94,9 @@ def sketch(values: npt.NDArray[np.floating[Any]], first_head: int = 0) -> Sums:
 def sketch_logits(logits: npt.NDArray[np.floating[Any]]) -> Sums:
     """Return the sketch of one token's logits ``[vocabulary]``, or of what differs from them by a
     constant. Tokens that a model rules out have none: an infinity, or what stands for one."""
-    ruled_out = ~(np.abs(logits) < _MOST_LOGIT)
-    kept = np.ma.masked_array(logits, ruled_out)
-    return sketch((kept - kept.mean(dtype=np.float64)).filled(0.0)[None, None, :])
+    kept = np.abs(logits) < _MOST_LOGIT
+    mean = logits.mean(dtype=np.float64, where=kept) if kept.any() else 0.0
+    return sketch(np.where(kept, logits - mean, 0.0)[None, None, :])
 
 
 def together(ranks: Sequence[Mapping[str, Sums]]) -> Sketch:
