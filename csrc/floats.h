@@ -9,9 +9,11 @@
 
 namespace pd {
 
-enum class Element { kFloat32, kBFloat16, kFloat16 };
+enum class Element { kFloat32, kBFloat16, kFloat16, kFloat8 };
 
-PD_BOTH int64_t bytes_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
+PD_BOTH int64_t bytes_of(Element element) {
+  return element == Element::kFloat32 ? 4 : element == Element::kFloat8 ? 1 : 2;
+}
 
 PD_BOTH uint32_t bits_of(float value) {
   uint32_t bits;
@@ -117,6 +119,21 @@ struct Float16 : Half {
     half = bits >= 0x477ff000u ? 0x7c00u : half;  // 65520, which rounds to infinity
     half = is_nan(magnitude) ? 0x7e00u : half;
     return static_cast<uint16_t>(half | sign);
+  }
+};
+
+// vLLM's fp8_e4m3: no infinity, which becomes the largest value, and one NaN of either sign.
+struct Float8 {
+  using Type = uint8_t;
+  static PD_BOTH uint8_t store(float value) {
+    const uint32_t magnitude = bits_of(value) & kMagnitude;
+    const uint32_t sign = (bits_of(value) >> 24) & 0x80u;
+    const uint32_t bits = limited(magnitude, 0x43e00000u);  // 448
+    const uint32_t normal = (bits - (120u << 23) + 0x7ffffu + ((bits >> 20) & 1u)) >> 20;
+    // The last bit of 2^14 is worth as much as that of a denormal.
+    const uint32_t denormal = bits_of(float_of(bits) + 16384.0f) - bits_of(16384.0f);
+    const uint32_t rounded = bits < (121u << 23) ? denormal : normal;
+    return static_cast<uint8_t>((is_nan(magnitude) ? 0x7fu : rounded) | sign);
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "heads.h"
 #include "planes.h"
 #include "slab.h"
 #include "tiling.h"
@@ -38,6 +39,15 @@ void decode_blocks_cpu(
 void encode_blocks_cuda(const TokenRun& run, const Encoding& encoding, char* slab, void* stream);
 void decode_blocks_cuda(
     const TokenRun& run, const Encoding& encoding, const char* slab, void* stream);
+
+// Copy one part of some heads from blocks into a slab, or from a slab into blocks, and convert it
+// to the type there: items [first, last), of which there are as many as for encoding.
+void gather_heads_cpu(
+    const TokenRun& run, const HeadSlab& place, char* slab, int64_t first, int64_t last);
+void scatter_heads_cpu(
+    const TokenRun& run, const HeadSlab& place, const char* slab, int64_t first, int64_t last);
+void gather_heads_cuda(const TokenRun& run, const HeadSlab& place, char* slab, void* stream);
+void scatter_heads_cuda(const TokenRun& run, const HeadSlab& place, const char* slab, void* stream);
 
 // Returns the hash of some blocks in every plane: planes first, then blocks in the order given.
 uint64_t digest_blocks_cpu(const BlockRun& run);

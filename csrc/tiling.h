@@ -46,8 +46,9 @@ struct PartPlane {
   int64_t head_stride;
 };
 
-// A run of blocks in one part of several layers: token i of it lies in blocks[i / tiling.tokens],
-// and the first `tokens` count.
+// A run of tokens in one part of several layers, which begins `skipped` tokens behind the start of
+// blocks[0]: token i of it lies in blocks[(skipped + i) / tiling.tokens], and the first `tokens`
+// count.
 struct TokenRun {
   const PartPlane* parts;
   int64_t num_parts;
@@ -57,12 +58,13 @@ struct TokenRun {
   const int64_t* blocks;
   int64_t num_blocks;
   int64_t tokens;
+  int64_t skipped = 0;
 
   // The place of a token of the run in one head of a part; channel_offset leads on from there.
   PD_BOTH char* token_address(const PartPlane& part, int64_t head, int64_t token) const {
-    const int64_t index = token / tiling.tokens;
+    const int64_t index = (skipped + token) / tiling.tokens;
     return part.base + blocks[index] * part.block_stride + head * part.head_stride +
-           tiling.token_offset(token - index * tiling.tokens);
+           tiling.token_offset(skipped + token - index * tiling.tokens);
   }
 };
 

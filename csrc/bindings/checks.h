@@ -69,8 +69,12 @@ inline Element element_of(const Tensor& plane) {
       return Element::kBFloat16;
     case ScalarType::Half:
       return Element::kFloat16;
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Byte:  // as vLLM may call what an fp8 cache has
+      return Element::kFloat8;
     default:
-      STD_TORCH_CHECK(false, "only float32, bfloat16 and float16 can be encoded");
+      STD_TORCH_CHECK(
+          false, "only float32, bfloat16 and float16 can be encoded, and fp8_e4m3 converted");
   }
 }
 
@@ -149,6 +153,8 @@ inline int64_t packed_bytes(const BlockRun& run) {
 inline void check_encoding(
     const TokenRun& run, const Encoding& encoding, const Tensor& slab, const Tensor& part) {
   const int64_t width = run.tiling.width, bits = encoding.bits, group = encoding.group;
+  STD_TORCH_CHECK(
+      run.element != Element::kFloat8, "only float32, bfloat16 and float16 can be encoded");
   STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8, not ", bits);
   STD_TORCH_CHECK(
       width <= kMaxWidth, "rows of ", width, " channels are too wide; ", kMaxWidth, " are allowed");

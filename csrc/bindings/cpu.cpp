@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "heads.h"
 
 namespace pd::bindings {
 namespace {
@@ -73,6 +74,41 @@ void decode_blocks_cpu(
   with_codes(parts, blocks, tokens, {bits, by_channel, group, sinks}, slab, pd::decode_blocks_cpu);
 }
 
+// The same of gathering and scattering: move(run, place in the slab, slab, first item, last).
+template <class Move>
+void with_heads(
+    const std::vector<Tensor>& parts, int64_t layers, const Tensor& blocks,
+    const Selection& selection, const std::vector<double>& scales, const Tensor& slab,
+    bool is_gathered, Move move) {
+  std::vector<HeadPart> checked =
+      check_heads(parts, layers, blocks, selection, scales, slab, is_gathered);
+  check_selected_bounds(blocks, selection, checked[0].parts.tiling.tokens, parts);
+  auto* const bytes = static_cast<char*>(slab.data_ptr());
+  const int64_t size = slab.numel() * static_cast<int64_t>(slab.element_size());
+  in_parallel(layers * selection.heads, size, [&](int64_t first, int64_t last) {
+    for (const HeadPart& part : checked) {
+      HeadSlab place = part.slab;
+      if (!part.scales.empty()) place.scales = part.scales.data();
+      const pd::TokenRun run = selected(part.parts.run(blocks, selection.tokens), selection);
+      move(run, place, bytes, first, last);
+    }
+  });
+}
+
+void gather_heads_cpu(
+    std::vector<Tensor> parts, int64_t layers, Tensor blocks, int64_t first_token, int64_t tokens,
+    int64_t first_head, int64_t heads, std::vector<double> scales, Tensor slab) {
+  const Selection selection{first_token, tokens, first_head, heads};
+  with_heads(parts, layers, blocks, selection, scales, slab, true, pd::gather_heads_cpu);
+}
+
+void scatter_heads_cpu(
+    Tensor slab, Tensor blocks, int64_t first_token, int64_t tokens, int64_t first_head,
+    int64_t heads, std::vector<double> scales, int64_t layers, std::vector<Tensor> parts) {
+  const Selection selection{first_token, tokens, first_head, heads};
+  with_heads(parts, layers, blocks, selection, scales, slab, false, pd::scatter_heads_cpu);
+}
+
 Tensor digest_blocks_cpu(std::vector<Tensor> planes, Tensor blocks) {
   const Planes checked = check_planes(planes);
   check_blocks(blocks, planes[0]);
@@ -91,6 +127,12 @@ STABLE_TORCH_LIBRARY(vllm_pd_plugin, ops) {
   ops.def(
       "decode_blocks(Tensor slab, Tensor blocks, int tokens, int bits, int group, "
       "bool by_channel, int sinks, Tensor(a!)[] parts) -> ()");
+  ops.def(
+      "gather_heads(Tensor[] parts, int layers, Tensor blocks, int first_token, int tokens, "
+      "int first_head, int heads, float[] scales, Tensor(a!) slab) -> ()");
+  ops.def(
+      "scatter_heads(Tensor slab, Tensor blocks, int first_token, int tokens, int first_head, "
+      "int heads, float[] scales, int layers, Tensor(a!)[] parts) -> ()");
   ops.def("digest_blocks(Tensor[] planes, Tensor blocks) -> Tensor");
 }
 
@@ -99,6 +141,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_pd_plugin, CPU, ops) {
   ops.impl("unpack_blocks", TORCH_BOX(&unpack_blocks_cpu));
   ops.impl("encode_blocks", TORCH_BOX(&encode_blocks_cpu));
   ops.impl("decode_blocks", TORCH_BOX(&decode_blocks_cpu));
+  ops.impl("gather_heads", TORCH_BOX(&gather_heads_cpu));
+  ops.impl("scatter_heads", TORCH_BOX(&scatter_heads_cpu));
   ops.impl("digest_blocks", TORCH_BOX(&digest_blocks_cpu));
 }
 

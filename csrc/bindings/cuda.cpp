@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "heads.h"
 
 namespace pd::bindings {
 namespace {
@@ -41,21 +42,26 @@ class OnDevice {
     return run;
   }
 
+  // Null where there are none.
+  const float* with(const std::vector<float>& scales) {
+    return scales.empty() ? nullptr : copied(scales);
+  }
+
  private:
   template <class Item>
   const Item* copied(const std::vector<Item>& items) {
     const auto bytes = static_cast<int64_t>(items.size() * sizeof(Item));
-    items_ = torch::stable::new_empty(blocks_, {bytes / 8});
+    const Tensor& there = copies_.emplace_back(torch::stable::new_empty(blocks_, {bytes / 8 + 1}));
     check(cudaMemcpyAsync(
-        items_.data_ptr(), items.data(), bytes, cudaMemcpyHostToDevice,
+        there.data_ptr(), items.data(), bytes, cudaMemcpyHostToDevice,
         static_cast<cudaStream_t>(stream_)));
-    return static_cast<const Item*>(items_.data_ptr());
+    return static_cast<const Item*>(there.data_ptr());
   }
 
   const Tensor& blocks_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_;
-  Tensor items_;
+  std::vector<Tensor> copies_;
 };
 
 // Checks what packing and unpacking have in common, and calls launch(run, slab, stream).
@@ -106,6 +112,38 @@ void decode_blocks_cuda(
   with_codes(parts, blocks, tokens, {bits, by_channel, group, sinks}, slab, pd::decode_blocks_cuda);
 }
 
+// The same of gathering and scattering: launch(run, place in the slab, slab, stream).
+template <class Launch>
+void with_heads(
+    const std::vector<Tensor>& parts, int64_t layers, const Tensor& blocks,
+    const Selection& selection, const std::vector<double>& scales, const Tensor& slab,
+    bool is_gathered, Launch launch) {
+  const std::vector<HeadPart> checked =
+      check_heads(parts, layers, blocks, selection, scales, slab, is_gathered);
+  OnDevice device(blocks);
+  for (const HeadPart& part : checked) {
+    HeadSlab place = part.slab;
+    place.scales = device.with(part.scales);
+    const pd::TokenRun run = selected(device.with(part.parts, selection.tokens), selection);
+    launch(run, place, static_cast<char*>(slab.data_ptr()), device.stream());
+    check(cudaGetLastError());
+  }
+}
+
+void gather_heads_cuda(
+    std::vector<Tensor> parts, int64_t layers, Tensor blocks, int64_t first_token, int64_t tokens,
+    int64_t first_head, int64_t heads, std::vector<double> scales, Tensor slab) {
+  const Selection selection{first_token, tokens, first_head, heads};
+  with_heads(parts, layers, blocks, selection, scales, slab, true, pd::gather_heads_cuda);
+}
+
+void scatter_heads_cuda(
+    Tensor slab, Tensor blocks, int64_t first_token, int64_t tokens, int64_t first_head,
+    int64_t heads, std::vector<double> scales, int64_t layers, std::vector<Tensor> parts) {
+  const Selection selection{first_token, tokens, first_head, heads};
+  with_heads(parts, layers, blocks, selection, scales, slab, false, pd::scatter_heads_cuda);
+}
+
 Tensor digest_blocks_cuda(std::vector<Tensor> planes, Tensor blocks) {
   const Planes checked = check_planes(planes);
   check_blocks(blocks, planes[0]);
@@ -122,6 +160,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_pd_plugin, CUDA, ops) {
   ops.impl("unpack_blocks", TORCH_BOX(&unpack_blocks_cuda));
   ops.impl("encode_blocks", TORCH_BOX(&encode_blocks_cuda));
   ops.impl("decode_blocks", TORCH_BOX(&decode_blocks_cuda));
+  ops.impl("gather_heads", TORCH_BOX(&gather_heads_cuda));
+  ops.impl("scatter_heads", TORCH_BOX(&scatter_heads_cuda));
   ops.impl("digest_blocks", TORCH_BOX(&digest_blocks_cuda));
 }
 

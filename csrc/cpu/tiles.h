@@ -16,7 +16,8 @@ struct TokenPlaces {
     const int64_t left = run.tokens - first;
     count = left < kTokenGroup ? left : kTokenGroup;
     // Counted, since divisions take as long as a token's values.
-    int64_t block = first / tiling.tokens, token = first - block * tiling.tokens;
+    const int64_t begin = run.skipped + first;
+    int64_t block = begin / tiling.tokens, token = begin - block * tiling.tokens;
     int64_t tile = token / tiling.token_tile, in_tile = token - tile * tiling.token_tile;
     for (int64_t t = 0; t < kTokenGroup; ++t) {
       if (t >= count) {
@@ -98,6 +99,7 @@ enum class Order {
 PD_BOTH Order order_of(const Tiling& tiling, int64_t element_bytes) {
   const int64_t tokens = tiling.token_tile, channels = tiling.channel_tile;
   if (tiling.has_rows(element_bytes)) return Order::kRows;
+  if (element_bytes == 1) return Order::kOther;
   if (tiling.token_stride == element_bytes && tokens % 8 == 0) return Order::kColumns;
   if (element_bytes != 2) return Order::kOther;
   if (channels == 2 && tiling.channel_stride == 2 && tiling.token_stride == 4 && tokens % 4 == 0) {

@@ -39,7 +39,7 @@ def check(pair: Pair) -> Counter[str]:
     of_rank = match(source.told, local.told, allow_fp8=True)
     assert len(of_rank) == local.told.num_ranks
     for rank, shares in enumerate(of_rank):
-        handover = _Handover(pair, rank, written)
+        handover = Handover(pair, rank, written)
         for share in shares:
             assert rank in share.shared_by
             handover.take(share)
@@ -49,7 +49,7 @@ def check(pair: Pair) -> Counter[str]:
     return seen
 
 
-class _Handover:
+class Handover:
     """What one rank of the consumer reads, literally as its shares say."""
 
     def __init__(self, pair: Pair, rank: int, written: list[Numbers]) -> None:
@@ -99,12 +99,13 @@ class _Handover:
         self.seen["direct"] += 1
 
     def _read_slab(self, share: Share, slab: Slab, tokens: range) -> None:
-        wire = _pack(self._pair.source, share, slab, tokens, self._written, self._read)
+        wire = pack(self._pair.source, share, slab, tokens, self._written, self._read)
         assert wire.size == slab.num_bytes(len(share.layers), len(tokens))
-        self._unpack(share, slab, tokens, wire)
+        self.unpack(share, slab, tokens, wire)
         self.seen += Counter(slab=1, slab_bytes=wire.size)
 
-    def _unpack(self, share: Share, slab: Slab, tokens: range, wire: Numbers) -> None:
+    def unpack(self, share: Share, slab: Slab, tokens: range, wire: Numbers) -> None:
+        """Write a slab into our pages."""
         local = self._pair.local
         heads = range(share.head, share.head + len(share.heads))
         counted = local.counted(share.group, tokens)
@@ -121,7 +122,7 @@ class _Handover:
                 self.memory[places[..., None] + nth] = values[..., None] + nth
 
 
-def _pack(
+def pack(
     source: Engine,
     share: Share,
     slab: Slab,
@@ -156,7 +157,7 @@ def _elements_of(numbers: Numbers, dtype: str) -> Numbers:
     return numbers[..., 0]
 
 
-def _compare(pair: Pair, rank: int, handover: _Handover) -> None:
+def _compare(pair: Pair, rank: int, handover: Handover) -> None:
     """Every byte that is needed was written once and is the right one; of all others none was,
     but for those that were read with one in a chunk, and none of what the consumer had before."""
     local, times = pair.local, handover.times

@@ -141,7 +141,7 @@ struct Cache {
         return put_as<pd::Float32>(stripe, token, channel, value);
       case pd::Element::kBFloat16:
         return put_as<pd::BFloat16>(stripe, token, channel, value);
-      case pd::Element::kFloat16:
+      default:
         return put_as<pd::Float16>(stripe, token, channel, value);
     }
   }

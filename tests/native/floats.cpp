@@ -125,6 +125,30 @@ void test_float32(float value) {
   REQUIRE((order > pd::Float32::order(-1.5f)) == (value > -1.5f), "%a", value);
 }
 
+float float8_value(uint32_t bits) {
+  const auto exponent = static_cast<int>(bits >> 3 & 15u), mantissa = static_cast<int>(bits & 7u);
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(mantissa), -9)
+                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return bits >> 7 == 0 ? magnitude : -magnitude;
+}
+
+// No fp8 is nearer, of two the even one is taken, and what is too large becomes the largest.
+void test_float8(float value) {
+  const uint32_t bits = pd::Float8::store(value), magnitude = bits & 0x7fu;
+  REQUIRE((bits >> 7 != 0) == std::signbit(value), "%a", value);
+  REQUIRE((magnitude == 0x7fu) == std::isnan(value), "%a became %02x", value, bits);
+  if (std::isnan(value)) return;
+  const double wanted = std::fmin(std::fabs(value), 448.0f);
+  const double distance = std::fabs(wanted - float8_value(magnitude));
+  for (const uint32_t other : {magnitude - 1, magnitude + 1}) {
+    if (other > 0x7eu) continue;  // beyond zero, or the NaN
+    const double its_distance = std::fabs(wanted - float8_value(other));
+    const bool is_best = distance < its_distance || (distance == its_distance && bits % 2 == 0);
+    REQUIRE(is_best, "%a became %02x, not %02x", value, magnitude, other);
+  }
+}
+
 }  // namespace
 
 int test_floats() {
@@ -136,5 +160,6 @@ int test_floats() {
 #endif
   cases += for_floats(test_bounds);
   cases += for_floats(test_float32);
+  cases += for_floats(test_float8);
   return cases;
 }

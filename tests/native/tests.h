@@ -23,3 +23,4 @@ int test_floats();
 int test_digest();
 int test_packing();
 int test_encoding();
+int test_heads();

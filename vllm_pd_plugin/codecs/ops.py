@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -60,12 +61,12 @@ def pack_blocks(planes: Tensors, blocks: torch.Tensor, slab: torch.Tensor) -> No
         slab: uint8, one contiguous dimension, of exactly the bytes that are copied. Gets plane
             after plane, block after block.
     """
-    _kernel("pack_blocks", blocks)(list(planes), blocks, slab)
+    kernel("pack_blocks", blocks)(list(planes), blocks, slab)
 
 
 def unpack_blocks(slab: torch.Tensor, blocks: torch.Tensor, planes: Tensors) -> None:
     """Copy a slab of ``pack_blocks`` into some blocks."""
-    _kernel("unpack_blocks", blocks)(slab, blocks, list(planes))
+    kernel("unpack_blocks", blocks)(slab, blocks, list(planes))
 
 
 def encode_blocks(
@@ -85,7 +86,7 @@ def encode_blocks(
         slab: as for ``pack_blocks``, of ``parts * heads * encoding.stripe_bytes(...)`` bytes;
             ``csrc/slab.h`` has its layout, which does not depend on that of the parts.
     """
-    _kernel("encode_blocks", blocks)(
+    kernel("encode_blocks", blocks)(
         list(parts), blocks, tokens, encoding.bits, encoding.group, encoding.by_channel, sinks,
         slab,
     )  # fmt: skip
@@ -101,7 +102,7 @@ def decode_blocks(
 ) -> None:
     """Write the values of a slab of ``encode_blocks`` into a run of blocks; what lies behind the
     run's last token stays as it is."""
-    _kernel("decode_blocks", blocks)(
+    kernel("decode_blocks", blocks)(
         slab, blocks, tokens, encoding.bits, encoding.group, encoding.by_channel, sinks,
         list(parts),
     )  # fmt: skip
@@ -114,17 +115,21 @@ def digest_blocks(planes: Tensors, blocks: torch.Tensor) -> torch.Tensor:
         int64 ``[1]``: it depends on every byte, on the order of the planes and on that of the
         blocks, and not on where they lie.
     """
-    digest: torch.Tensor = _kernel("digest_blocks", blocks)(list(planes), blocks)
+    digest: torch.Tensor = kernel("digest_blocks", blocks)(list(planes), blocks)
     return digest
 
 
-def _kernel(op: str, blocks: torch.Tensor) -> Callable[..., Any]:
+def kernel(
+    op: str, blocks: torch.Tensor, references: ModuleType = ops_reference
+) -> Callable[..., Any]:
+    """Return the op of that name that serves the device of some blocks, or its reference, which
+    takes the same arguments."""
     missing = native.missing(blocks.is_cuda)
     if missing is None:
         registered: Callable[..., Any] = getattr(torch.ops.vllm_pd_plugin, op)
         return registered
     _say_that_the_reference_is_used(missing)
-    reference: Callable[..., Any] = getattr(ops_reference, op)
+    reference: Callable[..., Any] = getattr(references, op)
     return reference
 
 
@@ -138,13 +143,13 @@ def _say_that_the_reference_is_used(missing: native.Missing) -> None:
     )
 
 
-def _returns_nothing(*arguments: object) -> None:
+def returns_nothing(*arguments: object) -> None:
     """What these ops are to ``torch.compile``: they write to an argument."""
 
 
 if HAS_NATIVE:
     for _name in ("pack_blocks", "unpack_blocks", "encode_blocks", "decode_blocks"):
-        torch.library.register_fake(f"vllm_pd_plugin::{_name}", _returns_nothing)
+        torch.library.register_fake(f"vllm_pd_plugin::{_name}", returns_nothing)
 
     @torch.library.register_fake("vllm_pd_plugin::digest_blocks")  # type: ignore[untyped-decorator]
     def _(planes: Tensors, blocks: torch.Tensor) -> torch.Tensor:

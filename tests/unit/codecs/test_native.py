@@ -68,7 +68,7 @@ def test_a_broken_cuda_module_does_not_cost_the_cpu_ops(
     assert "CUDA toolkit" in missing.remedy
     assert "make wheel" in missing.remedy
     blocks = torch.tensor([1])
-    assert ops._kernel("digest_blocks", blocks) is torch.ops.vllm_pd_plugin.digest_blocks
+    assert ops.kernel("digest_blocks", blocks) is torch.ops.vllm_pd_plugin.digest_blocks
 
 
 def test_beside_a_torch_without_cuda_the_cuda_module_is_not_even_looked_for() -> None:
@@ -84,7 +84,7 @@ def test_a_cuda_tensor_without_its_module_gets_the_reference_and_one_warning(
     without_native_ops(monkeypatch, "libsomething.so is missing")
     on_cuda: Any = SimpleNamespace(is_cuda=True)
     for _ in range(2):
-        assert ops._kernel("pack_blocks", on_cuda) is ops_reference.pack_blocks
+        assert ops.kernel("pack_blocks", on_cuda) is ops_reference.pack_blocks
     (record,) = caplog.records
     assert "(libsomething.so is missing)" in record.message
     assert record.message.endswith("To have them: build them")
