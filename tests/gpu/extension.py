@@ -22,7 +22,10 @@ from vllm_pd_plugin.codecs.native import refused_torch
 
 ROOT = Path(__file__).parents[2]
 _LIMIT_S = 100.0
-_OPS = ("pack_blocks", "unpack_blocks", "encode_blocks", "decode_blocks", "digest_blocks")
+_OPS = (
+    "pack_blocks", "unpack_blocks", "encode_blocks", "decode_blocks", "gather_heads",
+    "scatter_heads", "digest_blocks",
+)  # fmt: skip
 
 
 def run(notes: Notes) -> None:

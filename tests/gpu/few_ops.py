@@ -14,8 +14,9 @@ import torch
 
 from tests.gpu import cases
 from tests.gpu.build import library_in
+from tests.gpu.head_cases import moving_heads
 from tests.gpu.kernels import Kernels
-from tests.gpu.ops import Ops, coding_errors, moving_errors
+from tests.gpu.ops import Ops, coding_errors, head_errors, moving_errors
 
 EVERY = 7
 """Types, layouts and encodings come by in turn; seven is no divisor of how many there are."""
@@ -28,6 +29,8 @@ def wrong(ops: Ops, device: torch.device) -> list[str]:
         found += moving_errors(ops, moving, device)
     for coding in itertools.islice(cases.coding(1), 0, None, EVERY):
         found += coding_errors(ops, coding, device)
+    for heads in itertools.islice(moving_heads(1), 0, None, EVERY):
+        found += head_errors(ops, heads, device)
     return found
 
 

@@ -19,7 +19,7 @@ from vllm_pd_plugin.codecs import native
 
 Tensors = Sequence[torch.Tensor]
 
-ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 """In the order of ``pd::Element``."""
 
 SCHEMAS = (
@@ -29,6 +29,10 @@ SCHEMAS = (
     "bool by_channel, int sinks, Tensor(a!) slab) -> ()",
     "decode_blocks(Tensor slab, Tensor blocks, int tokens, int bits, int group, "
     "bool by_channel, int sinks, Tensor(a!)[] parts) -> ()",
+    "gather_heads(Tensor[] parts, int layers, Tensor blocks, int first_token, int tokens, "
+    "int first_head, int heads, float[] scales, Tensor(a!) slab) -> ()",
+    "scatter_heads(Tensor slab, Tensor blocks, int first_token, int tokens, int first_head, "
+    "int heads, float[] scales, int layers, Tensor(a!)[] parts) -> ()",
     "digest_blocks(Tensor[] planes, Tensor blocks) -> Tensor",
 )
 
@@ -91,6 +95,20 @@ class Kernels:
         how = (bits, by_channel, group, sinks)
         self._coding("pd_decode_blocks", parts, blocks, tokens, how, slab)()
 
+    def gather_heads(
+        self, parts: Tensors, layers: int, blocks: torch.Tensor, first_token: int, tokens: int,
+        first_head: int, heads: int, scales: Sequence[float], slab: torch.Tensor,
+    ) -> None:  # fmt: skip
+        chosen = (blocks, first_token, tokens, first_head, heads)
+        self._moving_heads("pd_gather_heads", parts, layers, chosen, scales, slab)
+
+    def scatter_heads(
+        self, slab: torch.Tensor, blocks: torch.Tensor, first_token: int, tokens: int,
+        first_head: int, heads: int, scales: Sequence[float], layers: int, parts: Tensors,
+    ) -> None:  # fmt: skip
+        chosen = (blocks, first_token, tokens, first_head, heads)
+        self._moving_heads("pd_scatter_heads", parts, layers, chosen, scales, slab)
+
     def digest_blocks(self, planes: Tensors, blocks: torch.Tensor) -> torch.Tensor:
         result = torch.zeros(1, dtype=torch.int64, device=blocks.device)
         self.digesting(planes, blocks, result)()
@@ -144,10 +162,7 @@ class Kernels:
         first, size = parts[0], parts[0].element_size()
         rows = [(p.data_ptr(), p.stride(0) * size, p.stride(1) * size) for p in parts]
         table = torch.tensor(rows, dtype=torch.int64, device=blocks.device)
-        tiling = _numbers(
-            first.shape[2] * first.shape[3], first.shape[4] * first.shape[5], first.shape[3],
-            first.shape[5], *(first.stride(i) * size for i in range(2, 6)),
-        )  # fmt: skip
+        tiling = _tiling(first)
         encoding = _numbers(*how)
         arguments = (
             _at(table), _number(len(parts)), _number(first.shape[1]),
@@ -156,6 +171,36 @@ class Kernels:
         )  # fmt: skip
         keeps = (table, tiling, encoding, *parts, blocks, slab)
         return Call(self.function(name), arguments, keeps, blocks.device)
+
+    def _moving_heads(
+        self, name: str, parts: Tensors, layers: int,
+        chosen: tuple[torch.Tensor, int, int, int, int], scales: Sequence[float],
+        slab: torch.Tensor,
+    ) -> None:  # fmt: skip
+        blocks, first_token, tokens, first_head, heads = chosen
+        count, done = len(parts) // layers, 0
+        widths = [part.shape[4] * part.shape[5] for part in parts[:count]]
+        for index, width in enumerate(widths):
+            of_layers, size = parts[index::count], parts[0].element_size()
+            rows = [
+                (p.data_ptr() + first_head * p.stride(1) * size, p.stride(0) * size,
+                 p.stride(1) * size)
+                for p in of_layers
+            ]  # fmt: skip
+            table = torch.tensor(rows, dtype=torch.int64, device=blocks.device)
+            divisors = torch.tensor(scales[index::count], device=blocks.device)
+            tiling = _tiling(of_layers[0])
+            before, skipped = divmod(first_token, tiling[0])
+            rest = blocks[before:]
+            place = _numbers(ELEMENTS.index(slab.dtype), sum(widths), done)
+            arguments = (
+                _at(table), _number(layers), _number(heads),
+                _number(ELEMENTS.index(parts[0].dtype)), tiling, _at(rest), _number(len(rest)),
+                _number(tokens), _number(skipped), place, _at(divisors), _at(slab),
+            )  # fmt: skip
+            keeps = (table, divisors, tiling, place, *of_layers, rest, slab)
+            Call(self.function(name), arguments, keeps, blocks.device)()
+            done += width
 
 
 def stand_for_extension(kernels: Kernels, device: str) -> torch.library.Library:
@@ -168,6 +213,14 @@ def stand_for_extension(kernels: Kernels, device: str) -> torch.library.Library:
         library.impl(name, getattr(kernels, name), device.upper())
     native.missing = lambda on_cuda: None  # type: ignore[assignment]
     return library
+
+
+def _tiling(part: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:
+    size = part.element_size()
+    return _numbers(
+        part.shape[2] * part.shape[3], part.shape[4] * part.shape[5], part.shape[3], part.shape[5],
+        *(part.stride(i) * size for i in range(2, 6)),
+    )  # fmt: skip
 
 
 def _at(tensor: torch.Tensor) -> ctypes.c_void_p:

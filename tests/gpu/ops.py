@@ -16,9 +16,10 @@ from tests.fakes.planes import Slab
 from tests.gpu import cases
 from tests.gpu.build import library_in
 from tests.gpu.cases import Coding, Moving
+from tests.gpu.head_cases import HeadMoving, moving_heads
 from tests.gpu.kernels import Kernels
 from tests.gpu.notes import Notes
-from vllm_pd_plugin.codecs import ops_reference
+from vllm_pd_plugin.codecs import heads_reference, ops_reference
 from vllm_pd_plugin.codecs.codec import Encoding
 
 ROUNDS = 4
@@ -29,7 +30,7 @@ FAR_BYTES = 2**30
 """From block to block, in a cache of more than 4 GiB."""
 
 
-Case = TypeVar("Case", Moving, Coding)
+Case = TypeVar("Case", Moving, Coding, HeadMoving)
 
 
 class Ops(Protocol):
@@ -39,6 +40,8 @@ class Ops(Protocol):
     unpack_blocks: Any
     encode_blocks: Any
     decode_blocks: Any
+    gather_heads: Any
+    scatter_heads: Any
     digest_blocks: Any
 
 
@@ -56,11 +59,13 @@ def check_all(ops: Ops, notes: Notes, rounds: int) -> None:
     """Check ``rounds`` draws of each combination, and what comes up once."""
     moving = _check(notes, _all_moving(rounds), partial(moving_errors, ops))
     coding = _check(notes, _all_coding(rounds), partial(coding_errors, ops))
+    heads = _check(notes, moving_heads(rounds), partial(head_errors, ops))
     device = torch.device(notes.device)
     plane = torch.arange(2 * 2 * 3 * 16, dtype=torch.uint8).view(2, 2, 3, 16).to(device)
     digest = int(ops.digest_blocks([plane], torch.tensor([1, 0], device=device)))
     notes.check(digest == KNOWN_DIGEST, f"the digest of known bytes is {digest}")
-    notes.fact("cases", f"{moving} of blocks that are moved, {coding} of tokens that are coded")
+    text = f"{moving} of blocks that are moved, {coding} of tokens that are coded, {heads} of heads"
+    notes.fact("cases", text)
 
 
 def _check(
@@ -143,6 +148,37 @@ def coding_errors(ops: Ops, case: Coding, device: torch.device) -> Iterator[str]
         yield "decode_blocks wrote other values, or beside the tokens"
     if not slab.is_intact or not torch.equal(slab.bytes.cpu(), expected):
         yield "decode_blocks wrote to the slab"
+
+
+def head_errors(ops: Ops, case: HeadMoving, device: torch.device) -> Iterator[str]:
+    """Gather and scatter; yield what is wrong."""
+    there = case.blocks.to(device)
+    layers, expected = len(case.pages), torch.zeros(case.num_bytes, dtype=torch.uint8)
+    heads_reference.gather_heads(
+        case.parts(case.pages), layers, case.blocks, *case.chosen, case.scales, case.typed(expected)
+    )
+
+    pages, slab = [laid.to(device) for laid in case.pages], Slab(case.num_bytes, device)
+    typed = case.typed(slab.bytes)
+    ops.gather_heads(case.parts(pages), layers, there, *case.chosen, case.scales, typed)
+    if not torch.equal(slab.bytes.cpu(), expected):
+        yield "gather_heads wrote other bytes"
+    if not slab.is_intact:
+        yield "gather_heads wrote beside the slab"
+    if not all(a.is_equal(b) for a, b in zip(pages, case.pages, strict=True)):
+        yield "gather_heads wrote to the pages"
+
+    target = [laid.copy() for laid in case.others]
+    result = [laid.to(device) for laid in target]
+    slab.bytes.copy_(expected)
+    heads_reference.scatter_heads(
+        case.typed(expected), case.blocks, *case.chosen, case.scales, layers, case.parts(target)
+    )
+    ops.scatter_heads(typed, there, *case.chosen, case.scales, layers, case.parts(result))
+    if not all(a.is_equal(b) for a, b in zip(result, target, strict=True)):
+        yield "scatter_heads wrote other values, or beside the heads"
+    if not slab.is_intact or not torch.equal(slab.bytes.cpu(), expected):
+        yield "scatter_heads wrote to the slab"
 
 
 def check_far(ops: Ops, notes: Notes) -> None:

@@ -31,7 +31,7 @@ pd::BlockRun block_run(
   return {planes, num_planes, {shape[0], shape[1], shape[2]}, blocks, num_blocks};
 }
 
-// element: 0 float32, 1 bfloat16, 2 float16.
+// element: 0 float32, 1 bfloat16, 2 float16, 3 fp8_e4m3.
 pd::TokenRun token_run(
     const pd::PartPlane* parts, int64_t num_parts, int64_t heads, int64_t element,
     const pd::Tiling* tiling, const int64_t* blocks, int64_t num_blocks, int64_t tokens) {
@@ -42,6 +42,11 @@ pd::TokenRun token_run(
 // encoding: bits, by channel or not, group, sinks.
 pd::Encoding encoding_of(const int64_t* encoding) {
   return {encoding[0], encoding[1] != 0, encoding[2], encoding[3]};
+}
+
+// place: element, channels of a head, which of them is the first of the part.
+pd::HeadSlab head_slab(const int64_t* place, const float* scales) {
+  return {static_cast<pd::Element>(place[0]), place[1], place[2], scales};
 }
 
 }  // namespace
@@ -96,6 +101,40 @@ const char* pd_decode_blocks(
   pd::decode_blocks_cuda(run, encoding_of(encoding), slab, stream);
 #else
   pd::decode_blocks_cpu(run, encoding_of(encoding), slab, 0, pd::encoding_items(run));
+#endif
+  return outcome();
+}
+
+// One part of some heads; tokens are counted from `skipped` behind the first of the first block.
+// scales: one for each of `parts`, where the kernel runs, or null.
+const char* pd_gather_heads(
+    const pd::PartPlane* parts, int64_t num_parts, int64_t heads, int64_t element,
+    const pd::Tiling* tiling, const int64_t* blocks, int64_t num_blocks, int64_t tokens,
+    int64_t skipped, const int64_t* place, const float* scales, char* slab,
+    [[maybe_unused]] void* stream) {
+  pd::TokenRun run =
+      token_run(parts, num_parts, heads, element, tiling, blocks, num_blocks, tokens);
+  run.skipped = skipped;
+#ifdef PD_USE_CUDA
+  pd::gather_heads_cuda(run, head_slab(place, scales), slab, stream);
+#else
+  pd::gather_heads_cpu(run, head_slab(place, scales), slab, 0, pd::encoding_items(run));
+#endif
+  return outcome();
+}
+
+const char* pd_scatter_heads(
+    const pd::PartPlane* parts, int64_t num_parts, int64_t heads, int64_t element,
+    const pd::Tiling* tiling, const int64_t* blocks, int64_t num_blocks, int64_t tokens,
+    int64_t skipped, const int64_t* place, const float* scales, const char* slab,
+    [[maybe_unused]] void* stream) {
+  pd::TokenRun run =
+      token_run(parts, num_parts, heads, element, tiling, blocks, num_blocks, tokens);
+  run.skipped = skipped;
+#ifdef PD_USE_CUDA
+  pd::scatter_heads_cuda(run, head_slab(place, scales), slab, stream);
+#else
+  pd::scatter_heads_cpu(run, head_slab(place, scales), slab, 0, pd::encoding_items(run));
 #endif
   return outcome();
 }
