@@ -6,17 +6,23 @@
 
 namespace pd {
 
+// Tokens that are moved at once, at the most; tiles that are moved so have a multiple of them.
+constexpr int64_t kVectorTokens = 8;
+
 // Where the up to 32 tokens of a group begin in the blocks of a part, in its first head.
 struct TokenPlaces {
   char* of[kTokenGroup];  // behind the last token: as that one
   int64_t count;
+  int64_t lead;  // tokens before the first from which on vectors of them are within a tile
 
   PD_BOTH TokenPlaces(const TokenRun& run, const PartPlane& part, int64_t first) {
     const Tiling& tiling = run.tiling;
     const int64_t left = run.tokens - first;
     count = left < kTokenGroup ? left : kTokenGroup;
     // Counted, since divisions take as long as a token's values.
-    const int64_t begin = run.skipped + first;
+    const int64_t begin = run.skipped + first, unaligned = begin % kVectorTokens;
+    lead = unaligned == 0 ? 0 : kVectorTokens - unaligned;
+    if (lead > count) lead = count;
     int64_t block = begin / tiling.tokens, token = begin - block * tiling.tokens;
     int64_t tile = token / tiling.token_tile, in_tile = token - tile * tiling.token_tile;
     for (int64_t t = 0; t < kTokenGroup; ++t) {
@@ -40,6 +46,7 @@ class Group {
       : places_(places), offset_(offset), next_(next), next_offset_(next_offset) {}
 
   PD_BOTH int64_t count() const { return places_.count; }
+  PD_BOTH int64_t lead() const { return places_.lead; }
   PD_BOTH char* token(int64_t t) const { return places_.of[t] + offset_; }
 
   // The processor cannot guess where the next tokens are, and is told in time.
@@ -246,9 +253,10 @@ class Mover {
   template <class Vector, int64_t kUnits>
   PD_BOTH void move_columns(int64_t unit_channels) const {
     const int64_t step = kUnits * unit_channels;
-    const int64_t tokens = group_.count() / kUnits * kUnits, channels = width_ / step * step;
+    const int64_t first = group_.lead(), channels = width_ / step * step;
+    const int64_t tokens = first + (group_.count() - first) / kUnits * kUnits;
     for (int64_t c = 0; c < channels; c += step) {
-      for (int64_t t = 0; t < tokens; t += kUnits) {
+      for (int64_t t = first; t < tokens; t += kUnits) {
         Vector square[kUnits];
         for (int64_t i = 0; i < kUnits; ++i) {
           const int64_t channel = c + i * unit_channels;
@@ -260,15 +268,17 @@ class Mover {
         }
       }
     }
-    move_elements(0, tokens, channels, width_);
+    move_elements(0, first, 0, width_);
+    move_elements(first, tokens, channels, width_);
     move_elements(tokens, group_.count(), 0, width_);
   }
 
   // Values as attention multiplies them: two tokens' channels in turns.
   PD_BOTH void move_token_pairs() const {
     constexpr int64_t kChannels = 8;
-    const int64_t tokens = group_.count() / 2 * 2, channels = width_ / kChannels * kChannels;
-    for (int64_t t = 0; t < tokens; t += 2) {
+    const int64_t first = group_.lead(), channels = width_ / kChannels * kChannels;
+    const int64_t tokens = first + (group_.count() - first) / 2 * 2;
+    for (int64_t t = first; t < tokens; t += 2) {
       for (int64_t c = 0; c < channels; c += kChannels) {
         char* const pairs = in_block(t, c);
         if (kIsLoad) {
@@ -287,7 +297,8 @@ class Mover {
         }
       }
     }
-    move_elements(0, tokens, channels, width_);
+    move_elements(0, first, 0, width_);
+    move_elements(first, tokens, channels, width_);
     move_elements(tokens, group_.count(), 0, width_);
   }
 
