@@ -6,7 +6,7 @@
 
 namespace pd {
 
-// Tokens that are moved at once, at the most; tiles that are moved so have a multiple of them.
+// No order moves more tokens at once; the tiles of each have a multiple of what it moves.
 constexpr int64_t kVectorTokens = 8;
 
 // Where the up to 32 tokens of a group begin in the blocks of a part, in its first head.

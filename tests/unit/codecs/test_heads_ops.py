@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -177,6 +178,34 @@ def test_whatever_the_layout_the_native_ops_write_what_the_references_write(
 def same_memory(laid: Laid, other: Laid) -> bool:
     pairs = zip(laid.memory, other.memory, strict=True)
     return all(same_bits(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("layout", PART_LAYOUTS)
+def test_a_run_may_begin_and_end_anywhere_in_a_block(layout: str, dtype: str) -> None:
+    """Columns and tiles are moved several tokens at once, which must not be of two blocks."""
+    pages = make_parts((1, 24, 16), any_bytes(TYPES[dtype], 1), layout)
+    table = torch.tensor([3, 1])
+    rows = torch.cat([part[table].flatten(0, 2) for part in as_integers(pages)], 1)
+    for start, length in itertools.product(range(24), (9, 24)):
+        stop = start + length
+        slab = torch.zeros(length * 2 * 16 * ITEM_BYTES[dtype], dtype=torch.uint8)
+        heads.gather_heads([pages.views], range(1), table, range(start, stop), dtype, slab)
+        assert torch.equal(slab, rows[start:stop].contiguous().view(torch.uint8).flatten())
+        target = pages.inverted()
+        expected = as_integers(target)
+        heads.scatter_heads(slab, dtype, table, range(start, stop), range(1), [target.views])
+        tokens = torch.arange(start, stop)
+        blocks, slots = table[tokens // 24], tokens % 24
+        for part, other in zip(as_integers(pages), expected, strict=True):
+            other[blocks, 0, slots] = part[blocks, 0, slots]
+        assert all(map(torch.equal, as_integers(target), expected))
+
+
+def as_integers(laid: Laid) -> list[torch.Tensor]:
+    """Copies as ``[NUM_BLOCKS, heads, tokens, width]``, of integers of the elements' size."""
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    return [rows.view(size[rows.element_size()]) for rows in laid.rows]
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
