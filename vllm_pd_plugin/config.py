@@ -46,6 +46,8 @@ class PdConfig:
         on a GPU, where packing has not been measured.
     staging_bytes: memory of one rank for packed pieces, in halves for what it packs and for what
         it reads; 0 packs nothing, and sends and fetches raw KV only.
+    allow_fp8: whether this engine, whose KV cache is fp8, may take KV from one whose is bfloat16:
+        it is rounded on the way, as this engine would round its own.
     weights_id: what the operator calls these weights, instead of what their files say; needed where
         they are not in files, or are changed in place. Equal means equal.
     probe: "always" computes a fixed prompt at the start, so that engines compare what they compute;
@@ -67,6 +69,7 @@ class PdConfig:
     lossy_max: str = "none"
     packing: str = ""
     staging_bytes: int = 64 * 2**20
+    allow_fp8: bool = False
     weights_id: str = ""
     probe: str = "always"
     cluster_key: str | None = dataclasses.field(default=None, repr=False)
@@ -100,6 +103,7 @@ class PdConfig:
             lossy_max=_one_of(options, "lossy_max", default.lossy_max, ("none", *_LOSSY)),
             packing=_one_of(options, "packing", default.packing, ("auto", "always", "never")),
             staging_bytes=_bytes(options, "staging_bytes", default.staging_bytes, least=0),
+            allow_fp8=_yes_or_no(options, "allow_fp8", default.allow_fp8),
             weights_id=_name(options, "weights_id", default.weights_id),
             probe=_one_of(options, "probe", default.probe, ("always", "never")),
             cluster_key=_cluster_key(environ),
@@ -144,6 +148,13 @@ def _text(options: Mapping[str, Any], name: str, default: str) -> str:
     if value == default or (isinstance(value, str) and (is_host(value) or is_wildcard(value))):
         return str(value)
     raise ConfigError(f"{name}={value!r} is not an address; give a host name or an IP address")
+
+
+def _yes_or_no(options: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = options.get(name, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is neither true nor false")
+    return value
 
 
 def _name(options: Mapping[str, Any], name: str, default: str) -> str:

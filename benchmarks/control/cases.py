@@ -27,11 +27,11 @@ with warnings.catch_warnings():
         from tests.fakes.cluster import FakeCluster
         from vllm_pd_plugin.edge.metrics import PdStats
         from vllm_pd_plugin.edge.producer_requests import ProducingRequests
-        from vllm_pd_plugin.memory.layout import EngineLayout, Group, RankMemory, Region
+        from vllm_pd_plugin.memory.layout import Group, RankLayout, RankMemory, Region
         from vllm_pd_plugin.net import nixl_transport
         from vllm_pd_plugin.protocol import framing, wire
     except ImportError:  # before the packages
-        from vllm_pd_plugin.layout import EngineLayout, Group, RankMemory, Region
+        from vllm_pd_plugin.layout import Group, RankLayout, RankMemory, Region
         from vllm_pd_plugin.metrics import PdStats
         from vllm_pd_plugin.producing import ProducingRequests
 
@@ -52,8 +52,8 @@ Case = Callable[[], dict[str, float]]
 def layout_of(ranks: int) -> Any:
     layers = tuple(f"model.layers.{i}.attn" for i in range(LAYERS))
     group = Group("full", BLOCK_TOKENS, None, layers, (1, BLOCK_TOKENS, 256), "bfloat16")
-    fields = {"model": "m"} if "model" in EngineLayout.__struct_fields__ else {}
-    return EngineLayout(tensor_parallel_size=ranks, groups=(group,), **fields)
+    fields = {"model": "m"} if "model" in RankLayout.__struct_fields__ else {}
+    return RankLayout(tensor_parallel_size=ranks, groups=(group,), **fields)
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ class Step:
         self._run_calls()
         for number, handoff in enumerate(self.handoffs):
             for rank in range(RANKS):
-                subscribe = wire.Subscribe(handoff, rank)
+                subscribe = wire.Subscribe(handoff, rank, 1, (rank,))
                 self._tell(subscribe, f"c{number % consumers}-{rank}")
 
     def run(self) -> dict[str, float]:
@@ -202,7 +202,8 @@ def open_handoffs() -> dict[str, float]:
     control, target = cluster.producer.control, cluster.producer.identity.incarnation
     sender = new_incarnation()
     frames = [
-        framing.encode(wire.Subscribe(s.handoff_id, 0), sender, target) for s in sources[:200]
+        framing.encode(wire.Subscribe(s.handoff_id, 0, 1, (0,)), sender, target)
+        for s in sources[:200]
     ]
     waiting = iter(frames)
 
@@ -306,8 +307,8 @@ def scattered_prompt() -> list[dict[str, float]]:
     engines.FakeTransport = lambda *_: nixl_transport.NixlTransport("DRAM", 0)
     layers = tuple(f"model.layers.{i}.attn" for i in range(LAYERS))
     group = Group("full", BLOCK_TOKENS, None, layers, (1, BLOCK_TOKENS, 128), "uint8")
-    fields = {"model": "m"} if "model" in EngineLayout.__struct_fields__ else {}
-    cluster = FakeCluster(layout=EngineLayout(tensor_parallel_size=1, groups=(group,), **fields))
+    fields = {"model": "m"} if "model" in RankLayout.__struct_fields__ else {}
+    cluster = FakeCluster(layout=RankLayout(tensor_parallel_size=1, groups=(group,), **fields))
     cluster.clock.__class__.__call__ = lambda self: time.monotonic()  # type: ignore[method-assign]
     producer, consumer = cluster.producer, cluster.consumer
     for layer in range(LAYERS):

@@ -54,7 +54,7 @@ def corrupt_handoff(params: Mapping[str, Any], producer_pid: int) -> int:
     with ControlClient(params) as client:
         welcome = client.ask(wire.Hello("test"))
         assert isinstance(welcome, wire.Welcome)
-        state = client.ask(wire.Subscribe(client.handoff_id, 0))
+        state = client.ask(wire.Subscribe(client.handoff_id, 0, 1, (0,)))
         assert isinstance(state, wire.Progress | wire.Seal)
     written = 0
     regions = iter(welcome.ranks[0].regions)

@@ -14,8 +14,9 @@ from typing import Any
 from tests.fakes.engines import make_kv
 from vllm_pd_plugin.codecs.codec import Part
 from vllm_pd_plugin.config import PdConfig
+from vllm_pd_plugin.mapping.kv_cache import RankPlace
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
-from vllm_pd_plugin.memory.layout import EngineLayout, Group
+from vllm_pd_plugin.memory.layout import Group, RankLayout
 from vllm_pd_plugin.net.nixl_transport import NixlTransport
 
 with warnings.catch_warnings():
@@ -40,8 +41,7 @@ with warnings.catch_warnings():
 BLOCK, HEADS, WIDTH, NUM_BLOCKS = 16, 2, 32, 64
 LAYERS = ("layers.0.attn", "layers.1.attn")
 PARTS = Part.of_rows("key", WIDTH, 0, 2 * WIDTH), Part.of_rows("value", WIDTH, WIDTH, 2 * WIDTH)
-LAYOUT = EngineLayout(
-    1,
+LAYOUT = RankLayout(
     (
         Group(
             "full", BLOCK, None, LAYERS, (HEADS, BLOCK, 2 * WIDTH), "float32",
@@ -114,10 +114,10 @@ class BareEngine:
             _identify,
             steps_alone,
         )
-        self.worker = WorkerSide(config, role, 0)
+        self.worker = WorkerSide(config, role, RankPlace(0, 0, 1, 1))
         handshake = self.worker.register(NixlTransport("DRAM", 0), LAYOUT, self.caches)
         self.scheduler.bind(self.manager)
-        self.scheduler.start({0: handshake})
+        self.scheduler.start([handshake])
         self.requests: dict[str, Tracked] = {}
 
     @property

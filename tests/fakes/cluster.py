@@ -7,7 +7,7 @@ from tests.fakes.engines import STAGING_BYTES, FakeEngine, Settings, Surrounding
 from tests.fakes.network import FakeNetwork
 from tests.fakes.transport import FakeFabric
 from vllm_pd_plugin.ids import Address, Source, new_handoff_id, new_incarnation
-from vllm_pd_plugin.memory.layout import EngineLayout
+from vllm_pd_plugin.memory.layout import RankLayout
 from vllm_pd_plugin.packing.incoming import Packing
 from vllm_pd_plugin.transfer.rank import Timeouts
 
@@ -23,7 +23,7 @@ class FakeCluster:
         lease_s: float = 30.0,
         queue_timeout_s: float = 600.0,
         timeouts: Timeouts | None = None,
-        layout: EngineLayout | None = None,
+        layout: RankLayout | None = None,
         checks_bytes: bool = False,
         packing: Packing | None = None,
         staging_bytes: int = STAGING_BYTES,

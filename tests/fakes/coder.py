@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tests.fakes.memory import FakeMemory
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.memory.layout import BlockTables
+from vllm_pd_plugin.packing.heads import HeadsPiece
 from vllm_pd_plugin.packing.pieces import Piece
 
 
@@ -74,6 +75,11 @@ class FakeCoder:
                 start += len(block)
 
         return self._coding(read)
+
+    def gather(self, piece: HeadsPiece, tables: BlockTables, offset: int) -> FakeCoding:
+        raise AssertionError("engines that are alike ask for blocks")
+
+    scatter = gather
 
     def finish(self) -> None:
         """All that is under way is done."""

@@ -9,14 +9,15 @@ from typing import Any
 
 from tests.fakes.clock import FakeClock
 from tests.fakes.coder import FakeCoder
-from tests.fakes.memory import BLOCK_TOKENS, FakeMemory
+from tests.fakes.memory import BLOCK_BYTES, BLOCK_TOKENS, FakeMemory
 from tests.fakes.network import FakeNetwork
 from tests.fakes.transport import FakeFabric, FakeTransport
 from vllm_pd_plugin.codecs.codec import CodecChoice
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Address, HandoffId, Source, new_handoff_id, new_incarnation
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache, RankPlace
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, RankMemory, Span
+from vllm_pd_plugin.memory.layout import BlockTables, Group, RankLayout, RankMemory, Region, Span
 from vllm_pd_plugin.packing.incoming import Incoming, Packing, Taker
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.packing.pieces import Pieces
@@ -47,10 +48,21 @@ def sliding_group(window: int, *layers: str) -> Group:
     return Group("sliding_window", BLOCK_TOKENS, window, layers, (2, BLOCK_TOKENS, 4), "uint8")
 
 
-def make_layout(groups: Sequence[Group] = ()) -> EngineLayout:
+def make_layout(groups: Sequence[Group] = ()) -> RankLayout:
     """One KV cache group of two layers, unless others are given; one rank."""
     chosen = tuple(groups) or (full_group("layer.0", "layer.1"),)
-    return EngineLayout(tensor_parallel_size=1, groups=chosen)
+    return RankLayout(chosen)
+
+
+def make_kv_cache(layout: RankLayout, memory: RankMemory, num_ranks: int = 1) -> EngineKvCache:
+    """What an engine says whose tensor parallel ranks are all like this one."""
+    return EngineKvCache.seen_by_rank(layout, memory, RankPlace(0, 0, 1, num_ranks))
+
+
+def memory_of(layout: RankLayout) -> RankMemory:
+    """Memory that nobody looks at, of 64 blocks a layer."""
+    region = Region(0, 64, BLOCK_BYTES, BLOCK_BYTES)
+    return RankMemory(tuple(region for _ in layout.layers), b"")
 
 
 def make_kv(**changes: Any) -> KvIdentity:
@@ -85,7 +97,7 @@ class Settings:
     lease_s: float
     queue_timeout_s: float
     timeouts: Timeouts
-    layout: EngineLayout
+    layout: RankLayout
     checks_bytes: bool
     packing: Packing | None = None
     staging_bytes: int = STAGING_BYTES
@@ -132,7 +144,7 @@ class FakeEngine(FakeMemory):
         spans = [*self.spans(), *self.coder.spans()]
         staging = Span(*self.coder.spans()[0]) if settings.packing else None
         memory = RankMemory(self.regions, self.transport.register(spans), staging)
-        self.plane = self._make_transfer_plane(settings, pieces)
+        self.plane = self._make_transfer_plane(settings, pieces, memory)
         self.announcer = Announcer(
             self.worker.incarnation,
             0,
@@ -211,7 +223,7 @@ class FakeEngine(FakeMemory):
         self._steps += 1
         every_layer = tuple(range(1, self.num_layers + 1))
         advance = Advance(
-            running.source.handoff_id, running.epoch, num_tokens, running.blocks, every_layer
+            running.source.handoff_id, running.epoch, num_tokens, running.blocks, (every_layer,)
         )
         self.control.advance(self._steps, [advance])
         return self._steps
@@ -220,7 +232,7 @@ class FakeEngine(FakeMemory):
         """The worker says that so many layers of a step are written; all, unless told."""
         layers = self.num_layers if num_layers is None else num_layers
         self._connect_announcer()
-        announcement = Announcement(step, (self.num_layers,))
+        announcement = Announcement(step, ((self.num_layers,),))
         self.announcer.add(Mark(announcement, layers, lambda: True))
         self.announcer.turn()
 
@@ -325,13 +337,15 @@ class FakeEngine(FakeMemory):
             self.announcer.connect(self.address, self.identity.incarnation)
             self._around.network.deliver_one(-1)
 
-    def _make_transfer_plane(self, settings: Settings, pieces: Pieces) -> TransferPlane:
+    def _make_transfer_plane(
+        self, settings: Settings, pieces: Pieces, memory: RankMemory
+    ) -> TransferPlane:
         incoming = None
         if settings.packing:
             span = Span(*self.coder.spans()[1])
             incoming = Incoming(span, self.room, pieces, self.coder, settings.packing, {})
         rank = Rank(
-            LocalRank(0, self.layout, self.regions, incoming),
+            LocalRank(0, self.layout, make_kv_cache(self.layout, memory), self.regions, incoming),
             self.transport,
             settings.timeouts,
             self._around.clock,
@@ -341,7 +355,14 @@ class FakeEngine(FakeMemory):
 
     def _make_control_plane(self, settings: Settings, memory: RankMemory) -> ControlPlane:
         return ControlPlane(
-            LocalEngine(self.identity, self.layout, self.kv, [memory], [self.worker.incarnation]),
+            LocalEngine(
+                self.identity,
+                self.layout,
+                make_kv_cache(self.layout, memory),
+                self.kv,
+                [memory],
+                [self.worker.incarnation],
+            ),
             settings.lease_s,
             settings.queue_timeout_s,
             self._peers_of(self.identity),

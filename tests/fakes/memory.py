@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Region
+from vllm_pd_plugin.memory.layout import BlockTables, RankLayout, Region
 
 BLOCK_TOKENS = 4
 BLOCK_BYTES = 32
@@ -37,7 +37,7 @@ class FakeMemory:
     Layers are numbered as their regions are.
     """
 
-    def __init__(self, layout: EngineLayout) -> None:
+    def __init__(self, layout: RankLayout) -> None:
         self.layout = layout
         self.num_layers = len(layout.layers)
         self.caches = [

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from tests.fakes.clock import FakeClock
-from tests.fakes.engines import make_kv, make_layout
+from tests.fakes.engines import make_kv, make_kv_cache, make_layout
 from tests.fakes.network import FakeNetwork
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, Incarnation, new_incarnation
-from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory, Region, check_compatible
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
+from vllm_pd_plugin.mapping.match import match
+from vllm_pd_plugin.memory.layout import RankMemory, Region
 from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.peers import IDLE_S, Identity, Peer, PeerTable
 
 ADDRESS: Address = ("127.0.0.1", 7000)
 TIMEOUT_S = 5.0
 REGION = Region(0, 10, 32, 32)
+KV_CACHE = make_kv_cache(make_layout(), RankMemory((REGION, REGION), b""))
 
 
 class Remote:
     """A producer that answers Hello, and other messages as a test says."""
 
-    def __init__(self, network: FakeNetwork, layout: EngineLayout | None = None) -> None:
+    def __init__(self, network: FakeNetwork, kv_cache: EngineKvCache = KV_CACHE) -> None:
         self.incarnation = new_incarnation()
-        self.layout = layout or make_layout()
+        self.kv_cache = kv_cache
         self.kv = make_kv()
         self.revision = 0
         self.ranks: tuple[RankMemory, ...] = (RankMemory((REGION, REGION), b"meta"),)
@@ -39,7 +42,7 @@ class Remote:
         self._network.answer(identity, frames)
 
     def welcome(self) -> wire.Welcome:
-        return wire.Welcome("remote", self.layout, self.kv, self.revision, self.ranks, 30.0)
+        return wire.Welcome("remote", self.kv_cache, self.kv, self.revision, self.ranks, 30.0)
 
     def _receive(self, identity: bytes, frames: list[bytes]) -> None:
         header, message = framing.decode(frames)
@@ -71,7 +74,7 @@ class Local:
         )
 
     def check_fit(self, welcome: wire.Welcome) -> None:
-        check_compatible(make_layout(), welcome.layout)
+        match(welcome.kv_cache, KV_CACHE)
 
     def needs_peer(self, address: Address) -> bool:
         return address in self.needed

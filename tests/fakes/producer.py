@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from tests.fakes.clock import FakeClock
-from tests.fakes.engines import full_group, make_layout
+from tests.fakes.engines import full_group, make_kv_cache, make_layout, memory_of
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_handoff_id
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
+from vllm_pd_plugin.memory.layout import BlockTables, RankLayout
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.answering import Answering
+from vllm_pd_plugin.protocol.export import Subscriber
 from vllm_pd_plugin.protocol.export_states import ExportState
 from vllm_pd_plugin.protocol.exports import ExportTable
 from vllm_pd_plugin.protocol.outbox import Answer, ReturnAddress
@@ -32,20 +31,22 @@ RANK_1 = ReturnAddress(b"rank-1", Incarnation("consumer-1"))
 class Producer:
     """A producer's table, what consumers are answered, and what was released and abandoned."""
 
-    def __init__(self, num_ranks: int = 1, layout: EngineLayout = LAYOUT) -> None:
+    def __init__(self, num_ranks: int = 1, layout: RankLayout = LAYOUT) -> None:
         self.clock = FakeClock()
         self.released: list[tuple[str, ExportState]] = []
         self.abandoned: list[tuple[str, ExportState]] = []
         self.unpacked: list[tuple[HandoffId, int]] = []
         self.table = ExportTable(
-            msgspec.structs.replace(layout, tensor_parallel_size=num_ranks),
+            layout,
+            make_kv_cache(layout, memory_of(layout), num_ranks),
             LEASE_S,
             lambda *r: self.released.append(r),
             lambda *a: self.abandoned.append(a),
             lambda *u: self.unpacked.append(u),
             self.clock,
         )
-        self.answering = Answering(self.table, num_ranks)
+        self.num_ranks = num_ranks
+        self.answering = Answering(self.table)
         self.steps = 0
 
     def queued(self, request_id: str = "r", handoff: HandoffId | None = None) -> HandoffId:
@@ -86,7 +87,7 @@ class Producer:
         """Begin a step; return its number."""
         self.steps += 1
         every_layer = tuple(range(1, LAYERS + 1))
-        advance = Advance(handoff, epoch, num_tokens, blocks, every_layer)
+        advance = Advance(handoff, epoch, num_tokens, blocks, (every_layer,))
         self.table.advance(self.steps, [advance])
         return self.steps
 
@@ -102,6 +103,12 @@ class Producer:
         step = self.advance(handoff, num_tokens, blocks, epoch)
         return [a for rank in ranks for a in self.table.announce(step, rank, LAYERS)]
 
+    def subscribe(
+        self, handoff: HandoffId, rank: int = 0, who: ReturnAddress = RANK_0
+    ) -> wire.Message:
+        """A rank of a consumer of as many ranks as are here, which reads from its counterpart."""
+        return self.answering.subscribe(wire.Subscribe(handoff, rank, self.num_ranks, (rank,)), who)
+
     def commit(
         self,
         handoff: HandoffId,
@@ -109,6 +116,11 @@ class Producer:
         epoch: int = 0,
         is_last: bool = True,
     ) -> wire.Message:
+        """One rank of a consumer has read; it has subscribed before that."""
+        export = self.table._held.get(handoff)
+        if export is not None and rank not in export.subscribers:
+            export.num_subscribers = self.num_ranks
+            export.subscribers[rank] = Subscriber(RANK_0, (rank,))
         return self.answering.commit(wire.Commit(handoff, epoch, rank, is_last))
 
     def heartbeat(self, handoffs: Sequence[HandoffId]) -> wire.Message:
@@ -124,3 +136,16 @@ class Producer:
 
 def granted(handoff: HandoffId, epoch: int = 0, is_last: bool = True) -> wire.Committed:
     return wire.Committed(handoff, epoch, is_last)
+
+
+def progress(
+    handoff: HandoffId,
+    epoch: int,
+    base_tokens: int,
+    num_tokens: int,
+    num_layers: int,
+    tables: tuple[wire.TableSlice, ...],
+) -> wire.Progress:
+    """What is said of an engine of one pipeline stage."""
+    written = (wire.Written(base_tokens, num_tokens, num_layers),)
+    return wire.Progress(handoff, epoch, written, tables)

@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -117,7 +118,13 @@ class SteppingEngine:
         self._hasher = get_request_block_hasher(BLOCK, sha256)
         rank = "vllm_pd_plugin.edge.connector.get_tensor_model_parallel_rank"
         version = {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner is RunnerV2))}
-        with patch.dict("os.environ", version), patch(rank, return_value=0):
+        stages = "vllm_pd_plugin.edge.connector.get_pp_group"
+        stage = SimpleNamespace(rank_in_group=0)
+        with (
+            patch.dict("os.environ", version),
+            patch(rank, return_value=0),
+            patch(stages, return_value=stage),
+        ):
             cls = AsyncScheduler if is_async else Scheduler
             self.scheduler = cls(
                 config, cache_config, StructuredOutputManager(config), BLOCK, BLOCK
@@ -130,7 +137,7 @@ class SteppingEngine:
         self.connector._worker._mark_stream = self.stream.record
         handshake = self.connector.get_handshake_metadata()
         assert handshake is not None
-        self.scheduler_side.set_xfer_handshake_metadata({0: handshake})
+        self.scheduler_side.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake})
         self._queue: deque[tuple[int, SchedulerOutput, ModelRunnerOutput]] = deque()
 
     @property

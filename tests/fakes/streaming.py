@@ -6,7 +6,7 @@ from tests.fakes.cluster import FakeCluster
 from tests.fakes.engines import STAGING_BYTES
 from tests.fakes.memory import kv_of
 from vllm_pd_plugin.ids import Source
-from vllm_pd_plugin.memory.layout import EngineLayout
+from vllm_pd_plugin.memory.layout import RankLayout
 from vllm_pd_plugin.packing.incoming import Packing
 from vllm_pd_plugin.transfer.rank import Timeouts
 
@@ -26,7 +26,7 @@ class StreamingCluster(FakeCluster):
 
     def __init__(
         self,
-        layout: EngineLayout | None = None,
+        layout: RankLayout | None = None,
         checks_bytes: bool = False,
         packing: Packing | None = None,
         staging_bytes: int = STAGING_BYTES,

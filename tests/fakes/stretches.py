@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.fakes.engines import full_group, make_layout, sliding_group
+from tests.fakes.engines import full_group, make_kv_cache, make_layout, sliding_group
 from vllm_pd_plugin.ids import HandoffId
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, Region
+from vllm_pd_plugin.mapping.route import find_route
+from vllm_pd_plugin.memory.layout import BlockTables, Group, RankLayout, RankMemory, Region, Stretch
 from vllm_pd_plugin.net.transport import ReadPlan
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.transfer.plan import plan_reads
 from vllm_pd_plugin.transfer.stretches import Stretches
 
 T = 4
@@ -28,7 +28,7 @@ class Consumer:
     """
 
     def __init__(self, groups: Sequence[Group], num_tokens: int, first_token: int = 0) -> None:
-        self.layout: EngineLayout = make_layout(groups=groups)
+        self.layout: RankLayout = make_layout(groups=groups)
         num_blocks = -(-num_tokens // T)
         layers = range(len(self.layout.layers))
         self.local: BlockTables = [[10 + i for i in range(num_blocks)] for _ in groups]
@@ -38,10 +38,16 @@ class Consumer:
             Region(layer * 1_000_000 + 500_000, 99, BLOCK, BLOCK) for layer in layers
         ]
         self.num_tokens, self.first_token = num_tokens, first_token
+        ours, theirs = (
+            make_kv_cache(self.layout, RankMemory(tuple(regions), b""))
+            for regions in (self.local_regions, self.remote_regions)
+        )
+        self.route = find_route(theirs, ours, 0)
         self.stretches = Stretches(
             self.layout,
+            self.route,
             (self.local, self.local_regions),
-            self.remote_regions,
+            {0: self.remote_regions},
             first_token,
             num_tokens,
         )
@@ -60,7 +66,7 @@ class Consumer:
     ) -> wire.Progress:
         """Progress with whole block tables, as long as ``tokens`` need."""
         tables = self.tables(-(-tokens // T), shift=shift)
-        return wire.Progress(H, epoch, base, tokens, layers, tables)
+        return wire.Progress(H, epoch, (wire.Written(base, tokens, layers),), tables)
 
     def seal(self, epoch: int = 0, num_tokens: int | None = None) -> wire.Seal:
         tokens = self.num_tokens if num_tokens is None else num_tokens
@@ -73,16 +79,19 @@ class Consumer:
     def plan(self) -> ReadPlan | None:
         """Plan all that is final and was not planned before."""
         stretch = self.stretches.take()
-        return None if stretch is None else self.stretches.plan(stretch)
+        return None if stretch is None else self.plan_of(stretch)
+
+    def plan_of(self, stretch: Stretch) -> ReadPlan:
+        (plan,) = self.stretches.plan(stretch, self.route.shares).values()
+        return plan
 
     def everything(self) -> list[tuple[int, int]]:
-        positions = [
-            group.needed_blocks(self.first_token, self.num_tokens)
-            for group in self.layout.groups
-            for _ in group.layers
+        groups = [group for group in self.layout.groups for _ in group.layers]
+        return [
+            (layer, position)
+            for layer, group in enumerate(groups)
+            for position in group.needed_blocks(self.first_token, self.num_tokens)
         ]
-        local, remote = (self.local, self.local_regions), (self.remote, self.remote_regions)
-        return places(plan_reads(self.layout.groups, local, remote, positions))
 
 
 def places(plan: ReadPlan | None, shift: int = 0) -> list[tuple[int, int]]:

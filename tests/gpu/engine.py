@@ -16,9 +16,10 @@ import torch
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.ids import Address, EngineId, new_incarnation
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache, RankPlace
 from vllm_pd_plugin.memory import regions
 from vllm_pd_plugin.memory.identity import KvIdentity, Weights
-from vllm_pd_plugin.memory.layout import EngineLayout, Span
+from vllm_pd_plugin.memory.layout import RankLayout, RankMemory, Span
 from vllm_pd_plugin.net.channel import Dealer, Listener, Loop
 from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.packing.coder import BlockCoder
@@ -46,7 +47,7 @@ class RankParts:
     caches: each layer's KV cache. transport, allocate: for them, and for the staging memory.
     """
 
-    layout: EngineLayout
+    layout: RankLayout
     caches: Mapping[str, torch.Tensor]
     transport: Transport
     allocate: Allocate
@@ -68,7 +69,14 @@ class Engine:
         self.address: Address = (config.host, listener.port)
         memory = self._make_transfer(parts)
         self._control = ControlPlane(
-            LocalEngine(self._identity, parts.layout, KV, [memory], [self._worker.incarnation]),
+            LocalEngine(
+                self._identity,
+                parts.layout,
+                _kv_cache(parts.layout, memory),
+                KV,
+                [memory],
+                [self._worker.incarnation],
+            ),
             config.lease_s,
             config.queue_timeout_s,
             self._peers(self._identity, self._control_loop),
@@ -118,7 +126,7 @@ class Engine:
 
     def announce(self, step: int, num_layers: int, is_reached: Callable[[], bool]) -> None:
         """So many layers of a step are written once ``is_reached`` says so."""
-        announcement = Announcement(step, tuple(range(1, len(self.layout.layers) + 1)))
+        announcement = Announcement(step, (tuple(range(1, len(self.layout.layers) + 1)),))
         mark = Mark(announcement, num_layers, is_reached)
         self._transfer_loop.call(lambda: self._announcer.add(mark))
 
@@ -148,7 +156,7 @@ class Engine:
 
         return partial(PeerTable, identity, self._config.peer_timeout_s, connect, time.monotonic)
 
-    def _make_transfer(self, parts: RankParts) -> regions.RankMemory:
+    def _make_transfer(self, parts: RankParts) -> RankMemory:
         config, layout = self._config, parts.layout
         ordered = [parts.caches[layer] for layer in layout.layers]
         slabs = _slabs(config, layout, ordered, parts.allocate)
@@ -163,7 +171,7 @@ class Engine:
         )  # fmt: skip
         incoming = slabs.for_reads(config)
         rank = Rank(
-            LocalRank(0, layout, memory.regions, incoming),
+            LocalRank(0, layout, _kv_cache(layout, memory), memory.regions, incoming),
             parts.transport,
             Timeouts(config.queue_timeout_s, config.fetch_timeout_s, config.fetch_timeout_s),
             time.monotonic,
@@ -173,8 +181,12 @@ class Engine:
         return memory
 
 
+def _kv_cache(layout: RankLayout, memory: RankMemory) -> EngineKvCache:
+    return EngineKvCache.seen_by_rank(layout, memory, RankPlace(0, 0, 1, 1))
+
+
 def _slabs(
-    config: PdConfig, layout: EngineLayout, caches: Sequence[torch.Tensor], allocate: Allocate
+    config: PdConfig, layout: RankLayout, caches: Sequence[torch.Tensor], allocate: Allocate
 ) -> Slabs:
     """As ``Slabs.allocate``, in memory that another process can open."""
     pieces = Pieces(layout, tuple(map(regions.region_of, layout.layers, caches)))

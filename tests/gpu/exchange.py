@@ -107,7 +107,7 @@ def _produce_one(
     forward = Forward(side, cache, prompt)
     for tokens in CHUNKS:
         step += 1
-        advance = Advance(handoff_id, 0, tokens.stop, _THERE, _EVERY_LAYER)
+        advance = Advance(handoff_id, 0, tokens.stop, _THERE, (_EVERY_LAYER,))
         engine.on_control(lambda c, step=step, advance=advance: c.advance(step, [advance]))
         for number, layer in enumerate(forward.layers, 1):
             engine.announce(step, number, forward.write(layer, tokens))

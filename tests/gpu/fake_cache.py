@@ -16,7 +16,7 @@ import torch
 from vllm_pd_plugin.codecs import ops_reference
 from vllm_pd_plugin.codecs.codec import Codec, Part, encoding_of
 from vllm_pd_plugin.codecs.ops import as_plane, part_of
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group
+from vllm_pd_plugin.memory.layout import BlockTables, Group, RankLayout
 
 NUM_TOKENS = 301
 NUM_BLOCKS = 40
@@ -31,8 +31,7 @@ _KV_SHAPE = (NUM_BLOCKS, _KV_TOKENS, _HEADS, 2 * _WIDTH)
 _MLA_SHAPE = (NUM_BLOCKS, _MLA_TOKENS, _LATENT + _ROPE)
 _ROW = _HEADS * 2 * _WIDTH
 
-LAYOUT = EngineLayout(
-    1,
+LAYOUT = RankLayout(
     (
         Group(
             "full", _KV_TOKENS, None, _KV_LAYERS, (_HEADS, _KV_TOKENS, 2 * _WIDTH), "bfloat16",

@@ -44,6 +44,7 @@ def test_every_option_is_taken_over() -> None:
         "lossy_max": "int8",
         "packing": "never",
         "staging_bytes": 2**20,
+        "allow_fp8": True,
         "weights_id": "policy-7",
         "probe": "never",
     }

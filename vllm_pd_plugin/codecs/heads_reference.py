@@ -121,11 +121,11 @@ def _dtype(part: torch.Tensor) -> torch.dtype:
 
 def _tokens(part: torch.Tensor) -> int:
     """Of a block."""
-    return part.shape[2] * part.shape[3]
+    return int(part.shape[2] * part.shape[3])
 
 
 def _width(part: torch.Tensor) -> int:
-    return part.shape[4] * part.shape[5]
+    return int(part.shape[4] * part.shape[5])
 
 
 def _check(

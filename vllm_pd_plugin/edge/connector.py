@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -87,8 +87,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             sampling.mend()
             probing.probe_at_start()
-            rank = get_tensor_model_parallel_rank()
-            self._worker = WorkerSide(config, engine_id, rank)
+            stage, tp_rank = get_pp_group().rank_in_group, get_tensor_model_parallel_rank()
+            place = geometry.place_of(vllm_config, stage, tp_rank)
+            dp_rank = vllm_config.parallel_config.data_parallel_index
+            self._worker = WorkerSide(config, engine_id, place, dp_rank)
             self._handshake: RankHandshake | None = None
 
     def shutdown(self) -> None:
@@ -125,11 +127,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         geometry.retain_recomputed_token(kv_cache_manager)
         self._scheduler.bind(kv_cache_manager)
 
-    def set_xfer_handshake_metadata(
-        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        handshakes = {r: m for r, m in metadata.items() if isinstance(m, RankHandshake)}
-        self._scheduler.start(handshakes)
+        ranks = [metadata[rank] for rank in sorted(metadata)]
+        self._scheduler.start([rank for rank in ranks if isinstance(rank, RankHandshake)])
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
         return tuple(range(len(self._kv_cache_config.kv_cache_groups)))
@@ -207,11 +209,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def probe(self, worker: Any) -> None:
         """Compute the probe prompt, once; see ``probing.probe_at_start``."""
         if self._handshake is not None and self._handshake.probe is None:
-            layout, rank = self._handshake.layout, get_tensor_model_parallel_rank()
+            layout, rank = self._handshake.layout, self._worker.place.rank
             compute = partial(probing.run, worker, self._vllm_config, layout, self._caches, rank)
             num_blocks = self._kv_cache_config.num_blocks
             why = probing.why_not(self._vllm_config, layout, num_blocks)
-            found = self._worker.probe(compute, why, layout.tensor_parallel_size)
+            found = self._worker.probe(compute, why)
             self._handshake = replace(self._handshake, probe=found)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

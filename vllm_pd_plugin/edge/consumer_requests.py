@@ -245,6 +245,8 @@ class ConsumingRequests:
         sampled = self._report.sampled.pop(request_id, None)
         codec = self._report.codecs.pop(request_id, Codec.RAW)
         self._report.attempts.pop(request_id, None)
+        lacks_tokens = request_id in self._report.lacking
+        self._report.lacking.discard(request_id)
         self._cancels.pop(request_id, None)
         consuming = self._open.get(request_id)
         if consuming is None:
@@ -260,6 +262,8 @@ class ConsumingRequests:
             valid_tokens = 0
         if not failed or valid_tokens:
             consuming.note_codec(self._provenance, codec)
+            if lacks_tokens and self._provenance is not None:
+                self._provenance.disown(consuming.request)
         if came and consuming.seeds:
             self._seed(consuming, sampled)
         retries = failed and self._recomputes and consuming.stage is not Stage.FINISHED

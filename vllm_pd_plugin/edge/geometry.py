@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
@@ -16,10 +16,11 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from vllm_pd_plugin.codecs.codec import Codec, Part
+from vllm_pd_plugin.codecs.codec import FLOATS, Codec, Part
 from vllm_pd_plugin.codecs.cpu_layout import parts_of_cpu_kernel
 from vllm_pd_plugin.errors import UnsupportedError
-from vllm_pd_plugin.memory.layout import EngineLayout, Group, GroupKind
+from vllm_pd_plugin.mapping.kv_cache import FP8, RankPlace
+from vllm_pd_plugin.memory.layout import Group, GroupKind, RankLayout
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 _SINGLE = (
-    ("pipeline_parallel_size", "--pipeline-parallel-size"),
     ("decode_context_parallel_size", "--decode-context-parallel-size"),
     ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
 )
@@ -49,7 +49,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         if size != 1:
             raise UnsupportedError(
                 f"{flag}={size} is not supported by pdplugin yet; use 1 "
-                "(tensor parallelism is supported, of the same size on both engines)"
+                "(tensor, pipeline and data parallelism are)"
             )
     model = vllm_config.model_config
     if model is not None and (model.is_encoder_decoder or model.is_attention_free):
@@ -181,8 +181,9 @@ def _block_view(layer: str, cache: torch.Tensor, num_blocks: int) -> torch.Tenso
 
 def describe(
     vllm_config: VllmConfig, config: KVCacheConfig, caches: Mapping[str, torch.Tensor]
-) -> EngineLayout:
-    """Return this engine's layout, one group for each of vLLM's KV cache groups.
+) -> RankLayout:
+    """Return this rank's layout, one group for each of vLLM's KV cache groups; a pipeline stage may
+    have no layers of one.
 
     caches: see ``block_views``.
 
@@ -191,8 +192,11 @@ def describe(
     """
     groups = []
     for group in config.kv_cache_groups:
-        specs = dict(zip(group.layer_names, _specs(group), strict=True))
+        specs = dict(zip(group.layer_names, _specs(group), strict=False))
         layers = tuple(name for name in group.layer_names if name in caches)
+        if not layers:
+            groups.append(_without_layers(group))
+            continue
         shapes = {(caches[name].shape[1:], caches[name].stride()[1:]) for name in layers}
         spec = specs[layers[0]]
         kind, window = _kind(spec)
@@ -202,6 +206,10 @@ def describe(
                 "use a model whose layers have equal KV heads"
             )
         shape, strides = shapes.pop()
+        parts = _parts(vllm_config, spec, caches[layers[0]])
+        dtype = str(caches[layers[0]].dtype).removeprefix("torch.")
+        if dtype not in FLOATS:
+            dtype, parts = _of_bytes(vllm_config, layers, dtype, parts)
         groups.append(
             Group(
                 kind=kind,
@@ -209,18 +217,60 @@ def describe(
                 window=window,
                 layers=layers,
                 block_shape=tuple(shape),
-                dtype=str(caches[layers[0]].dtype).removeprefix("torch."),
+                dtype=dtype,
                 block_strides=tuple(strides),
-                parts=_parts(vllm_config, spec, caches[layers[0]]),
+                parts=parts,
+                model_heads=_model_heads(vllm_config, spec),
+                channels=_channels(vllm_config, spec),
             )
         )
-    return EngineLayout(
-        tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
-        groups=tuple(groups),
+    return RankLayout(tuple(groups))
+
+
+def place_of(vllm_config: VllmConfig, stage: int, tensor_parallel_rank: int) -> RankPlace:
+    """Return which rank of this engine a worker is."""
+    parallel = vllm_config.parallel_config
+    return RankPlace(
+        stage,
+        tensor_parallel_rank,
+        parallel.pipeline_parallel_size,
+        parallel.tensor_parallel_size,
     )
 
 
-def refuse_unencodable(layout: EngineLayout, narrowest: Codec) -> None:
+def _without_layers(group: KVCacheGroupSpec) -> Group:
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        spec = next(iter(spec.kv_cache_specs.values()))
+    kind, window = _kind(spec)
+    return Group(kind, spec.block_size, window, (), (1,), "")
+
+
+def _model_heads(vllm_config: VllmConfig, spec: KVCacheSpec) -> int:
+    """Return how many KV heads the whole model has, in the layers of a group."""
+    if isinstance(spec, MLAAttentionSpec):
+        return 1
+    return int(vllm_config.model_config.get_total_num_kv_heads())
+
+
+def _of_bytes(
+    vllm_config: VllmConfig, layers: Sequence[str], dtype: str, parts: tuple[Part, ...]
+) -> tuple[str, tuple[Part, ...]]:
+    """Return what a cache of bytes is, and whether what is in it can be taken apart: fp8 without
+    scales. Where there are some, blocks are moved as they are."""
+    name = vllm_config.cache_config.cache_dtype
+    if name not in ("fp8", "fp8_e4m3"):
+        return f"{dtype} ({name})", ()
+    layer_of = vllm_config.compilation_config.static_forward_context
+    scales = [
+        getattr(layer_of.get(layer), f"_{kind}_scale_float", None)
+        for layer in layers
+        for kind in ("k", "v")
+    ]
+    return (FP8, parts) if set(scales) == {1.0} else (f"{FP8} with scales", ())
+
+
+def refuse_unencodable(layout: RankLayout, narrowest: Codec) -> None:
     """Refuse lossy codecs for a KV cache that they cannot write down. Raises UnsupportedError."""
     for group in layout.groups:
         if narrowest is not Codec.RAW and not group.is_encodable:
@@ -251,14 +301,24 @@ def _specs(group: KVCacheGroupSpec) -> list[KVCacheSpec]:
 
 
 def _kind(spec: KVCacheSpec) -> tuple[GroupKind, int | None]:
-    if type(spec) in (FullAttentionSpec, MLAAttentionSpec):
+    if type(spec) is FullAttentionSpec:
         return "full", None
+    if type(spec) is MLAAttentionSpec:
+        return "mla", None
     if type(spec) is SlidingWindowSpec:
         return "sliding_window", spec.sliding_window
     raise UnsupportedError(
         f"KV cache of kind {type(spec).__name__} is not supported by pdplugin yet; "
         "supported are full attention, MLA and sliding windows"
     )
+
+
+def _channels(vllm_config: VllmConfig, spec: KVCacheSpec) -> tuple[tuple[str, int], ...]:
+    """Return what a head has of a token."""
+    if isinstance(spec, MLAAttentionSpec):
+        rank = getattr(vllm_config.model_config.hf_text_config, "kv_lora_rank", None) or 0
+        return ("latent", rank), ("rope", spec.head_size - rank)
+    return ("key", spec.head_size), ("value", spec.head_size_v)
 
 
 def _parts(vllm_config: VllmConfig, spec: KVCacheSpec, cache: torch.Tensor) -> tuple[Part, ...]:

@@ -13,7 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Address, Incarnation, RequestId
-from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
+from vllm_pd_plugin.memory.layout import RankLayout, RankMemory
 from vllm_pd_plugin.memory.probe import Sums
 from vllm_pd_plugin.transfer.announcer import Announcement
 from vllm_pd_plugin.transfer.specs import FetchSpec
@@ -44,13 +45,15 @@ class StepMetadata(KVConnectorMetadata):
 class FetchReport(KVConnectorWorkerMetadata):
     """Workers to scheduler: why fetches failed, how many of the prompt's first tokens have usable
     KV all the same, and which attempt it was; and of all, the token that the producer sampled, and
-    the narrowest codec that their KV came through."""
+    the narrowest codec that their KV came through; and of which some blocks lack tokens
+    (``FetchResult.lacks_tokens``)."""
 
     reasons: dict[RequestId, Reason]
     valid_tokens: dict[RequestId, int]
     attempts: dict[RequestId, int]
     sampled: dict[RequestId, int]
     codecs: dict[RequestId, Codec]
+    lacking: set[RequestId] = dataclasses.field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchReport:
         assert isinstance(other, FetchReport)
@@ -63,17 +66,20 @@ class FetchReport(KVConnectorWorkerMetadata):
         for request_id, codec in self.codecs.items():
             codecs[request_id] = max(codec, codecs.get(request_id, codec), key=lambda c: c.rank)
         reasons, sampled = {**other.reasons, **self.reasons}, {**other.sampled, **self.sampled}
-        return FetchReport(reasons, valid, attempts, sampled, codecs)
+        lacking = self.lacking | other.lacking
+        return FetchReport(reasons, valid, attempts, sampled, codecs, lacking)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankHandshake(KVConnectorHandshakeMetadata):
     """Worker to scheduler, once: this rank's memory and the layout that it saw.
 
+    kv_cache: what it can say of its engine's.
     probe: its part of the sketch of what the engine computes; None where it has not computed it.
     """
 
     incarnation: Incarnation
-    layout: EngineLayout
+    layout: RankLayout
+    kv_cache: EngineKvCache
     memory: RankMemory
     probe: dict[str, Sums] | None = None

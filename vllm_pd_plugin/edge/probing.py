@@ -21,7 +21,7 @@ from vllm_pd_plugin.codecs import ops
 from vllm_pd_plugin.codecs.codec import Part
 from vllm_pd_plugin.edge.compositions import own_connector
 from vllm_pd_plugin.memory import probe
-from vllm_pd_plugin.memory.layout import EngineLayout, Group
+from vllm_pd_plugin.memory.layout import Group, RankLayout
 from vllm_pd_plugin.memory.probe import PROMPT_TOKENS, Sums
 
 if TYPE_CHECKING:
@@ -59,13 +59,15 @@ def probe_at_start() -> None:
     setattr(Worker, _MARK, True)
 
 
-def why_not(vllm_config: VllmConfig, layout: EngineLayout, num_blocks: int) -> str:
+def why_not(vllm_config: VllmConfig, layout: RankLayout, num_blocks: int) -> str:
     """Say why an engine cannot compute the probe prompt as others do; empty where it can."""
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     if model.runner_type != "generate":
         return f"a model that is run as {model.runner_type} has no logits"
     if vllm_config.parallel_config.data_parallel_size > 1:
         return "data parallel ranks step together, and start one by one"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "pipeline stages have other layers than an engine of one has"
     longest = min(model.max_model_len - 1, scheduler.max_num_batched_tokens)
     if longest < PROMPT_TOKENS:
         return f"{PROMPT_TOKENS} tokens are more than the {longest} that fit into a step"
@@ -75,7 +77,7 @@ def why_not(vllm_config: VllmConfig, layout: EngineLayout, num_blocks: int) -> s
     return ""
 
 
-def scratch_tables(vllm_config: VllmConfig, layout: EngineLayout) -> tuple[list[int], ...]:
+def scratch_tables(vllm_config: VllmConfig, layout: RankLayout) -> tuple[list[int], ...]:
     """Return block tables for the prompt: groups share memory, so no block is in two of them; the
     first block is vLLM's null block."""
     tokens = PROMPT_TOKENS + vllm_config.num_lookahead_tokens
@@ -90,7 +92,7 @@ def scratch_tables(vllm_config: VllmConfig, layout: EngineLayout) -> tuple[list[
 def run(
     worker: Any,
     vllm_config: VllmConfig,
-    layout: EngineLayout,
+    layout: RankLayout,
     caches: Mapping[str, torch.Tensor],
     rank: int,
 ) -> dict[str, Sums]:
@@ -110,7 +112,7 @@ def run(
 
 def sketch_caches(
     vllm_config: VllmConfig,
-    layout: EngineLayout,
+    layout: RankLayout,
     caches: Mapping[str, torch.Tensor],
     tables: Sequence[Sequence[int]],
     rank: int,

@@ -17,7 +17,7 @@ from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.prompts import PromptFingerprint
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import HandoffId, RequestId, new_handoff_id
-from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
+from vllm_pd_plugin.memory.layout import RankLayout, RankMemory
 from vllm_pd_plugin.protocol.control import CallControl
 from vllm_pd_plugin.protocol.events import Abandoned, Released
 from vllm_pd_plugin.protocol.export_states import ExportState
@@ -87,11 +87,13 @@ class ProducingRequests:
         """Take what tells the block tables of running requests."""
         self._kv_cache_manager = kv_cache_manager
 
-    def describe(self, layout: EngineLayout, memory: RankMemory) -> None:
-        """Take what decides how much KV a token has, on one rank."""
-        self._num_layers = len(layout.layers)
-        self._has_windows = any(group.window is not None for group in layout.groups)
-        self._layer_bytes_per_token = _bytes_per_token(layout, memory) / self._num_layers
+    def describe(self, stages: Sequence[tuple[RankLayout, RankMemory]]) -> None:
+        """Take what decides how much KV a token has, on one rank of each pipeline stage."""
+        self._num_layers = [len(layout.layers) for layout, _ in stages]
+        self._has_windows = any(group.window is not None for group in stages[0][0].groups)
+        self._layer_bytes_per_token = [
+            _bytes_per_token(*stage) / len(stage[0].layers) for stage in stages
+        ]
 
     def __len__(self) -> int:
         return len(self._open) + len(self._sealed)
@@ -165,13 +167,17 @@ class ProducingRequests:
         self._step += 1
         step = self._step
         self._call(lambda control: control.advance(step, advances))
-        after_layers = {self._num_layers}.union(*(a.after_layers for a in advances))
-        return Announcement(step, tuple(sorted(after_layers)))
+        of_stages = zip(*(advance.after_layers for advance in advances), strict=True)
+        together = (set().union(*numbers) for numbers in of_stages)
+        return Announcement(step, tuple(tuple(sorted(numbers)) for numbers in together))
 
-    def _after_layers(self, num_tokens: int) -> tuple[int, ...]:
-        """Return when a consumer is told in a step that computes so many tokens of its prompt."""
-        layer_bytes = int(num_tokens * self._layer_bytes_per_token)
-        return layers_worth_a_message(self._num_layers, layer_bytes, self._stretch_bytes)
+    def _after_layers(self, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Return when a consumer is told in a step that computes so many tokens of its prompt, for
+        each pipeline stage."""
+        return tuple(
+            layers_worth_a_message(number, int(num_tokens * size), self._stretch_bytes)
+            for number, size in zip(self._num_layers, self._layer_bytes_per_token, strict=True)
+        )
 
     def finish(self, request: Request, blocks: Sequence[list[int]]) -> SealedHandoff | None:
         """The request has ended; returns the handoff whose blocks are to be held, if any."""
@@ -232,7 +238,7 @@ class ProducingRequests:
         self._stats.record_withdrawal()
 
 
-def _bytes_per_token(layout: EngineLayout, memory: RankMemory) -> float:
+def _bytes_per_token(layout: RankLayout, memory: RankMemory) -> float:
     """Return how much KV one token has on one rank, in all layers."""
     groups = [group for group in layout.groups for _ in group.layers]
     pairs = zip(memory.regions, groups, strict=True)

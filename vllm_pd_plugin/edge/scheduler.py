@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from vllm_pd_plugin.engine_port.server import TokenServer, divert_outputs
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
 from vllm_pd_plugin.ids import EngineId, Incarnation, RequestId, Source, new_incarnation
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
 from vllm_pd_plugin.memory.identity import KvIdentity
 from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Listener, Loop
 from vllm_pd_plugin.protocol.control import ControlPlane, LocalEngine
@@ -90,20 +91,21 @@ class SchedulerSide:
         self._producing.bind(kv_cache_manager)
         self._consuming.bind(kv_cache_manager)
 
-    def start(self, handshakes: dict[int, RankHandshake]) -> None:
-        """Begin to serve; ``handshakes`` holds every tensor parallel rank's memory."""
-        ranks = [handshakes[rank] for rank in sorted(handshakes)]
-        layout, memories = ranks[0].layout, [rank.memory for rank in ranks]
-        self._tp_size = len(ranks)
-        self._producing.describe(layout, memories[0])
+    def start(self, ranks: Sequence[RankHandshake]) -> None:
+        """Begin to serve; ``ranks`` are those of the first pipeline stage, of the second, ..."""
+        self._tp_size = ranks[0].kv_cache.tensor_parallel_size
+        stages = ranks[:: self._tp_size]
+        self._producing.describe([(stage.layout, stage.memory) for stage in stages])
         self._local.probed([rank.probe for rank in ranks])
         self._control = ControlPlane(
             LocalEngine(
                 self._identity,
-                layout,
+                ranks[0].layout,
+                EngineKvCache.merged([stage.kv_cache for stage in stages]),
                 self._local.kv,
-                memories,
+                [rank.memory for rank in ranks],
                 [rank.incarnation for rank in ranks],
+                self._config.allow_fp8,
             ),
             self._config.lease_s,
             self._config.queue_timeout_s,
@@ -286,13 +288,8 @@ class SchedulerSide:
             return False, None
         address = (self._config.advertise_host, self._listener.port)
         source = Source(sealed.handoff_id, address, self._identity.incarnation)
-        return True, describe_handoff(
-            source,
-            self._identity.engine_id,
-            request.request_id,
-            sealed.num_tokens,
-            self._tp_size,
-        )
+        engine_id, tokens = self._identity.engine_id, sealed.num_tokens
+        return True, describe_handoff(source, engine_id, request_id, tokens, self._tp_size)
 
     def take_stats(self) -> PdStats | None:
         """Return the counts since the last call; None when nothing has happened."""

@@ -1,4 +1,4 @@
-"""The connector's half in a vLLM worker: one tensor parallel rank's memory and transfer thread."""
+"""The connector's half in a vLLM worker: one rank's memory and transfer thread."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.edge.metadata import FetchReport, RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache, RankPlace
 from vllm_pd_plugin.memory import regions
-from vllm_pd_plugin.memory.layout import EngineLayout
+from vllm_pd_plugin.memory.layout import RankLayout
 from vllm_pd_plugin.memory.probe import Sums
 from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Loop
 from vllm_pd_plugin.net.transport import Transport
@@ -39,12 +40,15 @@ logger = logging.getLogger(__name__)
 class WorkerSide:
     """Owns the transfer thread; every other method runs on the worker's own thread."""
 
-    def __init__(self, config: PdConfig, engine_id: EngineId, rank: int) -> None:
+    def __init__(
+        self, config: PdConfig, engine_id: EngineId, place: RankPlace, data_parallel_rank: int = 0
+    ) -> None:
+        self.place = place
+        self._data_parallel_rank = data_parallel_rank
         self._contain = Containment("worker")
         self._config = config
         self._identity = Identity(engine_id, new_incarnation())
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
-        self._rank = rank
         self._loop = Loop("pd-transfer", self._turn)
         self._announcer: Announcer
         self._knows_control = False
@@ -54,6 +58,7 @@ class WorkerSide:
         self._failed: dict[RequestId, FetchResult] = {}
         self._sampled: dict[RequestId, int] = {}
         self._codecs: dict[RequestId, Codec] = {}
+        self._lacking: set[RequestId] = set()
         self._released: list[RequestId] = []
         self._lending = False
         self._places: dict[str, int] = {}
@@ -69,7 +74,7 @@ class WorkerSide:
         return self._config.narrowest
 
     def register(
-        self, transport: Transport, layout: EngineLayout, caches: Mapping[str, torch.Tensor]
+        self, transport: Transport, layout: RankLayout, caches: Mapping[str, torch.Tensor]
     ) -> RankHandshake:
         """Make the KV caches readable, start the transfer thread, and describe the memory."""
         device = next(iter(caches.values())).device
@@ -90,15 +95,25 @@ class WorkerSide:
         )
         self._announcer = Announcer(
             self._identity.incarnation,
-            self._rank,
+            self.place.rank,
             digest,
             slabs.packer() if slabs else None,
             self._connect,
         )
         incoming = slabs.for_reads(config) if slabs else None
+        kv_cache = EngineKvCache.seen_by_rank(
+            layout, rank_memory, self.place, self._data_parallel_rank
+        )
         self._plane = TransferPlane(
             Rank(
-                LocalRank(self._rank, layout, rank_memory.regions, incoming),
+                LocalRank(
+                    self.place.rank,
+                    layout,
+                    kv_cache,
+                    rank_memory.regions,
+                    incoming,
+                    config.allow_fp8,
+                ),
                 transport,
                 # Closing a connection in the middle of a read is the last resort: over TCP, UCX
                 # may abort the peer's process for it. A peer that was only stopped ends the read
@@ -117,11 +132,9 @@ class WorkerSide:
             self._take_result,
         )
         self._loop.start()
-        return RankHandshake(self._identity.incarnation, layout, rank_memory)
+        return RankHandshake(self._identity.incarnation, layout, kv_cache, rank_memory)
 
-    def probe(
-        self, compute: Callable[[], dict[str, Sums]], why_not: str, num_ranks: int
-    ) -> dict[str, Sums] | None:
+    def probe(self, compute: Callable[[], dict[str, Sums]], why_not: str) -> dict[str, Sums] | None:
         """Return what ``compute`` returns; None where there is a reason not to, or it fails.
 
         Raises what it raises where other ranks compute it, too: they would wait for this one.
@@ -133,7 +146,7 @@ class WorkerSide:
             then = "Engines of another release line of vLLM refuse this one, others go by names"
             logger.warning(text, why_not, then)
             return None
-        if num_ranks == 1:
+        if self.place.num_ranks == 1:
             return self._contain.run("the probe", compute, None)
         try:
             return compute()
@@ -168,7 +181,7 @@ class WorkerSide:
         place = self._places.get(layer)
         if place == self._layers_written:  # out of order it says nothing of those before it
             self._layers_written += 1
-            if self._layers_written in self._announcement.after_layers:
+            if self._layers_written in self._announcement.after_layers[self.place.stage]:
                 self._mark(self._layers_written)
 
     def forward_ended(self) -> None:
@@ -179,7 +192,7 @@ class WorkerSide:
 
     def _note_end(self) -> None:
         assert self._announcement is not None
-        num_layers = self._announcement.after_layers[-1]
+        num_layers = self._announcement.after_layers[self.place.stage][-1]
         if self._layers_written < num_layers:
             self._mark(num_layers)
 
@@ -215,6 +228,8 @@ class WorkerSide:
                 self._finished.append(result.request_id)
             if result.codec is not Codec.RAW:
                 self._codecs[result.request_id] = result.codec
+            if result.lacks_tokens:
+                self._lacking.add(result.request_id)
             if result.reason is None:
                 self._stats.record_fetch(result)
                 if result.sampled is not None:
@@ -234,7 +249,8 @@ class WorkerSide:
         failed, self._failed = self._failed, {}
         sampled, self._sampled = self._sampled, {}
         codecs, self._codecs = self._codecs, {}
-        if not failed and not sampled and not codecs:
+        lacking, self._lacking = self._lacking, set()
+        if not (failed or sampled or codecs or lacking):
             return None
         reasons = {i: result.reason for i, result in failed.items() if result.reason}
         return FetchReport(
@@ -243,6 +259,7 @@ class WorkerSide:
             {i: r.attempt for i, r in failed.items()},
             sampled,
             codecs,
+            lacking,
         )
 
     def take_stats(self) -> PdStats | None:

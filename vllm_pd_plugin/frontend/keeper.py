@@ -98,7 +98,8 @@ class Keeper:
                 (
                     first
                     for first, its_kv in first_of
-                    if first.generation == member.generation and difference(its_kv, kv) is None
+                    if first.generation == member.generation
+                    and difference(its_kv, kv, is_strict=True) is None
                 ),
                 member,
             )

@@ -6,12 +6,14 @@ own. Rank ``r`` of an engine is tensor parallel rank ``r % tp`` of pipeline stag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from vllm_pd_plugin.codecs.codec import FLOATS, Part
 from vllm_pd_plugin.errors import HandoffError, Reason
+from vllm_pd_plugin.memory.layout import Group, RankLayout, RankMemory
 
 FP8 = "fp8_e4m3"
 """vLLM's name of the KV cache type; PyTorch may call what such a cache has ``uint8``."""
@@ -57,6 +59,10 @@ class KvCacheLayout(msgspec.Struct, frozen=True):
     page_format: str = ""
     parts: tuple[Part, ...] = ()
     head_stride: int = 0
+
+    def is_like(self, other: KvCacheLayout) -> bool:
+        """Say whether pages of both lie alike, whichever layers they are of."""
+        return msgspec.structs.replace(other, layers=self.layers) == self
 
 
 class KvCacheGroup(msgspec.Struct, frozen=True):
@@ -117,6 +123,34 @@ class EngineKvCache(msgspec.Struct, frozen=True):
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @classmethod
+    def seen_by_rank(
+        cls, layout: RankLayout, memory: RankMemory, place: RankPlace, data_parallel_rank: int = 0
+    ) -> EngineKvCache:
+        """Return what a rank can say: of the layers it knows only those of its own stage, and
+        nothing of how a group lies that has none there."""
+        groups, first = [], 0
+        for group in layout.groups:
+            page_bytes = memory.regions[first].block_bytes if group.layers else 1
+            groups.append(_group_of(group, page_bytes, place))
+            first += len(group.layers)
+        return cls(place.tensor_parallel_size, tuple(groups), data_parallel_rank)
+
+    @classmethod
+    def merged(cls, stages: Sequence[EngineKvCache]) -> EngineKvCache:
+        """Return an engine's from what a rank of each of its pipeline stages can say."""
+        groups = []
+        for of_stages in zip(*(stage.groups for stage in stages), strict=True):
+            known = next((g for g in of_stages if any(g.layout.layers)), of_stages[0])
+            layers = tuple(group.layout.layers[number] for number, group in enumerate(of_stages))
+            layout = msgspec.structs.replace(known.layout, layers=layers)
+            groups.append(KvCacheGroup(known.spec, layout))
+        return msgspec.structs.replace(stages[0], groups=tuple(groups))
+
+    def layers_of(self, stage: int) -> list[str]:
+        """Return a pipeline stage's layers in the order of their regions."""
+        return [layer for group in self.groups for layer in group.layout.layers[stage]]
+
     def places(self) -> dict[str, Place]:
         """Return where each layer is. A rank's regions come group by group, as its layers do."""
         places = {}
@@ -127,6 +161,45 @@ class EngineKvCache(msgspec.Struct, frozen=True):
                     places[layer] = Place(stage, index, regions)
                     regions += 1
         return places
+
+
+class RankPlace(NamedTuple):
+    """Which rank of an engine of which size: its stage, and its tensor parallel rank in that."""
+
+    stage: int
+    tensor_parallel_rank: int
+    num_stages: int
+    tensor_parallel_size: int
+
+    @property
+    def rank(self) -> int:
+        return self.stage * self.tensor_parallel_size + self.tensor_parallel_rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_stages * self.tensor_parallel_size
+
+
+def _group_of(group: Group, page_bytes: int, place: RankPlace) -> KvCacheGroup:
+    spec = KvCacheSpec(
+        group.kind,
+        group.model_heads or group.heads,
+        tuple((part.kind, part.width) for part in group.parts) or group.channels,
+        group.window,
+    )
+    layers: list[tuple[str, ...]] = [()] * place.num_stages
+    layers[place.stage] = group.layers
+    inside = f"{list(group.block_shape)} by {list(group.block_strides)}"
+    layout = KvCacheLayout(
+        dtype=group.dtype,
+        block_tokens=group.block_tokens,
+        page_bytes=page_bytes,
+        layers=tuple(layers),
+        page_format="" if group.parts else inside,
+        parts=group.parts,
+        head_stride=group.block_strides[0] if len(group.block_strides) > 2 else 0,
+    )
+    return KvCacheGroup(spec, layout)
 
 
 def heads_of(num_heads: int, tensor_parallel_size: int, rank: int) -> range:

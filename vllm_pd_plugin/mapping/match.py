@@ -42,8 +42,10 @@ class Share:
 
     source_rank: which rank of theirs has it.
     source_group, group: whose block tables say in which blocks, on their side and on ours.
+    source_block_tokens: tokens of a block on their side.
     layers, source_regions, regions: names, and places among the regions of both ranks.
     heads: of the model. source_head, head: which the first of them is, in their page and in ours.
+    is_whole: whether that is every head of their page and of ours.
     direct: how it is read as it lies; None where it cannot be.
     slab: how it is written down; None where what is in a page is not known. One of both is there.
     shared_by: our ranks that hold the same, this one included; where several share a host, the
@@ -53,19 +55,21 @@ class Share:
     source_rank: int
     source_group: int
     group: int
+    source_block_tokens: int
     layers: tuple[str, ...]
     source_regions: tuple[int, ...]
     regions: tuple[int, ...]
     heads: range
     source_head: int
     head: int
+    is_whole: bool
     direct: Direct | None
     slab: Slab | None
     shared_by: tuple[int, ...]
 
 
 def match(
-    theirs: EngineKvCache, ours: EngineKvCache, allow_fp8: bool = False
+    theirs: EngineKvCache, ours: EngineKvCache, allow_fp8: bool = False, is_whole: bool = True
 ) -> tuple[tuple[Share, ...], ...]:
     """Return for each of our ranks what it takes: every head of every layer that it holds, from
     one of their ranks each.
@@ -73,6 +77,7 @@ def match(
     Where several of theirs hold the same heads, those of ours that want them take turns.
 
     allow_fp8: whether bfloat16 may become vLLM's fp8, which is lossy.
+    is_whole: whether ``ours`` has all layers; else it is what a rank of ours can say.
 
     Raises:
         PeerError: the two do not fit, or one contradicts itself; names both sides' values.
@@ -80,7 +85,7 @@ def match(
     check_description(ours, "our")
     check_description(theirs, "their")
     their_places, our_places = theirs.places(), ours.places()
-    _check_same_layers(their_places, our_places)
+    _check_same_layers(their_places, our_places, is_whole)
     shares: list[list[Share]] = [[] for _ in range(ours.num_ranks)]
     together: dict[tuple[int, int, int, int], list[str]] = {}
     for layer, place in our_places.items():
@@ -97,12 +102,14 @@ def match(
                     source_rank=their_stage * theirs.tensor_parallel_size + source,
                     source_group=their_group,
                     group=group,
+                    source_block_tokens=pair.there.layout.block_tokens,
                     layers=tuple(layers),
                     source_regions=tuple(their_places[layer].region for layer in layers),
                     regions=tuple(our_places[layer].region for layer in layers),
                     heads=heads,
                     source_head=heads.start - pair.heads_there(source).start,
                     head=heads.start - pair.heads_here(tp_rank).start,
+                    is_whole=heads == pair.heads_there(source) == pair.heads_here(tp_rank),
                     direct=pair.direct(source, tp_rank, heads),
                     slab=pair.slab(len(heads)),
                     shared_by=shared_by,
@@ -224,11 +231,11 @@ def _spell(layout: KvCacheLayout, heads: range) -> str:
     )
 
 
-def _check_same_layers(theirs: dict[str, Place], ours: dict[str, Place]) -> None:
+def _check_same_layers(theirs: dict[str, Place], ours: dict[str, Place], is_whole: bool) -> None:
     """Refuse a model with other layers. Raises PeerError."""
     if missing := [layer for layer in ours if layer not in theirs]:
         lacking, has = "theirs", missing[0]
-    elif missing := [layer for layer in theirs if layer not in ours]:
+    elif is_whole and (missing := [layer for layer in theirs if layer not in ours]):
         lacking, has = "ours", missing[0]
     else:
         return

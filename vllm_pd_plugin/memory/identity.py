@@ -10,6 +10,7 @@ import dataclasses
 
 import msgspec
 
+from vllm_pd_plugin.codecs.codec import FLOATS
 from vllm_pd_plugin.memory.probe import Sketch, bound, distances
 
 UNKNOWN = "unknown:"
@@ -49,7 +50,8 @@ class Weights(msgspec.Struct, frozen=True):
 
 class KvIdentity(msgspec.Struct, frozen=True):
     """architecture: the model's class. config: all that its configuration says besides.
-    dtype: of activations, and of KV unless ``kv_cache_dtype`` says otherwise.
+    dtype: of activations, and of KV unless ``kv_cache_dtype`` says otherwise. Engines that differ
+        in either can hand off, if the one can be made the other: ``mapping.match`` says so.
     kv_cache_dtype, quantization: as vLLM names them; two of one width may differ in meaning.
     rope, windows: how positions count, and how far layers look back.
     vllm: release line of the vLLM that computes it; empty where that is not known.
@@ -96,10 +98,13 @@ _REMEDIES = {
     "windows": "give both the same model files and --disable-sliding-window",
     "config": "serve the same model files, with the same --hf-overrides",
     "weights": _WEIGHTS_REMEDY,
+    "quantization": "give both the same --quantization and checkpoint",
     "dtype": "give both the same --dtype",
     "kv_cache_dtype": "give both the same --kv-cache-dtype",
-    "quantization": "give both the same --quantization and checkpoint",
 }
+_CONVERTED = ("dtype", "kv_cache_dtype")
+"""What may differ between two engines of which one hands off to the other."""
+_FP8 = ("fp8", "fp8_e4m3")
 
 
 _SAID_BY_VLLM = "config"
@@ -118,9 +123,11 @@ _VERSIONS_REMEDY = (
 )
 
 
-def difference(ours: KvIdentity, theirs: KvIdentity) -> Difference | None:
+def difference(ours: KvIdentity, theirs: KvIdentity, is_strict: bool = False) -> Difference | None:
     """Return the first thing that differs, the most telling first; None where nothing does.
 
+    is_strict: KV of another type is another; else it is one that may be converted, if the engines
+        say so (``mapping.match``).
     Engines of two of vLLM's release lines must have computed the same, within a bound; of their
     configuration, what vLLM itself decides is not compared then.
     """
@@ -129,10 +136,16 @@ def difference(ours: KvIdentity, theirs: KvIdentity) -> Difference | None:
         if are_mixed and field == _SAID_BY_VLLM:
             continue
         here, there = getattr(ours, field), getattr(theirs, field)
+        if not is_strict and field in _CONVERTED and _can_become(there, here):
+            continue
         is_like = here.is_like(there) if isinstance(here, Weights) else here == there
         if not is_like:
             return Difference(field.replace("_", " "), *_told_apart(here, there), remedy)
     return _computed_apart(ours, theirs, are_mixed)
+
+
+def _can_become(theirs: str, ours: str) -> bool:
+    return (theirs in FLOATS and ours in FLOATS) or (theirs == "bfloat16" and ours in _FP8)
 
 
 def _computed_apart(ours: KvIdentity, theirs: KvIdentity, are_mixed: bool) -> Difference | None:
@@ -142,12 +155,14 @@ def _computed_apart(ours: KvIdentity, theirs: KvIdentity, are_mixed: bool) -> Di
             return None
         who = "this one has" if theirs.probe and theirs.probe.rows else "it has"
         return Difference("vLLM", ours.vllm, theirs.vllm, _VERSIONS_REMEDY.format(who))
-    found = distances(ours.probe, theirs.probe)
-    allowed = bound((ours.dtype, ours.kv_cache_dtype), are_mixed)
+    found = distances(ours.probe, theirs.probe, ours.kv_cache_dtype != theirs.kv_cache_dtype)
+    dtypes = (ours.dtype, ours.kv_cache_dtype, theirs.dtype, theirs.kv_cache_dtype)
+    allowed = bound(dtypes, are_mixed)
     if found[0].relative <= allowed:
         return None
     apart = ", ".join(str(distance) for distance in found)
-    between = f"{ours.dtype}, vLLM {ours.vllm} and {theirs.vllm}"
+    both = " and ".join(sorted({ours.dtype, theirs.dtype}))
+    between = f"{both}, vLLM {ours.vllm} and {theirs.vllm}"
     return Difference(
         _ANSWERS, f"{allowed:g} at most ({between})", f"{apart} away", _ANSWERS_REMEDY
     )

@@ -1,7 +1,8 @@
-"""Where KV lies in memory, and which engines' KV fit together.
+"""Where a rank's KV lies in memory.
 
 One engine's KV cache is a few *groups* (vLLM's KV cache groups: layers that share one block
-table), each group has *layers*, and each layer's blocks are one *region* of a rank's memory.
+table), each group has *layers*, and each layer's blocks are one *region* of a rank's memory. What
+two engines' KV is to each other is in ``mapping``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from typing import Literal
 import msgspec
 
 from vllm_pd_plugin.codecs.codec import FLOATS, Part
-from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import BlockId
 
-GroupKind = Literal["full", "sliding_window"]
+GroupKind = Literal["full", "sliding_window", "mla"]
 
 BlockTables = Sequence[Sequence[BlockId]]
 """One block table for each KV cache group, indexed by position in the sequence."""
@@ -51,7 +51,7 @@ class Span(msgspec.Struct, frozen=True):
 
 
 class Group(msgspec.Struct, frozen=True):
-    """Layers that share one block table.
+    """Those layers of one rank that share one block table; a pipeline stage may have none of them.
 
     block_tokens: tokens in one block.
     window: tokens that attention looks back on, the current one included; None for full attention.
@@ -59,6 +59,8 @@ class Group(msgspec.Struct, frozen=True):
         channels; without heads where all share one row.
     block_strides: elements from one to the next, in each of those dimensions.
     parts: what the channels of a row are; empty where that is not known.
+    model_heads: KV heads of the whole model; 0 stands for those of this rank.
+    channels: what a head has of a token, wherever it lies; see ``mapping.kv_cache.KvCacheSpec``.
     """
 
     kind: GroupKind
@@ -69,6 +71,8 @@ class Group(msgspec.Struct, frozen=True):
     dtype: str
     block_strides: tuple[int, ...] = ()
     parts: tuple[Part, ...] = ()
+    model_heads: int = 0
+    channels: tuple[tuple[str, int], ...] = ()
 
     @property
     def heads(self) -> int:
@@ -91,12 +95,15 @@ class Group(msgspec.Struct, frozen=True):
             first = max(first, num_tokens - self.window)
         return range(first // self.block_tokens, math.ceil(num_tokens / self.block_tokens))
 
+    def tokens_at(self, positions: range, num_tokens: int) -> range:
+        """Return which of a prompt's ``num_tokens`` tokens some positions of the table have."""
+        start, stop = (end * self.block_tokens for end in (positions.start, positions.stop))
+        return range(start, min(stop, num_tokens)) if positions else range(0)
 
-class EngineLayout(msgspec.Struct, frozen=True):
-    """How KV lies, as far as it must agree between two engines before one may read the other's;
-    what it is, is in ``KvIdentity``."""
 
-    tensor_parallel_size: int
+class RankLayout(msgspec.Struct, frozen=True):
+    """How one rank's KV lies: all groups of its engine, and the layers that it has of each."""
+
     groups: tuple[Group, ...]
 
     @property
@@ -105,13 +112,17 @@ class EngineLayout(msgspec.Struct, frozen=True):
         return [layer for group in self.groups for layer in group.layers]
 
     def forward_order(self) -> list[int]:
-        """Return the indices of the regions in the order in which a forward pass fills them.
+        """Return the indices of the regions in the order in which a forward pass fills them."""
+        return forward_order(self.layers)
 
-        vLLM names a layer by its place in the model, such as ``model.layers.7.self_attn.attn``;
-        groups take layers from all over it.
-        """
-        layers = self.layers
-        return sorted(range(len(layers)), key=lambda i: (_place(layers[i]), i))
+
+def forward_order(layers: Sequence[str]) -> list[int]:
+    """Return the indices of some layers in the order in which a forward pass fills them.
+
+    vLLM names a layer by its place in the model, such as ``model.layers.7.self_attn.attn``;
+    groups take layers from all over it.
+    """
+    return sorted(range(len(layers)), key=lambda i: (_place(layers[i]), i))
 
 
 class RankMemory(msgspec.Struct, frozen=True):
@@ -130,31 +141,3 @@ class RankMemory(msgspec.Struct, frozen=True):
 def _place(layer: str) -> int:
     numbers = [int(part) for part in layer.split(".") if part.isdigit()]
     return numbers[0] if numbers else 0
-
-
-def check_compatible(local: EngineLayout, remote: EngineLayout) -> None:
-    """Refuse a peer whose KV blocks do not mean the same as ours.
-
-    Raises:
-        PeerError: names the first thing that differs.
-    """
-    for name, ours, theirs in _facets(local, remote):
-        if ours != theirs:
-            raise PeerError(
-                Reason.PEER_INCOMPATIBLE,
-                f"the peer's {name} is {theirs}, ours is {ours}; both engines need the same "
-                "model, data types, block size and tensor parallel size",
-            )
-
-
-def _facets(local: EngineLayout, remote: EngineLayout) -> list[tuple[str, object, object]]:
-    rows: list[tuple[str, object, object]] = [
-        ("tensor parallel size", local.tensor_parallel_size, remote.tensor_parallel_size),
-        ("number of KV cache groups", len(local.groups), len(remote.groups)),
-    ]
-    for index, (ours, theirs) in enumerate(zip(local.groups, remote.groups, strict=False)):
-        rows += [
-            (f"KV cache group {index} {field}", getattr(ours, field), getattr(theirs, field))
-            for field in Group.__struct_fields__
-        ]
-    return rows

@@ -109,13 +109,14 @@ def together(ranks: Sequence[Mapping[str, Sums]]) -> Sketch:
     return Sketch(tuple(Row(name, sums[name].astype(_STORED).tobytes()) for name in sorted(sums)))
 
 
-def distances(ours: Sketch, theirs: Sketch) -> list[Distance]:
-    """Return how far each row is apart, the farthest first."""
+def distances(ours: Sketch, theirs: Sketch, only_common: bool = False) -> list[Distance]:
+    """Return how far each row is apart, the farthest first.
+
+    only_common: rows that only one of them has do not count: KV of 8 bits has none.
+    """
     one, other = _by_name(ours.rows), _by_name(theirs.rows)
-    found = [
-        Distance(_distance(one.get(name), other.get(name)), name)
-        for name in one.keys() | other.keys()
-    ]
+    names = one.keys() & other.keys() if only_common else one.keys() | other.keys()
+    found = [Distance(_distance(one.get(name), other.get(name)), name) for name in names]
     return sorted(found, reverse=True)
 
 

@@ -31,6 +31,14 @@ class ReadPlan:
     remote: NDArray[np.uint64]
     num_bytes: NDArray[np.uint64]
 
+    @classmethod
+    def together(cls, plans: Sequence[ReadPlan]) -> ReadPlan:
+        """Return one plan for the reads of several."""
+        if len(plans) == 1:
+            return plans[0]
+        columns = ((plan.local, plan.remote, plan.num_bytes) for plan in plans)
+        return cls(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
     @property
     def num_descriptors(self) -> int:
         return len(self.num_bytes)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from vllm_pd_plugin.codecs import ops
+from vllm_pd_plugin.codecs import heads, ops
 from vllm_pd_plugin.codecs.codec import Codec, Encoding, encoding_of
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
+from vllm_pd_plugin.memory.layout import BlockTables, RankLayout
 from vllm_pd_plugin.packing.digests import slab_digest
+from vllm_pd_plugin.packing.heads import HeadsPiece, positions_of
 from vllm_pd_plugin.packing.packer import Coding
 from vllm_pd_plugin.packing.pieces import Piece, Pieces, Slice, blocks_at
 from vllm_pd_plugin.packing.streams import stream_of
@@ -28,7 +29,7 @@ class BlockCoder:
 
     def __init__(
         self,
-        layout: EngineLayout,
+        layout: RankLayout,
         pieces: Pieces,
         caches: Sequence[torch.Tensor],
         outgoing: torch.Tensor,
@@ -39,7 +40,7 @@ class BlockCoder:
         self._planes = [ops.as_plane(cache) for cache in caches]
         groups = [group for group in layout.groups for _ in group.layers]
         self._parts = [
-            [ops.part_of(cache, part) for part in group.parts] if group.is_encodable else []
+            [ops.part_of(cache, part) for part in group.parts]
             for cache, group in zip(caches, groups, strict=True)
         ]
         self._outgoing = outgoing
@@ -67,6 +68,24 @@ class BlockCoder:
                     continue
                 for encoding, parts, stripes in self._stripes(part, codec, memory):
                     ops.decode_blocks(stripes, blocks, part.tokens, encoding, part.sinks, parts)
+        return coding
+
+    def gather(self, piece: HeadsPiece, tables: BlockTables, offset: int) -> Coding:
+        slab = self._outgoing[offset : offset + piece.num_bytes]
+        with self._stream.entered() as coding:
+            layers, blocks, tokens = self._heads(piece, tables)
+            heads.gather_heads(
+                layers, piece.heads, blocks, tokens, piece.dtype, slab, _unscaled(layers)
+            )
+        return coding
+
+    def scatter(self, piece: HeadsPiece, tables: BlockTables, offset: int) -> Coding:
+        slab = self._incoming[offset : offset + piece.num_bytes]
+        with self._stream.entered() as coding:
+            layers, blocks, tokens = self._heads(piece, tables)
+            heads.scatter_heads(
+                slab, piece.dtype, blocks, tokens, piece.heads, layers, _unscaled(layers)
+            )
         return coding
 
     def digest_outgoing(self, offset: int, num_bytes: int) -> bytes:
@@ -100,6 +119,19 @@ class BlockCoder:
             best_s = min(best_s, time.perf_counter() - began)
         return piece.kv_bytes / best_s
 
+    def _heads(
+        self, piece: HeadsPiece, tables: BlockTables
+    ) -> tuple[list[list[torch.Tensor]], torch.Tensor, range]:
+        """Return where the layers of a piece lie, the blocks of its tokens, and which tokens of
+        those they are."""
+        group = self._groups[piece.group]
+        positions = positions_of(group, piece.tokens)
+        blocks = blocks_at(tables[piece.group], positions)
+        before = positions.start * group.block_tokens
+        tokens = range(piece.tokens.start - before, piece.tokens.stop - before)
+        on_device = torch.tensor(blocks, dtype=torch.int64, device=self._incoming.device)
+        return [self._parts[region] for region in piece.regions], on_device, tokens
+
     def _places(
         self, piece: Piece, codec: Codec, tables: BlockTables, slab: torch.Tensor
     ) -> Iterator[tuple[Slice, torch.Tensor, torch.Tensor]]:
@@ -126,3 +158,8 @@ class BlockCoder:
             parts = [self._parts[layer][index] for layer in part.layers]
             yield encoding, parts, memory[start : start + size]
             start += size
+
+
+def _unscaled(layers: Sequence[Sequence[torch.Tensor]]) -> list[list[float]]:
+    """Return the scales of an fp8 cache that has none: others are refused at the start."""
+    return [[1.0] * len(parts) for parts in layers]

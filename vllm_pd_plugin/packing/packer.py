@@ -19,6 +19,7 @@ from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation
 from vllm_pd_plugin.memory.layout import BlockTables
+from vllm_pd_plugin.packing.heads import HeadsPiece, checked_heads
 from vllm_pd_plugin.packing.pieces import Piece, Pieces
 from vllm_pd_plugin.packing.staging import Staging
 from vllm_pd_plugin.protocol import wire
@@ -46,6 +47,12 @@ class Coder(Protocol):
     def decode(self, piece: Piece, codec: Codec, tables: BlockTables, offset: int) -> Coding:
         """Take a piece at an offset of the incoming staging memory into the cache."""
 
+    def gather(self, piece: HeadsPiece, tables: BlockTables, offset: int) -> Coding:
+        """Write some heads of the cache down, as ``encode`` does."""
+
+    def scatter(self, piece: HeadsPiece, tables: BlockTables, offset: int) -> Coding:
+        """Take some heads into the cache, as ``decode`` does."""
+
     def digest_outgoing(self, offset: int, num_bytes: int) -> bytes:
         """Return the digest of a piece that was written down."""
 
@@ -53,7 +60,8 @@ class Coder(Protocol):
         """Return the digest of a piece that was read."""
 
 
-_Key = tuple[HandoffId, int]
+_Key = tuple[HandoffId, int, int]
+"""The handoff, the consumer's rank, and its number for the piece."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -115,9 +123,10 @@ class Packer:
             self._wanted.add(key)
             self._waiting.setdefault(stage.consumer, deque()).append(stage)
 
-    def unstage(self, handoff_id: HandoffId, number: int | None) -> None:
+    def unstage(self, unstage: wire.Unstage) -> None:
         """A piece is not needed any more, or none of a handoff's."""
-        self._forget(lambda key: key[0] == handoff_id and number in (None, key[1]))
+        which = unstage.rank, unstage.number
+        self._forget(lambda key: key[0] == unstage.handoff_id and which in ((None, None), key[1:]))
 
     def clear(self) -> None:
         """This engine hands nothing off any more: no piece is needed."""
@@ -130,7 +139,7 @@ class Packer:
         while self._again:
             stage = self._again.popleft()
             if staged := self._staged.get(_key(stage)):
-                return wire.Staged(stage.pack.handoff_id, stage.pack.rank, staged[0], None)
+                return _answer(stage, staged[0])
         while True:
             if self._writing is None:
                 refused = self._begin()
@@ -150,17 +159,15 @@ class Packer:
             try:
                 piece = self._measure(stage)
             except HandoffError as error:
-                pack = stage.pack
-                logger.warning("handoff %s: a piece cannot be packed: %s", pack.handoff_id, error)
+                handoff_id = stage.pack.handoff_id
+                logger.warning("handoff %s: a piece cannot be packed: %s", handoff_id, error)
                 self._take_off(stage)
-                return wire.Staged(pack.handoff_id, pack.rank, None, error.reason)
+                return _answer(stage, None, error.reason)
             place = self._room_for(piece, consumer)
             if place is None:
                 continue
             self._take_off(stage)
-            encode = partial(
-                self._coder.encode, piece, stage.pack.codec, stage.tables, place.offset
-            )
+            encode = partial(self._encode, piece, stage, place)
             coding = self._contain.run("packing", encode, None)
             if coding is None:
                 return self._failed(stage, place)
@@ -168,7 +175,13 @@ class Packer:
             return None
         return None
 
-    def _room_for(self, piece: Piece, consumer: Incarnation) -> _Place | None:
+    def _encode(self, piece: Piece | HeadsPiece, stage: wire.Stage, place: _Place) -> Coding:
+        if isinstance(piece, HeadsPiece):
+            return self._coder.gather(piece, stage.tables, place.offset)
+        assert isinstance(stage.pack, wire.Pack)
+        return self._coder.encode(piece, stage.pack.codec, stage.tables, place.offset)
+
+    def _room_for(self, piece: Piece | HeadsPiece, consumer: Incarnation) -> _Place | None:
         """Take room for a piece; none where its consumer would hold more than is left."""
         held, free = self._held[consumer], self._staging.free_bytes
         if held and held + piece.num_bytes > free:
@@ -196,11 +209,11 @@ class Packer:
         if is_done is None or packed is None:
             return self._failed(stage, place)
         self._staged[_key(stage)] = (packed, place)
-        return wire.Staged(stage.pack.handoff_id, stage.pack.rank, packed, None)
+        return _answer(stage, packed)
 
     def _failed(self, stage: wire.Stage, place: _Place) -> wire.Staged:
         self._give_back(place)
-        return wire.Staged(stage.pack.handoff_id, stage.pack.rank, None, Reason.INTERNAL)
+        return _answer(stage, None, Reason.INTERNAL)
 
     def _describe(self, stage: wire.Stage, place: _Place) -> wire.Packed:
         pack, size = stage.pack, place.num_bytes
@@ -234,10 +247,14 @@ class Packer:
         if not self._held[place.consumer]:
             del self._held[place.consumer]
 
-    def _measure(self, stage: wire.Stage) -> Piece:
+    def _measure(self, stage: wire.Stage) -> Piece | HeadsPiece:
         """Check what a peer asks for. Raises HandoffError."""
         pack = stage.pack
-        piece = self._pieces.checked(pack.layers, pack.num_tokens, pack.codec, stage.tables)
+        piece: Piece | HeadsPiece
+        if isinstance(pack, wire.Gather):
+            piece = checked_heads(self._pieces, pack, stage.tables)
+        else:
+            piece = self._pieces.checked(pack.layers, pack.num_tokens, pack.codec, stage.tables)
         if piece.num_bytes > self._staging.max_piece_bytes:
             raise HandoffError(
                 Reason.INTERNAL,
@@ -248,4 +265,11 @@ class Packer:
 
 
 def _key(stage: wire.Stage) -> _Key:
-    return stage.pack.handoff_id, stage.pack.number
+    return stage.pack.handoff_id, stage.pack.rank, stage.pack.number
+
+
+def _answer(
+    stage: wire.Stage, packed: wire.Packed | None, reason: Reason | None = None
+) -> wire.Staged:
+    pack = stage.pack
+    return wire.Staged(pack.handoff_id, pack.rank, pack.source_rank, packed, reason)

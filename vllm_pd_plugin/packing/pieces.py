@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from vllm_pd_plugin.codecs.codec import SINK_TOKENS, TOKEN_GROUP, Codec, row_bytes
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import NULL_BLOCK, BlockId
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, Region, Stretch
+from vllm_pd_plugin.memory.layout import BlockTables, Group, RankLayout, Region, Stretch
 from vllm_pd_plugin.protocol.wire import LayerRun
 
 
@@ -64,11 +64,12 @@ def blocks_at(table: Sequence[BlockId], positions: range) -> list[BlockId]:
 class Pieces:
     """Makes pieces of one rank's KV."""
 
-    def __init__(self, layout: EngineLayout, regions: Sequence[Region]) -> None:
+    def __init__(self, layout: RankLayout, regions: Sequence[Region]) -> None:
+        self.layout = layout
+        self.regions = regions
         self._groups = layout.groups
         self._order = layout.forward_order()
         self._group_of = [i for i, group in enumerate(layout.groups) for _ in group.layers]
-        self._regions = regions
 
     def piece(self, stretch: Stretch, num_tokens: int, codec: Codec) -> Piece:
         """Return a stretch as one piece; ``num_tokens`` are those of the handoff."""
@@ -91,7 +92,7 @@ class Pieces:
         group = self._groups[part.group]
         if codec is Codec.RAW:
             blocks = len(part.positions)
-            return sum(blocks * self._regions[layer].block_bytes for layer in part.layers)
+            return sum(blocks * self.regions[layer].block_bytes for layer in part.layers)
         stripe = row_bytes(codec, group.parts, part.tokens, part.sinks)
         return len(part.layers) * group.heads * stripe
 
@@ -134,7 +135,7 @@ class Pieces:
             if codec is not Codec.RAW and not group.is_encodable:
                 raise HandoffError(Reason.INTERNAL, f"{codec} cannot write this KV cache down")
             blocks = blocks_at(tables[index], positions)
-            if max(blocks, default=0) >= self._regions[layer].num_blocks:
+            if max(blocks, default=0) >= self.regions[layer].num_blocks:
                 raise HandoffError(Reason.MISSING_BLOCKS, "a block lies outside its region")
         return self.piece(stretch, num_tokens, codec)
 

@@ -10,7 +10,7 @@ import torch
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import UnsupportedError
-from vllm_pd_plugin.memory.layout import EngineLayout, Span
+from vllm_pd_plugin.memory.layout import RankLayout, Span
 from vllm_pd_plugin.memory.regions import region_of
 from vllm_pd_plugin.packing.coder import BlockCoder
 from vllm_pd_plugin.packing.incoming import Incoming, Packing, Taker
@@ -32,7 +32,7 @@ class Slabs:
 
     @classmethod
     def allocate(
-        cls, config: PdConfig, layout: EngineLayout, caches: Sequence[torch.Tensor]
+        cls, config: PdConfig, layout: RankLayout, caches: Sequence[torch.Tensor]
     ) -> Slabs | None:
         """Allocate what the configuration says, on the caches' device; None where that is nothing.
 
@@ -66,7 +66,7 @@ class Slabs:
         return Incoming(self.incoming, room, self.pieces, self.coder, packing, coding)
 
 
-def _check_room(layout: EngineLayout, pieces: Pieces, half: int, narrowest: Codec) -> None:
+def _check_room(layout: RankLayout, pieces: Pieces, half: int, narrowest: Codec) -> None:
     """Refuse lossy codecs where not even one block of some layer fits; raw KV can be read as it
     lies."""
     if narrowest is Codec.RAW:

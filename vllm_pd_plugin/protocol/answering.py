@@ -18,14 +18,10 @@ from vllm_pd_plugin.protocol.outbox import Answer, ReturnAddress
 
 class Answering:
     """The consumers' side of a table of exports. An answer is never based on a lease that has run
-    out: whatever a consumer asks, the table looks at its leases first.
+    out: whatever a consumer asks, the table looks at its leases first."""
 
-    num_ranks: of this engine; a consumer's rank asks for what its counterpart here has.
-    """
-
-    def __init__(self, exports: ExportTable, num_ranks: int) -> None:
+    def __init__(self, exports: ExportTable) -> None:
         self._exports = exports
-        self._num_ranks = num_ranks
 
     def want(self, handoff_id: HandoffId, who: ReturnAddress) -> wire.Offer | wire.Refuse | None:
         """Answer a consumer that asks for an export, and start its lease; None: not yet."""
@@ -38,17 +34,24 @@ class Answering:
         return None if self._exports.expect(handoff_id, who) else export
 
     def subscribe(
-        self, handoff_id: HandoffId, rank: int, who: ReturnAddress
+        self, subscribe: wire.Subscribe, who: ReturnAddress
     ) -> wire.Progress | wire.Seal | wire.Refuse:
         """Answer one rank that is ready to read, and keep it informed."""
-        export = self._exports.live(handoff_id)
+        export = self._exports.live(subscribe.handoff_id)
         if isinstance(export, wire.Refuse):
             return export
-        if rank >= self._num_ranks:
-            return wire.Refuse(handoff_id, Reason.MISSING_BLOCKS)
+        ranks = subscribe.source_ranks
+        is_sound = (
+            subscribe.rank < subscribe.num_ranks == (export.num_subscribers or subscribe.num_ranks)
+            and ranks
+            and max(ranks) < self._exports.num_ranks
+        )
+        if not is_sound:
+            return wire.Refuse(subscribe.handoff_id, Reason.MISSING_BLOCKS)
         self._exports.renew(export)
-        subscriber = export.subscribers[rank] = Subscriber(who, [])
-        return export.tell(rank, subscriber)
+        export.num_subscribers = subscribe.num_ranks
+        subscriber = export.subscribers[subscribe.rank] = Subscriber(who, ranks)
+        return export.tell(subscriber)
 
     def heartbeat(self, handoff_ids: Iterable[HandoffId], who: ReturnAddress) -> list[Answer]:
         """Renew leases; name those that cannot be renewed any more (a committed one needs none).
@@ -87,22 +90,25 @@ class Answering:
         if not isinstance(export, Export):
             return export
         if commit.is_last:
-            if not self._has_all(export, commit.rank):
+            if not _has_all(export, commit.rank):
                 return wire.Refuse(commit.handoff_id, Reason.MISSING_BLOCKS)
             if export.commit(commit.rank):
                 self._exports.apply(export, ExportEvent.COMMITTED)
         return wire.Committed(commit.handoff_id, commit.epoch, commit.is_last)
 
-    def pack(self, pack: wire.Pack) -> wire.Stage | wire.Progress | wire.Seal | wire.Refuse:
-        """Answer a rank that wants a piece with what its counterpart here is to pack.
+    def pack(
+        self, pack: wire.Pack | wire.Gather
+    ) -> wire.Stage | wire.Progress | wire.Seal | wire.Refuse:
+        """Answer a rank that wants a piece with what a rank here is to pack.
 
         A rank that asks about an earlier epoch is told how things stand instead."""
         export = self._of_epoch(pack)
         if not isinstance(export, Export):
             return export
-        if pack.rank >= self._num_ranks or pack.num_tokens > export.num_tokens:
+        num_tokens = pack.num_tokens if isinstance(pack, wire.Pack) else pack.stop
+        if pack.source_rank >= self._exports.num_ranks or num_tokens > export.num_tokens:
             return wire.Refuse(pack.handoff_id, Reason.MISSING_BLOCKS)
-        export.packing_ranks.add(pack.rank)
+        export.packing_ranks.add(pack.source_rank)
         subscriber = export.subscribers.get(pack.rank)
         consumer = subscriber.who.incarnation if subscriber else Incarnation("")
         return wire.Stage(pack, tuple(tuple(table) for table in export.blocks), consumer)
@@ -129,7 +135,10 @@ class Answering:
         export = self._of_epoch(check)
         if not isinstance(export, Export):
             return export
-        if not self._has_all(export, check.rank) or check.num_tokens > export.num_tokens:
+        is_sound = (
+            check.source_rank < self._exports.num_ranks and check.num_tokens <= export.num_tokens
+        )
+        if not is_sound or not _has_all(export, check.rank):
             return wire.Refuse(check.handoff_id, Reason.MISSING_BLOCKS)
         return wire.Examine(check, tuple(tuple(table) for table in export.blocks))
 
@@ -152,7 +161,7 @@ class Answering:
     # --- inside ------------------------------------------------------------------------------
 
     def _of_epoch(
-        self, question: wire.Commit | wire.Check | wire.Pack
+        self, question: wire.Commit | wire.Check | wire.Pack | wire.Gather
     ) -> Export | wire.Progress | wire.Seal | wire.Refuse:
         """Return the export that a rank asks about, or the answer if it means an earlier epoch."""
         export = self._exports.live(question.handoff_id)
@@ -160,5 +169,7 @@ class Answering:
             return export
         return export.tell_anew(question.rank)
 
-    def _has_all(self, export: Export, rank: int) -> bool:
-        return rank < self._num_ranks and export.is_final(rank)
+
+def _has_all(export: Export, rank: int) -> bool:
+    subscriber = export.subscribers.get(rank)
+    return subscriber is not None and export.is_final(subscriber)

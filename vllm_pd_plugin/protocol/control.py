@@ -16,13 +16,10 @@ import msgspec
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation, RequestId, Source
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
+from vllm_pd_plugin.mapping.match import match
 from vllm_pd_plugin.memory.identity import KvIdentity, difference
-from vllm_pd_plugin.memory.layout import (
-    BlockTables,
-    EngineLayout,
-    RankMemory,
-    check_compatible,
-)
+from vllm_pd_plugin.memory.layout import BlockTables, RankLayout, RankMemory
 from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.answering import Answering
 from vllm_pd_plugin.protocol.events import Abandoned, Event, Nudged, Released
@@ -39,15 +36,19 @@ logger = logging.getLogger(__name__)
 class LocalEngine:
     """What this engine is to its peers.
 
+    layout: that of one of its ranks.
     kv: what its KV is, for now.
+    allow_fp8: see ``PdConfig``.
     workers: incarnations of its own worker ranks, who announce what they have written.
     """
 
     identity: Identity
-    layout: EngineLayout
+    layout: RankLayout
+    kv_cache: EngineKvCache
     kv: KvIdentity
     ranks: Sequence[RankMemory]
     workers: Collection[Incarnation]
+    allow_fp8: bool = False
 
 
 class ControlPlane:
@@ -71,7 +72,7 @@ class ControlPlane:
         self._incarnation = local.identity.incarnation
         self._outbox = Outbox(self._incarnation, answer, self._contain)
         self._welcome = wire.Welcome(
-            local.identity.engine_id, local.layout, local.kv, 0, tuple(local.ranks), lease_s
+            local.identity.engine_id, local.kv_cache, local.kv, 0, tuple(local.ranks), lease_s
         )
         self._encoded_welcome = framing.Encoded.of(self._welcome)
         self._workers = frozenset(local.workers)
@@ -79,13 +80,15 @@ class ControlPlane:
         self._clock = clock
         self._exports = ExportTable(
             local.layout,
+            local.kv_cache,
             lease_s,
             lambda request_id, state: emit(Released(request_id, state)),
             lambda request_id, state: emit(Abandoned(request_id, state)),
-            self._unstage,
+            lambda handoff_id, rank: self._unstage(rank, wire.Unstage(handoff_id)),
             clock,
         )
-        self._answering = Answering(self._exports, local.layout.tensor_parallel_size)
+        self._answering = Answering(self._exports)
+        self._allow_fp8 = local.allow_fp8
         self._wanting = Wanting(make_peers, self._check_fit, queue_timeout_s, emit, clock)
         self._worker_links: dict[int, ReturnAddress] = {}
         self._dropped_requests = 0
@@ -122,7 +125,7 @@ class ControlPlane:
 
     def _check_fit(self, welcome: wire.Welcome) -> None:
         """Refuse a peer whose KV is not what ours is. Raises PeerError."""
-        check_compatible(self._welcome.layout, welcome.layout)
+        match(welcome.kv_cache, self._welcome.kv_cache, self._allow_fp8)
         if found := difference(self._welcome.kv, welcome.kv):
             raise PeerError(Reason.PEER_INCOMPATIBLE, f"the peer's KV is another: {found}")
 
@@ -201,19 +204,19 @@ class ControlPlane:
         match message:
             case wire.Want(handoff_id):
                 return self._answering.want(handoff_id, who)
-            case wire.Subscribe(handoff_id, rank):
-                return self._answering.subscribe(handoff_id, rank, who)
+            case wire.Subscribe():
+                return self._answering.subscribe(message, who)
             case wire.Heartbeat(handoff_ids):
                 self._tell(self._answering.heartbeat(handoff_ids, who))
                 return None
             case wire.Commit():
                 return self._answering.commit(message)
             case wire.Check():
-                return self._ask_worker(message.rank, self._answering.check(message))
-            case wire.Pack():
-                return self._ask_worker(message.rank, self._answering.pack(message))
-            case wire.Unpacked(handoff_id, rank, number):
-                self._unstage(handoff_id, rank, number)
+                return self._ask_worker(message.source_rank, self._answering.check(message))
+            case wire.Pack() | wire.Gather():
+                return self._ask_worker(message.source_rank, self._answering.pack(message))
+            case wire.Unpacked(handoff_id, rank, source_rank, number):
+                self._unstage(source_rank, wire.Unstage(handoff_id, rank, number))
                 return None
             case wire.Cancel(handoff_id):
                 self._answering.cancel(handoff_id)
@@ -251,11 +254,13 @@ class ControlPlane:
         if answer is not None:
             self._reply(*answer)
         elif staged.packed is not None:
-            self._unstage(staged.handoff_id, staged.rank, staged.packed.number)
+            number = staged.packed.number
+            unstage = wire.Unstage(staged.handoff_id, staged.rank, number)
+            self._unstage(staged.source_rank, unstage)
 
-    def _unstage(self, handoff_id: HandoffId, rank: int, number: int | None = None) -> None:
+    def _unstage(self, rank: int, unstage: wire.Unstage) -> None:
         if worker := self._worker_links.get(rank):
-            self._reply(worker, wire.Unstage(handoff_id, number))
+            self._reply(worker, unstage)
 
     def _tell(self, answers: Iterable[Answer]) -> None:
         for who, message in answers:

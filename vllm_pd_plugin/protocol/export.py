@@ -16,21 +16,18 @@ from vllm_pd_plugin.protocol.export_states import ExportState
 from vllm_pd_plugin.protocol.outbox import Answer, ReturnAddress
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Written:
-    """How far one rank's KV is written; see ``wire.Progress``."""
-
-    base_tokens: int = 0
-    num_tokens: int = 0
-    num_layers: int = 0
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class Subscriber:
-    """A rank of the consumer, and how much of each block table it has been told."""
+    """A rank of the consumer.
+
+    source_ranks: of this engine: those that have what it wants.
+    told: how much of each block table it has been told, and what was last said to be written.
+    """
 
     who: ReturnAddress
-    told: list[int]
+    source_ranks: tuple[int, ...]
+    told: list[int] = dataclasses.field(default_factory=list)
+    told_written: tuple[wire.Written, ...] = ()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -40,7 +37,8 @@ class Export:
 
     owner: the holder's own name for it.
     num_tokens: how many it will have at the most, once it is sealed exactly.
-    num_subscribers: how many ranks the consumer has; when all have read everything it is committed.
+    num_subscribers: how many ranks the consumer has, once one of them has said so; when all have
+        read everything it is committed.
     """
 
     handoff_id: HandoffId
@@ -48,17 +46,19 @@ class Export:
     num_tokens: int
     prompt: bytes
     blocks: BlockTables
-    num_subscribers: int
+    tensor_parallel_size: int
     state: ExportState
     consumer: ReturnAddress | None = None
     """The consumer's scheduler, once it has asked: from then on the lease runs."""
+    num_subscribers: int = 0
     epoch: int = 0
-    written: dict[int, Written] = dataclasses.field(default_factory=dict)
+    written: dict[int, wire.Written] = dataclasses.field(default_factory=dict)
+    """How far each rank here is."""
     subscribers: dict[int, Subscriber] = dataclasses.field(default_factory=dict)
     committed: set[int] = dataclasses.field(default_factory=set)
     """Of the subscribers."""
     packing_ranks: set[int] = dataclasses.field(default_factory=set)
-    """Which were asked to pack some of it: they are told when it is over."""
+    """Which ranks here were asked to pack some of it: they are told when it is over."""
     sampled: int | None = None
     """The token that follows the prompt, once it is sealed."""
 
@@ -73,9 +73,33 @@ class Export:
 
     # --- what its holder has written ---------------------------------------------------------
 
-    def is_final(self, rank: int) -> bool:
-        """Whether one rank's KV is complete, sealed or not."""
-        return self.is_sealed or self.written.get(rank, Written()).base_tokens >= self.num_tokens
+    def is_final(self, subscriber: Subscriber) -> bool:
+        """Whether all that a rank of the consumer wants is complete, sealed or not."""
+        return self.is_sealed or all(
+            self.written.get(rank, _NOTHING).base_tokens >= self.num_tokens
+            for rank in subscriber.source_ranks
+        )
+
+    def wrote(self, rank: int, num_tokens: int, num_layers: int, is_all: bool) -> list[Answer]:
+        """A rank here has written tokens up to some number in its first layers; return what is to
+        be told to whom."""
+        base_tokens = num_tokens if is_all else self.written.get(rank, _NOTHING).base_tokens
+        self.written[rank] = wire.Written(base_tokens, num_tokens, num_layers)
+        return [
+            (subscriber.who, self.tell(subscriber))
+            for subscriber in self.subscribers.values()
+            # Of several ranks the last counts: what the others say is no news.
+            if rank in subscriber.source_ranks
+            and self.written_for(subscriber) != subscriber.told_written
+        ]
+
+    def written_for(self, subscriber: Subscriber) -> tuple[wire.Written, ...]:
+        """Return how far what a rank of the consumer wants is written, for each pipeline stage."""
+        stages: dict[int, wire.Written] = {}
+        for rank in subscriber.source_ranks:
+            stage, one = rank // self.tensor_parallel_size, self.written.get(rank, _NOTHING)
+            stages[stage] = _less(stages[stage], one) if stage in stages else one
+        return tuple(stages.get(stage, _NOTHING) for stage in range(max(stages) + 1))
 
     def keeps(self, groups: Sequence[Group], blocks: BlockTables) -> bool:
         """Whether these tables still have all that a consumer was told of."""
@@ -100,7 +124,7 @@ class Export:
 
     def tell_all(self) -> list[Answer]:
         """Say how things stand to every subscriber."""
-        return [(s.who, self.tell(rank, s)) for rank, s in self.subscribers.items()]
+        return [(s.who, self.tell(s)) for s in self.subscribers.values()]
 
     def tell_anew(self, rank: int) -> wire.Progress | wire.Seal | wire.Refuse:
         """Say how things stand to a rank that knows of an earlier epoch only."""
@@ -108,9 +132,9 @@ class Export:
         if subscriber is None:
             return wire.Refuse(self.handoff_id, Reason.MISSING_BLOCKS)
         subscriber.told = []
-        return self.tell(rank, subscriber)
+        return self.tell(subscriber)
 
-    def tell(self, rank: int, subscriber: Subscriber) -> wire.Progress | wire.Seal:
+    def tell(self, subscriber: Subscriber) -> wire.Progress | wire.Seal:
         """Say how things stand, with what the subscriber does not know of the block tables."""
         told = subscriber.told or [0] * len(self.blocks)
         tables = tuple(
@@ -120,15 +144,8 @@ class Export:
         subscriber.told = [len(table) for table in self.blocks]
         if self.is_sealed:
             return wire.Seal(self.handoff_id, self.epoch, self.num_tokens, tables, self.sampled)
-        written = self.written.get(rank, Written())
-        return wire.Progress(
-            self.handoff_id,
-            self.epoch,
-            written.base_tokens,
-            written.num_tokens,
-            written.num_layers,
-            tables,
-        )
+        written = subscriber.told_written = self.written_for(subscriber)
+        return wire.Progress(self.handoff_id, self.epoch, written, tables)
 
     def refuse_all(self, reason: Reason) -> list[Answer]:
         """Say to all who wait for it that nothing comes of it."""
@@ -141,3 +158,13 @@ class Export:
         """One of the consumer's ranks has read everything; return whether all have."""
         self.committed.add(subscriber)
         return len(self.committed) >= self.num_subscribers
+
+
+_NOTHING = wire.Written()
+
+
+def _less(one: wire.Written, other: wire.Written) -> wire.Written:
+    """Return what two ranks of a pipeline stage have both written."""
+    slower = min(one, other, key=lambda written: (written.num_tokens, written.num_layers))
+    base_tokens = min(one.base_tokens, other.base_tokens)
+    return wire.Written(base_tokens, slower.num_tokens, slower.num_layers)

@@ -13,10 +13,11 @@ from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import HandoffId, OwnerId
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
+from vllm_pd_plugin.memory.layout import BlockTables, RankLayout
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.protocol.absent import Absent
-from vllm_pd_plugin.protocol.export import Export, Written
+from vllm_pd_plugin.protocol.export import Export
 from vllm_pd_plugin.protocol.export_states import TRANSITIONS, Action, ExportEvent, ExportState
 from vllm_pd_plugin.protocol.outbox import Answer, ReturnAddress
 from vllm_pd_plugin.protocol.steps import Advance, Steps
@@ -26,6 +27,7 @@ class ExportTable:
     """Every export of this engine: its holders say how each grows and ends, ``Answering`` what its
     consumer has said.
 
+    layout: that of one of this engine's ranks: of the groups, each has the same.
     on_released(owner, outcome): its holder may free the blocks of what it has sealed.
     on_abandoned(owner, outcome): nobody wants what its holder is still making.
     on_unpacked(handoff_id, rank): nobody needs what a rank has packed of it.
@@ -33,7 +35,8 @@ class ExportTable:
 
     def __init__(
         self,
-        layout: EngineLayout,
+        layout: RankLayout,
+        kv_cache: EngineKvCache,
         lease_s: float,
         on_released: Callable[[OwnerId, ExportState], None],
         on_abandoned: Callable[[OwnerId, ExportState], None],
@@ -43,8 +46,10 @@ class ExportTable:
         self._contain = Containment("exports")
         self.revision = 0
         """Of what this engine's KV is; see ``wire.Welcome``."""
-        self._num_layers = len(layout.layers)
-        self._num_ranks = layout.tensor_parallel_size
+        self.tensor_parallel_size = kv_cache.tensor_parallel_size
+        self.num_ranks = kv_cache.num_ranks
+        num_stages = kv_cache.pipeline_parallel_size
+        self._num_layers = [len(kv_cache.layers_of(stage)) for stage in range(num_stages)]
         self._groups = layout.groups
         self._lease_s = lease_s
         self._on_released = on_released
@@ -54,7 +59,7 @@ class ExportTable:
         self._held: dict[HandoffId, Export] = {}
         self._absent = Absent()
         self._leases = Deadlines[HandoffId]()
-        self._steps = Steps(self._num_ranks, self._num_layers)
+        self._steps = Steps(self.num_ranks)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -99,15 +104,13 @@ class ExportTable:
         """One rank has written its first ``num_layers`` layers in a step. Returns the progress
         messages that follow."""
         answers: list[Answer] = []
-        is_finished = num_layers >= self._num_layers
-        for advance in self._steps.advances(step, num_layers):
-            if (export := self._growing(advance)) is None:
-                continue
-            tokens = advance.num_tokens
-            base = tokens if is_finished else export.written.get(rank, Written()).base_tokens
-            export.written[rank] = Written(base, tokens, num_layers)
-            if subscriber := export.subscribers.get(rank):
-                answers.append((subscriber.who, export.tell(rank, subscriber)))
+        if rank >= self.num_ranks:
+            return answers
+        stage = rank // self.tensor_parallel_size
+        is_finished = num_layers >= self._num_layers[stage]
+        for advance in self._steps.advances(step, stage, num_layers, is_finished):
+            if (export := self._growing(advance)) is not None:
+                answers += export.wrote(rank, advance.num_tokens, num_layers, is_finished)
         if is_finished:
             self._steps.finish(step, rank)
         return answers
@@ -222,7 +225,7 @@ class ExportTable:
 
     def _make(self, handoff_id: HandoffId, owner: OwnerId, state: ExportState) -> Export:
         blocks: BlockTables = tuple(() for _ in self._groups)
-        return Export(handoff_id, owner, 0, b"", blocks, self._num_ranks, state)
+        return Export(handoff_id, owner, 0, b"", blocks, self.tensor_parallel_size, state)
 
     def _growing(self, advance: Advance) -> Export | None:
         """Return what a step adds to; None where it is of an earlier epoch, or makes no odds."""

@@ -16,12 +16,10 @@ from vllm_pd_plugin.errors import PdError
 from vllm_pd_plugin.ids import Incarnation
 from vllm_pd_plugin.protocol import wire
 
-PROTOCOL_VERSION = 6
-OLDEST_VERSION = 5
+PROTOCOL_VERSION = 7
+OLDEST_VERSION = 7
 """The oldest version that is still understood; two engines speak the newest that both know. Within
 a version, fields are only added, at the end and with a default."""
-BATCHES_SINCE = 6
-"""The first version that has Batch."""
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 512

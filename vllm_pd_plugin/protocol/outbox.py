@@ -59,9 +59,7 @@ class Outbox:
             self._send_all(who, messages)
 
     def _send_all(self, who: ReturnAddress, messages: Sequence[Sendable]) -> None:
-        if who.version >= framing.BATCHES_SINCE and len(messages) > 1:
-            messages = _batched(messages)
-        for message in messages:
+        for message in _batched(messages):
             sent = self._contain.run("answering", partial(self._send_one, who, message), False)
             if not sent and isinstance(message, wire.Batch):  # one fault is to cost one message
                 for one in message.messages:

@@ -18,6 +18,7 @@ from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.deadlines import Deadlines
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, EngineId, Incarnation
+from vllm_pd_plugin.mapping.checks import check_description, check_memory
 from vllm_pd_plugin.protocol import framing, wire
 
 logger = logging.getLogger(__name__)
@@ -323,29 +324,30 @@ class PeerTable:
         header: framing.Header,
         welcome: wire.Welcome,
     ) -> None:
+        before = connection.peer
+        peer = before if before is not None and before.incarnation == header.sender else None
         try:
+            _check(welcome, peer.welcome if peer is not None else None)
             self._listener.check_fit(welcome)
-            _check_complete(welcome)
         except PeerError as error:
             self._lose(address, error)
             return
-        known = connection.peer
-        if known is not None and known.incarnation == header.sender:
-            known.welcome = welcome
+        if peer is not None:
+            peer.welcome = welcome
         else:
-            connection.peer = Peer(address, header.sender, welcome, header.version)
-            if known is not None:
+            peer = connection.peer = Peer(address, header.sender, welcome, header.version)
+            if before is not None:
                 self._listener.peer_lost(address, _restarted(address))
-        assert connection.peer is not None
-        self._listener.peer_ready(address, connection.peer)
+        self._listener.peer_ready(address, peer)
 
 
-def _check_complete(welcome: wire.Welcome) -> None:
-    layers = sum(len(group.layers) for group in welcome.layout.groups)
-    if len(welcome.ranks) != welcome.layout.tensor_parallel_size or any(
-        len(rank.regions) != layers for rank in welcome.ranks
-    ):
-        raise PeerError(Reason.PEER_INCOMPATIBLE, "the peer describes its memory inconsistently")
+def _check(welcome: wire.Welcome, before: wire.Welcome | None) -> None:
+    """Refuse a peer that contradicts itself, or what it said before. Raises PeerError."""
+    check_description(welcome.kv_cache, "their")
+    check_memory(welcome.kv_cache, welcome.ranks, "their")
+    if before and (before.kv_cache, before.ranks) != (welcome.kv_cache, welcome.ranks):
+        text = "the peer describes its memory in another way than before"
+        raise PeerError(Reason.PEER_INCOMPATIBLE, text)
 
 
 def _restarted(address: Address) -> PeerError:

@@ -12,8 +12,9 @@ import msgspec
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import BlockId, HandoffId, Incarnation
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
 from vllm_pd_plugin.memory.identity import KvIdentity
-from vllm_pd_plugin.memory.layout import EngineLayout, RankMemory
+from vllm_pd_plugin.memory.layout import RankMemory
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -29,13 +30,13 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    """A producer's memory and rules: one ``RankMemory`` for each tensor parallel rank.
+    """A producer's memory and rules: one ``RankMemory`` for each rank, see ``EngineKvCache``.
 
     kv: what its KV is. revision: grows whenever that changes.
     """
 
     engine_id: str
-    layout: EngineLayout
+    kv_cache: EngineKvCache
     kv: KvIdentity
     revision: Count
     ranks: tuple[RankMemory, ...]
@@ -67,10 +68,16 @@ class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
 
     Answered at once by Progress or Seal with whole block tables, and then by further ones, each
     with what has been added to the tables. Sent again when a table has a gap.
+
+    rank, num_ranks: which of how many ranks of the consumer this is; when all of them have read
+        what they want, the handoff is committed.
+    source_ranks: the producer's ranks that have it.
     """
 
     handoff_id: HandoffId
     rank: Count
+    num_ranks: Count
+    source_ranks: tuple[Count, ...]
 
 
 class TableSlice(msgspec.Struct, frozen=True, array_like=True):
@@ -80,10 +87,19 @@ class TableSlice(msgspec.Struct, frozen=True, array_like=True):
     blocks: tuple[BlockId, ...]
 
 
-class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
-    """KV is final on the receiver's rank: tokens [0, base_tokens) of every layer, and tokens
-    [0, num_tokens) of the first ``num_layers`` layers in the order of the forward pass.
+class Written(msgspec.Struct, frozen=True, array_like=True):
+    """How far KV is final in a pipeline stage: tokens [0, base_tokens) of every layer, and tokens
+    [0, num_tokens) of the first ``num_layers`` layers in the order of the forward pass."""
 
+    base_tokens: Count = 0
+    num_tokens: Count = 0
+    num_layers: Count = 0
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
+    """KV is final on the ranks that have what the receiver wants.
+
+    written: one for each pipeline stage of the producer; nothing for one that has none of it.
     epoch: how often the producer has lost the handoff's blocks and started afresh. Whatever was
         read in an earlier epoch is void.
     tables: one slice for each KV cache group.
@@ -91,9 +107,7 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
     handoff_id: HandoffId
     epoch: Count
-    base_tokens: Count
-    num_tokens: Count
-    num_layers: Count
+    written: tuple[Written, ...]
     tables: tuple[TableSlice, ...]
 
 
@@ -132,12 +146,14 @@ class Committed(msgspec.Struct, frozen=True, array_like=True, tag="committed"):
 
 
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
-    """One consumer rank has read tokens [first_token, num_tokens) and wants to know what it should
-    have read; answered by Checked. Only with the option ``integrity``."""
+    """One consumer rank has read tokens [first_token, num_tokens) from its counterpart
+    ``source_rank`` and wants to know what it should have read; answered by Checked. Only with the
+    option ``integrity``."""
 
     handoff_id: HandoffId
     epoch: Count
     rank: Count
+    source_rank: Count
     first_token: Count
     num_tokens: Count
 
@@ -160,9 +176,10 @@ class LayerRun(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Pack(msgspec.Struct, frozen=True, array_like=True, tag="pack"):
-    """One consumer rank wants some of the KV in one piece, written down by a codec; answered by
-    Packed.
+    """One consumer rank wants some of its counterpart's KV in one piece, written down by a codec;
+    answered by Packed.
 
+    source_rank: the counterpart.
     number: tells the pieces of one handoff and rank apart.
     num_tokens: how many tokens of the handoff count; a last block may have room for more.
     digest: whether the piece's digest is wanted.
@@ -171,6 +188,7 @@ class Pack(msgspec.Struct, frozen=True, array_like=True, tag="pack"):
     handoff_id: HandoffId
     epoch: Count
     rank: Count
+    source_rank: Count
     number: Count
     codec: Codec
     num_tokens: Count
@@ -178,9 +196,34 @@ class Pack(msgspec.Struct, frozen=True, array_like=True, tag="pack"):
     digest: bool
 
 
+class Gather(msgspec.Struct, frozen=True, array_like=True, tag="gather"):
+    """One consumer rank wants tokens [start, stop) of some heads and layers in one piece, whose
+    layout depends on neither engine's blocks: see ``mapping.match.Slab``; answered by Packed.
+
+    number, digest: as in Pack.
+    regions: of the layers on ``source_rank``, all of its KV cache group ``group``.
+    first_head, num_heads: as they are numbered in its pages.
+    dtype: of the piece; what is kept in another is converted.
+    """
+
+    handoff_id: HandoffId
+    epoch: Count
+    rank: Count
+    source_rank: Count
+    number: Count
+    group: Count
+    regions: tuple[Count, ...]
+    first_head: Count
+    num_heads: Count
+    start: Count
+    stop: Count
+    dtype: str
+    digest: bool
+
+
 class Packed(msgspec.Struct, frozen=True, array_like=True, tag="packed"):
-    """The piece lies in the staging memory of the receiver's rank, and stays there until Unpacked,
-    or until the handoff is over.
+    """The piece lies in the staging memory of the rank that was asked for it, and stays there until
+    Unpacked, or until the handoff is over.
 
     offset, num_bytes: where in ``RankMemory.staging``.
     digest: as ``slab_digest`` has it; empty if it was not asked for.
@@ -199,6 +242,7 @@ class Unpacked(msgspec.Struct, frozen=True, array_like=True, tag="unpacked"):
 
     handoff_id: HandoffId
     rank: Count
+    source_rank: Count
     number: Count
 
 
@@ -239,7 +283,8 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
 class Announce(msgspec.Struct, frozen=True, array_like=True, tag="announce"):
     """Inside one engine, a worker rank to its own control plane; not answered.
 
-    In the forward pass of step ``step``, the KV of the first ``num_layers`` layers is written.
+    In the forward pass of step ``step``, the KV of the first ``num_layers`` layers of its pipeline
+    stage is written.
     """
 
     step: Count
@@ -267,7 +312,7 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
     when there is room for it. consumer: the incarnation of who wants it; those that
     have none yet share one turn."""
 
-    pack: Pack
+    pack: Pack | Gather
     tables: tuple[tuple[BlockId, ...], ...]
     consumer: Incarnation
 
@@ -275,21 +320,24 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
 class Staged(msgspec.Struct, frozen=True, array_like=True, tag="staged"):
     """Inside one engine, a worker rank to its own control plane; not answered.
 
+    rank, source_rank: whose it is, and which rank this is.
     packed: None when the piece cannot be made, for ``reason``.
     """
 
     handoff_id: HandoffId
     rank: Count
+    source_rank: Count
     packed: Packed | None
     reason: Reason | None
 
 
 class Unstage(msgspec.Struct, frozen=True, array_like=True, tag="unstage"):
-    """Inside one engine, the control plane to a worker rank: a piece is not needed any more, or
-    (without a number) none of the handoff's; not answered."""
+    """Inside one engine, the control plane to a worker rank: a rank of the consumer does not need a
+    piece any more; without rank and number, nobody needs any of the handoff's. Not answered."""
 
     handoff_id: HandoffId
-    number: Count | None
+    rank: Count | None = None
+    number: Count | None = None
 
 
 class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
@@ -299,7 +347,9 @@ class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
     """
 
 
-FromConsumer = Hello | Want | Subscribe | Pack | Unpacked | Check | Commit | Heartbeat | Cancel
+FromConsumer = (
+    Hello | Want | Subscribe | Pack | Gather | Unpacked | Check | Commit | Heartbeat | Cancel
+)
 FromWorker = Announce | Examined | Staged | Nudge
 Request = FromConsumer | FromWorker
 """What a consumer sends, and a worker to its own engine."""
@@ -314,9 +364,9 @@ Message = Request | Reply
 KINDS: dict[str, type[Message]] = {
     str(kind.__struct_config__.tag): kind
     for kind in (
-        Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Pack, Packed, Unpacked, Commit,
-        Committed, Check, Checked, Refuse, Heartbeat, Alive, Batch, Cancel, Announce, Examine,
-        Examined, Stage, Staged, Unstage, Nudge,
+        Hello, Welcome, Want, Offer, Subscribe, Progress, Seal, Pack, Gather, Packed, Unpacked,
+        Commit, Committed, Check, Checked, Refuse, Heartbeat, Alive, Batch, Cancel, Announce,
+        Examine, Examined, Stage, Staged, Unstage, Nudge,
     )
 }  # fmt: skip
 """By the name that a header has."""

@@ -16,7 +16,7 @@ from vllm_pd_plugin.ids import Address, Incarnation
 from vllm_pd_plugin.packing.packer import Packer
 from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.protocol.peers import Channel, Connect
-from vllm_pd_plugin.transfer.plan import Digest
+from vllm_pd_plugin.transfer.rank import Digest
 
 POLL_INTERVAL_S = 0.0005
 
@@ -25,12 +25,12 @@ POLL_INTERVAL_S = 0.0005
 class Announcement:
     """What the scheduler wants to hear of one step.
 
-    after_layers: numbers of layers, in the order of the forward pass, after which to announce;
-        the last is that of all layers.
+    after_layers: for each pipeline stage numbers of its layers, in the order of the forward pass,
+        after which to announce; the last is that of all its layers.
     """
 
     step: int
-    after_layers: tuple[int, ...]
+    after_layers: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,8 +122,8 @@ class Announcer:
                 self._send(wire.Examined(check, digest))
             case wire.Stage() if self._packer is not None:
                 self._packer.stage(message)
-            case wire.Unstage(handoff_id, number) if self._packer is not None:
-                self._packer.unstage(handoff_id, number)
+            case wire.Unstage() if self._packer is not None:
+                self._packer.unstage(message)
 
     def _send(self, message: wire.FromWorker) -> None:
         if channel := self._channel:

@@ -121,6 +121,7 @@ class Fetch:
             self.spec.attempt,
             self._is_last,
             arrived.sampled,
+            arrived.lacks_tokens,
         )
         self._on_end(self, self.result)
 

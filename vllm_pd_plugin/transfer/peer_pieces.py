@@ -11,18 +11,20 @@ import numpy as np
 
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import HandoffError, Reason
-from vllm_pd_plugin.memory.layout import Stretch
+from vllm_pd_plugin.mapping.match import Share
+from vllm_pd_plugin.memory.layout import Span, Stretch
 from vllm_pd_plugin.net.transport import ReadPlan
-from vllm_pd_plugin.packing.incoming import Packing, Taker
+from vllm_pd_plugin.packing.incoming import Incoming, Packing, Taker
 from vllm_pd_plugin.packing.packer import Coding
-from vllm_pd_plugin.packing.pieces import Piece
 from vllm_pd_plugin.packing.staging import max_piece_bytes
 from vllm_pd_plugin.protocol import wire
+from vllm_pd_plugin.transfer.asked import Asked, AskedBlocks, Question, heads_asked
 from vllm_pd_plugin.transfer.rank import Rank
 from vllm_pd_plugin.transfer.rates import Prospect, choose_codec
 from vllm_pd_plugin.transfer.reads import Read, ToPack
 from vllm_pd_plugin.transfer.remote import ASK_AGAIN_S, RemoteHandoff
 from vllm_pd_plugin.transfer.specs import FetchSpec, Segment
+from vllm_pd_plugin.transfer.stretches import Stretches
 
 _TYPICAL_STRETCH_BYTES = 2 * 2**20
 
@@ -42,22 +44,25 @@ class PeerPieces:
         self._taker: Taker = spec.request_id, segment.tokens.start
         self._rank = rank
         self._remote = remote
-        self._staging = remote.memory.staging
-        self._incoming = rank.local.incoming if self._staging else None
+        self._shares = remote.route.shares
+        self._counterpart = remote.route.counterpart
+        self._incoming = rank.local.incoming
         self._last_number = 0
-        self._lost: list[int] = []
+        self._lost: list[tuple[int, int]] = []
+        """Rank of the producer, and number."""
 
     def follow(self, before: PeerPieces) -> None:
         """Take the place of those of a connection that was closed. The producer may keep them,
         under numbers that are not used again."""
         self.codec, self._last_number = before.codec, before._last_number
-        for number in before._lost:
-            self._remote.unpacked(number)
+        for source_rank, number in before._lost:
+            self._remote.unpacked(source_rank, number)
 
     def choose_codec(self, wanted: Stretch, is_sealed: bool) -> None:
-        """Settle how KV is asked for, now that it is known what there is to read."""
+        """Settle how KV is asked for, now that it is known what there is to read: between engines
+        that are not alike always bit for bit, or converted."""
         choice, incoming = self._spec.codec, self._incoming
-        if incoming is None:
+        if self._counterpart is None or incoming is None or not self._staging(self._counterpart):
             return
         if choice.codec is not None:
             self.codec = choice.codec
@@ -78,23 +83,62 @@ class PeerPieces:
         )
         self.codec = choose_codec(prospect, choice.narrowest)
 
-    def cut(self, stretch: Stretch, descriptor_bytes: float) -> list[Stretch]:
-        """Return the pieces that a stretch is to be packed in; none if it is read as it lies.
+    def cut(
+        self, stretches: Stretches, stretch: Stretch, descriptor_bytes: float
+    ) -> tuple[list[Asked], tuple[Share, ...]]:
+        """Return the pieces that a stretch is to be packed in, and which shares are not in them:
+        those are read as they lie.
 
-        descriptor_bytes: how long its runs of blocks are on average.
+        descriptor_bytes: how long the runs of bytes are on average, of what can be.
         """
         incoming = self._incoming
-        if incoming is None or not self._packs(incoming.packing, descriptor_bytes):
+        if incoming is None:
+            return [], self._shares
+        packs = self._packs(incoming.packing, descriptor_bytes)
+        if self._counterpart is not None:
+            asked = self._blocks(incoming, stretch, self._counterpart) if packs else []
+            return asked, () if asked else self._shares
+        asked, rest = [], []
+        for share in self._shares:
+            can_pack = share.slab is not None and self._staging(share.source_rank) is not None
+            # Only a piece can be compared with what the producer has.
+            is_packed = share.direct is None or packs or self._rank.digest is not None
+            if share.slab is not None and can_pack and is_packed:
+                tokens = stretches.tokens_of(stretch, share)
+                most = self._max_bytes(incoming, share.source_rank)
+                asked += heads_asked(self._rank.local.layout, share, share.slab, tokens, most)
+            else:
+                rest.append(share)
+        return asked, tuple(rest)
+
+    def _blocks(self, incoming: Incoming, stretch: Stretch, counterpart: int) -> list[Asked]:
+        if self._staging(counterpart) is None:
             return []
-        assert self._staging is not None
-        theirs = max_piece_bytes(self._staging.num_bytes)
-        max_bytes = min(incoming.room.max_piece_bytes, theirs)
+        pieces, most = incoming.pieces, self._max_bytes(incoming, counterpart)
         try:
-            return incoming.pieces.split(stretch, self._num_tokens, self.codec, max_bytes)
+            parts = pieces.split(stretch, self._num_tokens, self.codec, most)
         except HandoffError:
             if self.codec is not Codec.RAW:
                 raise
             return []  # not even a block fits into the staging memory
+        return [
+            AskedBlocks(
+                counterpart,
+                self.codec,
+                self._num_tokens,
+                pieces.layer_runs(part),
+                pieces.piece(part, self._num_tokens, self.codec),
+            )
+            for part in parts
+        ]
+
+    def _staging(self, source_rank: int) -> Span | None:
+        return self._remote.memory(source_rank).staging
+
+    def _max_bytes(self, incoming: Incoming, source_rank: int) -> int:
+        staging = self._staging(source_rank)
+        assert staging is not None
+        return min(incoming.room.max_piece_bytes, max_piece_bytes(staging.num_bytes))
 
     def _packs(self, packing: Packing, descriptor_bytes: float) -> bool:
         if self.codec is not Codec.RAW or packing is Packing.ALWAYS:
@@ -106,40 +150,32 @@ class PeerPieces:
     def begin(self, pending: ToPack, epoch: int) -> Read | None:
         """Return a piece that is to be asked for, see ``send``; None where there is no room for it
         here: then it waits for some."""
-        incoming = self._incoming
+        incoming, asked = self._incoming, pending.asked
         assert incoming is not None
-        piece = incoming.pieces.piece(pending.stretch, self._num_tokens, self.codec)
-        offset = incoming.room.take(self._taker, piece.num_bytes)
+        offset = incoming.room.take(self._taker, asked.num_bytes)
         if offset is None:
             return None
         self._last_number += 1
-        pack = wire.Pack(
-            self._remote.handoff_id,
-            epoch,
-            self._remote.rank,
-            self._last_number,
-            self.codec,
-            self._num_tokens,
-            incoming.pieces.layer_runs(pending.stretch),
-            self._rank.digest is not None,
-        )
+        has_digest = self._rank.digest is not None
+        question = Question(self._remote.handoff_id, epoch, self._remote.rank, has_digest)
         return Read(
+            asked.source_rank,
             pending.prefix_tokens,
             pending.descriptor_bytes,
             self._rank.clock(),
-            piece.num_bytes,
-            piece.kv_bytes,
-            pack=pack,
-            piece=piece,
+            asked.num_bytes,
+            asked.kv_bytes,
+            asked=asked,
+            message=asked.message(question, self._last_number),
             number=self._last_number,
             offset=offset,
         )
 
     def send(self, read: Read) -> None:
         """Ask for a piece."""
-        assert read.pack is not None
+        assert read.message is not None
         read.asked_at = self._rank.clock()
-        self._remote.pack(read.pack)
+        self._remote.pack(read.message)
 
     def ask_again(self, read: Read) -> None:
         """Ask once more for what does not come."""
@@ -150,44 +186,46 @@ class PeerPieces:
     def plan(self, read: Read, packed: wire.Packed) -> ReadPlan:
         """Plan to read a piece that the producer has written down. Raises HandoffError."""
         assert self._incoming is not None
-        assert self._staging is not None
+        staging = self._staging(read.source_rank)
+        assert staging is not None
         end = packed.offset + packed.num_bytes
-        if packed.num_bytes != read.num_bytes or end > self._staging.num_bytes:
+        if packed.num_bytes != read.num_bytes or end > staging.num_bytes:
             raise HandoffError(
                 Reason.MISSING_BLOCKS,
                 f"a packed piece has {packed.num_bytes} bytes, expected are {read.num_bytes}",
             )
         read.digest = packed.digest
         local = self._incoming.span.address + read.offset
-        remote = self._staging.address + packed.offset
+        remote = staging.address + packed.offset
         columns = (np.array([n], np.uint64) for n in (local, remote, read.num_bytes))
         return ReadPlan(*columns)
 
-    def take_in(self, read: Read, piece: Piece) -> Coding:
+    def take_in(self, read: Read, asked: Asked) -> Coding:
         """Begin to take a piece from the staging memory into the cache. Raises HandoffError."""
         assert self._incoming is not None
         coder, has_digest = self._incoming.coder, self._rank.digest is not None
         if has_digest and coder.digest_incoming(read.offset, read.num_bytes) != read.digest:
             raise HandoffError(Reason.DIGEST_MISMATCH, "a packed piece is not what was written")
         try:
-            return coder.decode(piece, self.codec, self._spec.blocks, read.offset)
+            return asked.take_in(coder, self._spec.blocks, read.offset)
         except RuntimeError as error:  # PyTorch's, where arguments do not fit
             raise HandoffError(Reason.INTERNAL, f"a piece cannot be unpacked: {error}") from error
 
     def release(self, read: Read) -> None:
         """A read has ended, or its piece is not wanted any more."""
-        if read.piece is not None:
+        if read.asked is not None:
             self._give_back(read)
-            self._remote.unpacked(read.number)
+            self._remote.unpacked(read.source_rank, read.number)
 
     def refuse(self, packed: wire.Packed) -> None:
         """A piece has come that nobody waits for."""
-        self._remote.unpacked(packed.number)
+        for source_rank in self._remote.route.source_ranks:  # who has it, it does not say
+            self._remote.unpacked(source_rank, packed.number)
 
     def lose(self, read: Read) -> None:
         """The connection is closed: the producer can be told only on the next one."""
-        if read.piece is not None:
-            self._lost.append(read.number)
+        if read.asked is not None:
+            self._lost.append((read.source_rank, read.number))
             self._give_back(read)
 
     def leave_queue(self) -> None:

@@ -148,7 +148,8 @@ class PeerReading:
         reads = self._reads or self._earlier.reads
         if reads is None:
             return Arrived(FetchCounts(), Codec.RAW, None)
-        return Arrived(reads.counts, reads.pieces.codec, self._sampled)
+        lacks = reads.stretches.lacks_tokens
+        return Arrived(reads.counts, reads.pieces.codec, self._sampled, lacks)
 
     @property
     def valid_tokens(self) -> int:
@@ -168,7 +169,7 @@ class PeerReading:
         self._vouches.begin()
         self._deadline = self._earlier.began_at + self._timeouts.queue_s
         handoff_id, rank = self.segment.source.handoff_id, self._rank
-        remote = RemoteHandoff(handoff_id, peer, rank.local.rank, self._meetings)
+        remote = RemoteHandoff(handoff_id, peer, rank.local, self._meetings)
         reads = self._reads = PeerReads(self._spec, self.segment, rank, remote)
         if self._earlier.reads is not None:
             reads.follow(self._earlier.reads)
@@ -281,11 +282,14 @@ class PeerReading:
             self._fail(error)
             return
         if reads.is_done and (self._sampled is not None or not self._needs_token):
-            # What a lossy codec brought is not what the producer has; each piece was compared.
-            if self._rank.digest is None or reads.pieces.codec is not Codec.RAW:
+            counterpart = reads.remote.route.counterpart
+            # What a lossy codec brought is not what the producer has, nor is what lies in another
+            # way; there each piece was compared.
+            is_raw = reads.pieces.codec is Codec.RAW
+            if self._rank.digest is None or counterpart is None or not is_raw:
                 self._commit(reads, FetchEvent.ALL_READ)
             else:
-                self._check(reads)
+                self._check(reads, counterpart)
         self._set_deadline(reads)
 
     # --- checking and committing -------------------------------------------------------------
@@ -295,9 +299,9 @@ class PeerReading:
         """Whether it is of use only with the token that follows."""
         return self._spec.seeds and self.segment is self._spec.segments[-1]
 
-    def _check(self, reads: PeerReads) -> None:
+    def _check(self, reads: PeerReads, counterpart: int) -> None:
         self._follow(FetchEvent.ALL_READ_UNCHECKED)
-        reads.remote.check(reads.stretches.epoch, self.segment.tokens)
+        reads.remote.check(counterpart, reads.stretches.epoch, self.segment.tokens)
 
     def _checked(self, reads: PeerReads, message: wire.Checked) -> None:
         digest, tokens = self._rank.digest, self.segment.tokens

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
+from collections.abc import Mapping, Sequence
 
+from vllm_pd_plugin.mapping.match import Share
 from vllm_pd_plugin.memory.layout import Stretch
 from vllm_pd_plugin.net.transport import ReadPlan, ReadState
 from vllm_pd_plugin.protocol import wire
 from vllm_pd_plugin.transfer.peer_pieces import PeerPieces
 from vllm_pd_plugin.transfer.rank import Rank
-from vllm_pd_plugin.transfer.reads import Read, ToPack, ToPlan, ToRead
+from vllm_pd_plugin.transfer.reads import Pending, Read, ToPack, ToPlan, ToRead
 from vllm_pd_plugin.transfer.remote import ASK_AGAIN_S, RemoteHandoff
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchSpec, Segment
 from vllm_pd_plugin.transfer.stretches import Stretches
@@ -38,8 +41,9 @@ class PeerReads:
         self.pieces = PeerPieces(spec, segment, rank, remote)
         self.stretches = Stretches(
             rank.local.layout,
+            remote.route,
             (spec.blocks, rank.local.regions),
-            remote.memory.regions,
+            {source: remote.memory(source).regions for source in remote.route.source_ranks},
             segment.tokens.start,
             segment.tokens.stop,
         )
@@ -48,7 +52,7 @@ class PeerReads:
         self._clock = rank.clock
         self._reads: deque[Read] = deque()
         """In the order in which they were begun, which is that in which they are waited for."""
-        self._pending: deque[ToPack | ToPlan | ToRead] = deque()
+        self._pending: deque[Pending] = deque()
         """What is final, in the order in which it is read."""
         self._last_end = 0.0
 
@@ -128,13 +132,13 @@ class PeerReads:
                     self._pending.popleft()
                     self._reads.append(read)
                     self.pieces.send(read)
-                case ToPlan(part, prefix):
-                    plan = self.stretches.plan(part)
+                case ToPlan(part, shares, prefix):
+                    reads = self._in_reads(self.stretches.plan(part, shares))
                     self._pending.popleft()
-                    self._pending.extendleft(reversed(self._in_reads(plan, prefix)))
-                case ToRead(plan, prefix):
+                    self._pending.extendleft(reversed(_with_prefix(reads, prefix)))
+                case ToRead() as planned:
                     self._pending.popleft()
-                    self._read(plan, prefix)
+                    self._read(planned)
 
     def poll(self) -> bool:
         """Take the reads that have ended, and ask again for what does not come; False when a read
@@ -158,7 +162,7 @@ class PeerReads:
 
     def packed(self, message: wire.Packed) -> None:
         """A piece that was asked for can be read."""
-        pieces = (read for read in self._reads if read.piece is not None)
+        pieces = (read for read in self._reads if read.asked is not None)
         read = next((read for read in pieces if read.number == message.number), None)
         if read is None:
             self.pieces.refuse(message)
@@ -169,45 +173,53 @@ class PeerReads:
 
     def _begin(self, stretch: Stretch) -> None:
         """Take up a stretch, to be read as it lies or packed."""
-        prefix = self.stretches.taken_tokens
+        direct = tuple(share for share in self.remote.route.shares if share.direct is not None)
         first, *others = self.stretches.cut(stretch, _MAX_BLOCKS)
-        plan = self.stretches.plan(first)  # the others lie about as scattered
-        descriptor_bytes = plan.total_bytes / plan.num_descriptors
+        plans = self.stretches.plan(first, direct)  # the others lie about as scattered
+        descriptor_bytes = _mean_bytes(plans)
+        asked, shares = self.pieces.cut(self.stretches, stretch, descriptor_bytes)
+        pending: list[Pending] = [ToPack(one, descriptor_bytes) for one in asked]
+        if shares == direct:
+            pending += self._in_reads(plans)
+            pending += (ToPlan(part, shares) for part in others)
+        elif shares:
+            rest = self.stretches.cut(_only(stretch, shares), _MAX_BLOCKS)
+            pending += (ToPlan(part, shares) for part in rest if any(part))
         # Only with the last of them has a longer prefix arrived.
-        if pieces := self.pieces.cut(stretch, descriptor_bytes):
-            last = len(pieces) - 1
-            self._pending += (
-                ToPack(piece, prefix if number == last else 0, descriptor_bytes)
-                for number, piece in enumerate(pieces)
-            )
-        else:
-            self._pending += self._in_reads(plan, 0 if others else prefix)
-            self._pending += (ToPlan(part, 0) for part in others[:-1])
-            self._pending += (ToPlan(part, prefix) for part in others[-1:])
+        self._pending += _with_prefix(pending, self.stretches.taken_tokens)
 
-    def _in_reads(self, plan: ReadPlan, prefix_tokens: int) -> list[ToRead]:
-        *others, last = plan.split(_MAX_DESCRIPTORS, self._transport.max_read_bytes)
-        return [*(ToRead(other, 0) for other in others), ToRead(last, prefix_tokens)]
+    def _in_reads(self, plans: Mapping[int, ReadPlan]) -> list[ToRead]:
+        return [
+            ToRead(source_rank, part)
+            for source_rank, plan in plans.items()
+            for part in plan.split(_MAX_DESCRIPTORS, self._transport.max_read_bytes)
+        ]
 
-    def _read(self, plan: ReadPlan, prefix_tokens: int) -> None:
-        num_bytes = plan.total_bytes
-        descriptor_bytes = num_bytes / plan.num_descriptors
-        read = Read(prefix_tokens, descriptor_bytes, self._clock(), num_bytes, num_bytes)
+    def _read(self, planned: ToRead) -> None:
+        plan, num_bytes = planned.plan, planned.plan.total_bytes
+        read = Read(
+            planned.source_rank,
+            planned.prefix_tokens,
+            num_bytes / plan.num_descriptors,
+            self._clock(),
+            num_bytes,
+            num_bytes,
+        )
         self._reads.append(read)
         self._post(read, plan)
 
     def _post(self, read: Read, plan: ReadPlan) -> None:
         read.posted_at = self._clock()
-        read.handle = self._transport.post_read(self.remote.name, plan)
-        self.counts.posted(plan, read.kv_bytes, read.piece is not None)
+        read.handle = self._transport.post_read(self.remote.name(read.source_rank), plan)
+        self.counts.posted(plan, read.kv_bytes, read.asked is not None)
 
     def _arrived(self, read: Read) -> None:
         now = self._clock()
         if read.num_bytes >= _MEASURABLE_BYTES:
             self.remote.rates.link.add(read.num_bytes, now - max(read.posted_at, self._last_end))
-        if read.piece is not None and not read.is_void:
+        if read.asked is not None and not read.is_void:
             try:
-                read.coding = self.pieces.take_in(read, read.piece)
+                read.coding = self.pieces.take_in(read, read.asked)
             except BaseException:
                 self._reads.remove(read)
                 self.pieces.release(read)
@@ -218,7 +230,7 @@ class PeerReads:
         self.pieces.release(read)
         now = self._clock()
         self.remote.rates.moved(
-            read.piece is not None,
+            read.asked is not None,
             read.descriptor_bytes,
             read.kv_bytes,
             now - max(read.began_at, self._last_end),
@@ -235,3 +247,19 @@ class PeerReads:
         for read in [read for read in self._reads if read.handle is None]:
             self._reads.remove(read)
             self.pieces.release(read)
+
+
+def _with_prefix(pending: Sequence[Pending], prefix_tokens: int) -> list[Pending]:
+    """Return the same, the last of which brings so many of the prompt's first tokens."""
+    return [*pending[:-1], dataclasses.replace(pending[-1], prefix_tokens=prefix_tokens)]
+
+
+def _mean_bytes(plans: Mapping[int, ReadPlan]) -> float:
+    num_descriptors = sum(plan.num_descriptors for plan in plans.values())
+    return sum(plan.total_bytes for plan in plans.values()) / max(1, num_descriptors)
+
+
+def _only(stretch: Stretch, shares: Sequence[Share]) -> Stretch:
+    """Return of a stretch the layers of some shares."""
+    regions = {region for share in shares for region in share.regions}
+    return tuple(part if layer in regions else range(0) for layer, part in enumerate(stretch))

@@ -10,7 +10,7 @@ from functools import partial
 from vllm_pd_plugin.containment import Containment
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Address, HandoffId
-from vllm_pd_plugin.memory.layout import check_compatible
+from vllm_pd_plugin.mapping.route import Route, find_route
 from vllm_pd_plugin.net.transport import PeerName
 from vllm_pd_plugin.packing.incoming import Taker
 from vllm_pd_plugin.protocol import wire
@@ -33,7 +33,9 @@ class PeerSource:
         self._by_address: dict[Address, dict[Taker, PeerReading]] = {}
         self._by_handoff: dict[tuple[Address, HandoffId], PeerReading] = {}
         self._by_taker: dict[Taker, PeerReading] = {}
-        self._names: dict[Address, tuple[Peer, PeerName]] = {}
+        self._routes: dict[Address, tuple[Peer, Route]] = {}
+        self._names: dict[Address, dict[int, PeerName]] = {}
+        """For each of its ranks that is read from."""
         self._rates: dict[Address, PeerRates] = {}
 
     @property
@@ -67,7 +69,7 @@ class PeerSource:
 
     def close_connections(self, error: PeerError) -> None:
         """End what is read."""
-        for address in list(self._names):
+        for address in list(self._routes):
             self._peers.drop(address, error)
 
     def close(self) -> None:
@@ -77,7 +79,24 @@ class PeerSource:
 
     def check_fit(self, welcome: wire.Welcome) -> None:
         """What its KV is, the control plane has compared before anything is fetched."""
-        check_compatible(self._rank.local.layout, welcome.layout)
+        route = self._find_route(welcome)
+        for share in route.shares:
+            compares = self._rank.digest is not None and route.counterpart is None
+            if share.direct is not None and not compares:
+                continue
+            if share.slab is None:
+                text = f"integrity=digest cannot compare pages of {share.layers[0]}: what is in "
+                text += "them is not known, and they are divided among ranks in another way there"
+                raise PeerError(Reason.PEER_INCOMPATIBLE, text)
+            has_staging = welcome.ranks[share.source_rank].staging is not None
+            if self._rank.local.incoming is None or not has_staging:
+                text = f"{share.layers[0]} lies in another way there, so it has to be packed: "
+                text += "staging_bytes=0 leaves no room for that; set it on both engines"
+                raise PeerError(Reason.PEER_INCOMPATIBLE, text)
+
+    def _find_route(self, welcome: wire.Welcome) -> Route:
+        local = self._rank.local
+        return find_route(welcome.kv_cache, local.kv_cache, local.rank, local.allow_fp8)
 
     def needs_peer(self, address: Address) -> bool:
         return address in self._by_address
@@ -114,8 +133,9 @@ class PeerSource:
     def _forget(self, address: Address) -> None:
         """The connection is closed: what belongs to it goes, too."""
         self._rates.pop(address, None)
-        if known := self._names.pop(address, None):
-            self._rank.transport.remove_peer(known[1])
+        self._routes.pop(address, None)
+        for name in self._names.pop(address, {}).values():
+            self._rank.transport.remove_peer(name)
 
     def peer_replied(self, peer: Peer, message: wire.Message) -> None:
         if not isinstance(message, AboutHandoff):
@@ -162,13 +182,19 @@ class PeerSource:
             self._rates[peer.address] = PeerRates(self._rank.clock)
         return self._rates[peer.address]
 
-    def name(self, peer: Peer) -> PeerName:
-        known = self._names.get(peer.address)
+    def route(self, peer: Peer) -> Route:
+        known = self._routes.get(peer.address)
         if known is None:
-            metadata = peer.welcome.ranks[self._rank.local.rank].transport_metadata
-            known = self._names[peer.address] = (peer, self._rank.transport.add_peer(metadata))
+            known = self._routes[peer.address] = (peer, self._find_route(peer.welcome))
         assert known[0] is peer
         return known[1]
+
+    def name(self, peer: Peer, source_rank: int) -> PeerName:
+        names = self._names.setdefault(peer.address, {})
+        if source_rank not in names:
+            metadata = peer.welcome.ranks[source_rank].transport_metadata
+            names[source_rank] = self._rank.transport.add_peer(metadata)
+        return names[source_rank]
 
     def drop(self, peer: Peer, error: PeerError) -> None:
         """Close the connection to a peer; all that is read from it ends."""

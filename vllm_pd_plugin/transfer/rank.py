@@ -1,27 +1,34 @@
-"""What all fetches of one tensor parallel rank share."""
+"""What all fetches of one rank share."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 
-from vllm_pd_plugin.memory.layout import EngineLayout, Region
+from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
+from vllm_pd_plugin.memory.layout import BlockTables, RankLayout, Region
 from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.packing.incoming import Incoming
-from vllm_pd_plugin.transfer.plan import Digest
+
+Digest = Callable[[BlockTables, int, int], bytes]
+"""Tells the bytes of the KV in these blocks, from one token up to another; see ``kv_digest``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LocalRank:
-    """Which tensor parallel rank this is, and its memory.
+    """Which rank of its engine this is, and its memory.
 
+    kv_cache: what this rank can say of its engine's.
     incoming: None where nothing can be packed.
+    allow_fp8: see ``PdConfig``.
     """
 
     rank: int
-    layout: EngineLayout
+    layout: RankLayout
+    kv_cache: EngineKvCache
     regions: tuple[Region, ...]
     incoming: Incoming | None
+    allow_fp8: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

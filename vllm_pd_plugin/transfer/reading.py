@@ -20,11 +20,13 @@ class Arrived:
 
     codec: the narrowest that it came through.
     sampled: the token that the producer sampled after the prompt; None until that is known.
+    lacks_tokens: see ``FetchResult``.
     """
 
     counts: FetchCounts
     codec: Codec
     sampled: int | None
+    lacks_tokens: bool = False
 
     @classmethod
     def together(cls, parts: Iterable[Arrived]) -> Arrived:
@@ -32,7 +34,8 @@ class Arrived:
         arrived = cls(FetchCounts(), Codec.RAW, None)
         for part in parts:
             codec = max(arrived.codec, part.codec, key=lambda codec: codec.rank)
-            arrived = cls(arrived.counts + part.counts, codec, part.sampled)
+            lacks = arrived.lacks_tokens or part.lacks_tokens
+            arrived = cls(arrived.counts + part.counts, codec, part.sampled, lacks)
         return arrived
 
 

@@ -87,6 +87,8 @@ class FetchResult:
     valid_tokens: length of the prompt's prefix whose KV is usable all the same, when it failed.
     attempt, is_last: those of the ``FetchSpec``.
     sampled: the token that the producer sampled after the prompt; None until it was sealed.
+    lacks_tokens: some blocks have no KV of tokens that the prompt does not look back on: no other
+        request may find them.
     """
 
     request_id: RequestId
@@ -98,6 +100,7 @@ class FetchResult:
     attempt: int = 0
     is_last: bool = True
     sampled: int | None = None
+    lacks_tokens: bool = False
 
     @property
     def is_final(self) -> bool:

@@ -1,46 +1,52 @@
 """Per request: which of a handoff's KV is final at its producer, and which has been asked for.
 
-A stretch is what has become final since the last read was planned. Pure, as ``plan`` is.
+A stretch is what has become final since the last read was planned. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import BlockId
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, Region, Stretch
+from vllm_pd_plugin.mapping.match import Share
+from vllm_pd_plugin.mapping.reads import plan_reads
+from vllm_pd_plugin.mapping.route import Route
+from vllm_pd_plugin.memory.layout import BlockTables, Group, RankLayout, Region, Stretch
 from vllm_pd_plugin.net.transport import ReadPlan
 from vllm_pd_plugin.protocol import wire
-from vllm_pd_plugin.transfer.plan import plan_reads
 
 
 class Stretches:
     """One fetch on one rank: learns from the producer's messages, plans the reads.
 
-    The consumer has KV for tokens [0, first_token) and wants [0, num_tokens) in ``blocks``.
+    The consumer has KV for tokens [0, first_token) and wants [0, num_tokens) in its own blocks; a
+    stretch counts in those, however long the producer's are.
+
+    remote: the regions of each of the producer's ranks that have something for this one.
     """
 
     def __init__(
         self,
-        layout: EngineLayout,
+        layout: RankLayout,
+        route: Route,
         local: tuple[BlockTables, Sequence[Region]],
-        remote_regions: Sequence[Region],
+        remote: Mapping[int, Sequence[Region]],
         first_token: int,
         num_tokens: int,
     ) -> None:
         self._groups = layout.groups
-        self._order = layout.forward_order()
+        self._route = route
         self._group_of = [group for group in layout.groups for _ in group.layers]
         self._local = local
-        self._remote_regions = remote_regions
+        self._remote = remote
         self._first_token = first_token
         self._num_tokens = num_tokens
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
         self.epoch = epoch
-        self._tables: list[list[BlockId]] = [[] for _ in self._groups]
+        self._tables: list[list[BlockId]] = [[] for _ in range(self._route.num_groups)]
         wanted = [g.needed_blocks(self._first_token, self._num_tokens) for g in self._group_of]
         self._wanted = wanted
         """Positions in the block table that are still to be asked for, for each layer."""
@@ -54,7 +60,8 @@ class Stretches:
         Returns False when a message before this one is missing: the tables have a gap.
 
         Raises:
-            HandoffError: the producer sealed fewer tokens than it had offered.
+            HandoffError: the producer sealed fewer tokens than it had offered, or does not say
+                what there is to be known.
         """
         if message.epoch < self.epoch:
             return True
@@ -67,10 +74,16 @@ class Stretches:
                 Reason.MISSING_BLOCKS,
                 f"sealed with {message.num_tokens} tokens, offered {self._num_tokens}",
             )
-        for place, layer in enumerate(self._order):
-            tokens = message.num_tokens
-            if isinstance(message, wire.Progress) and place >= message.num_layers:
-                tokens = message.base_tokens
+        for layer, (stage, number) in enumerate(self._route.turns):
+            if isinstance(message, wire.Seal):
+                tokens = message.num_tokens
+            else:
+                if stage >= len(message.written):
+                    text = f"the producer does not say how far pipeline stage {stage} is"
+                    raise HandoffError(Reason.MISSING_BLOCKS, text)
+                written = message.written[stage]
+                is_ahead = number < written.num_layers
+                tokens = written.num_tokens if is_ahead else written.base_tokens
             final = self._final_blocks(self._group_of[layer], tokens)
             self._final[layer] = max(self._final[layer], min(final, self._wanted[layer].stop))
         return True
@@ -89,13 +102,44 @@ class Stretches:
         ]
         return stretch
 
-    def plan(self, stretch: Stretch) -> ReadPlan:
-        """Plan the reads of a stretch, from block to block.
+    def tokens_of(self, stretch: Stretch, share: Share) -> list[range]:
+        """Return which tokens of each of a share's layers a stretch has, and the producer still."""
+        group, first = self._groups[share.group], self._first_kept(share)
+        wanted = (group.tokens_at(stretch[region], self._num_tokens) for region in share.regions)
+        return [range(max(tokens.start, first), tokens.stop) for tokens in wanted]
+
+    @property
+    def lacks_tokens(self) -> bool:
+        """Whether blocks of a sliding window begin with tokens that are not fetched: the producer,
+        with blocks of another size, lets go of them earlier."""
+        return any(
+            self._first_kept(share) > group.tokens_at(self.wanted[region], self._num_tokens).start
+            for share in self._route.shares
+            if (group := self._groups[share.group]).window is not None
+            for region in share.regions
+            if self.wanted[region]
+        )
+
+    def _first_kept(self, share: Share) -> int:
+        """Return the first token of which the producer keeps KV for certain."""
+        window, block = self._groups[share.group].window, share.source_block_tokens
+        if window is None:
+            return 0
+        return max(0, self._num_tokens - window) // block * block
+
+    def plan(self, stretch: Stretch, shares: Iterable[Share]) -> dict[int, ReadPlan]:
+        """Plan the reads of a stretch's shares, as they lie, from each of the producer's ranks.
 
         Raises:
             HandoffError: see ``plan_reads``.
         """
-        return plan_reads(self._groups, self._local, (self._tables, self._remote_regions), stretch)
+        plans: dict[int, list[ReadPlan]] = {}
+        for share in shares:
+            remote = self._tables, self._remote[share.source_rank]
+            plan = plan_reads(share, self.tokens_of(stretch, share), remote, self._local)
+            if plan.num_descriptors:
+                plans.setdefault(share.source_rank, []).append(plan)
+        return {rank: ReadPlan.together(parts) for rank, parts in plans.items()}
 
     def cut(self, stretch: Stretch, max_blocks: int) -> list[Stretch]:
         """Return a stretch in parts that are quickly planned, of so many layers' blocks at most."""

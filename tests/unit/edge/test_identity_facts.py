@@ -80,7 +80,7 @@ def identity(
 
 def unlike(one: LocalIdentity, other: LocalIdentity) -> str:
     """Return the field in which they differ; empty where nothing does."""
-    found = difference(one.kv, other.kv)
+    found = difference(one.kv, other.kv, is_strict=True)
     return found.field if found else ""
 
 

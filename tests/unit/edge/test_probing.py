@@ -28,8 +28,9 @@ with warnings.catch_warnings():
     from vllm_pd_plugin.edge.probing import scratch_tables, why_not
     from vllm_pd_plugin.edge.worker import WorkerSide
     from vllm_pd_plugin.ids import EngineId
+    from vllm_pd_plugin.mapping.kv_cache import RankPlace
     from vllm_pd_plugin.memory import probe
-    from vllm_pd_plugin.memory.layout import EngineLayout, Group
+from vllm_pd_plugin.memory.layout import Group, RankLayout
 
 WEIGHTS = llama.random_weights()
 WIDTH = llama.HEAD_DIM
@@ -52,7 +53,8 @@ def tiles(tokens: int) -> tuple[Part, ...]:
 
 def vllm_config(tp_size: int = 1, **changes: Any) -> Any:
     facts: dict[str, Any] = {
-        "runner_type": "generate", "dp_size": 1, "max_model_len": 4096, "batched": 2048,
+        "runner_type": "generate", "dp_size": 1, "pp_size": 1, "max_model_len": 4096,
+        "batched": 2048,
     } | changes  # fmt: skip
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -63,7 +65,9 @@ def vllm_config(tp_size: int = 1, **changes: Any) -> Any:
             get_total_num_kv_heads=lambda: llama.KV_HEADS,
         ),
         parallel_config=SimpleNamespace(
-            data_parallel_size=facts["dp_size"], tensor_parallel_size=tp_size
+            data_parallel_size=facts["dp_size"],
+            tensor_parallel_size=tp_size,
+            pipeline_parallel_size=facts["pp_size"],
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=facts["batched"]),
         num_lookahead_tokens=0,
@@ -99,6 +103,7 @@ class Worker:
         dtype: torch.dtype = torch.float32,
         groups: int = 1,
     ) -> None:
+        self.tp_size = tp_size
         copies = max(1, tp_size // llama.KV_HEADS)
         self.heads = llama.KV_HEADS * copies // tp_size
         self.first_head = rank // copies * self.heads
@@ -106,8 +111,7 @@ class Worker:
         names = [f"model.layers.{i}.self_attn.attn" for i in range(llama.LAYERS)]
         shape = (self.heads, block_tokens, 2 * WIDTH)
         kind = str(dtype).removeprefix("torch.")
-        self.layout = EngineLayout(
-            tp_size,
+        self.layout = RankLayout(
             tuple(
                 Group("full", block_tokens, None, tuple(names[g::groups]), shape, kind,
                       parts=parts(block_tokens))
@@ -154,8 +158,7 @@ class Worker:
             raise RuntimeError("out of memory")
 
     def run(self, rank: int = 0) -> dict[str, probe.Sums]:
-        tp_size = self.layout.tensor_parallel_size
-        return probing.run(self, vllm_config(tp_size), self.layout, self.caches, rank)
+        return probing.run(self, vllm_config(self.tp_size), self.layout, self.caches, rank)
 
 
 def farthest(*workers: Worker, dtype: torch.dtype = torch.float32) -> float:
@@ -214,7 +217,7 @@ def test_kv_of_which_it_is_not_known_how_it_lies_is_left_out() -> None:
 def test_kv_of_eight_bits_is_left_out() -> None:
     worker = Worker()
     groups = (msgspec.structs.replace(group, dtype="uint8") for group in worker.layout.groups)
-    worker.layout = EngineLayout(1, tuple(groups))
+    worker.layout = RankLayout(tuple(groups))
     assert worker.run().keys() == {"logits"}
 
 
@@ -255,6 +258,7 @@ def test_a_runner_that_has_a_switch_for_its_connector_has_it_off_meanwhile() -> 
         ({"batched": 47}, 100, "48 tokens are more than the 47"),
         ({"runner_type": "pooling"}, 100, "run as pooling"),
         ({"dp_size": 2}, 100, "data parallel ranks"),
+        ({"pp_size": 2}, 100, "pipeline stages"),
     ],
 )
 def test_an_engine_that_cannot_compute_it_as_others_do_says_why(
@@ -317,7 +321,7 @@ def test_a_worker_without_our_connector_only_describes_itself(
 
 @pytest.fixture
 def side() -> Iterator[WorkerSide]:
-    side = WorkerSide(PdConfig(), EngineId("engine"), 0)
+    side = WorkerSide(PdConfig(), EngineId("engine"), RankPlace(0, 0, 1, 1))
     yield side
     side._loop.close()
 
@@ -325,18 +329,19 @@ def side() -> Iterator[WorkerSide]:
 def test_a_probe_that_fails_is_a_fault_and_the_engine_goes_on(side: WorkerSide) -> None:
     worker = Worker()
     worker.fails_in = "sample_tokens"
-    assert side.probe(worker.run, "", 1) is None
+    assert side.probe(worker.run, "") is None
     assert side._contain.faults == 1
-    found = side.probe(Worker().run, "", 1)
+    found = side.probe(Worker().run, "")
     assert found is not None
     assert "logits" in found
 
 
 def test_a_rank_that_fails_does_not_leave_the_others_waiting(side: WorkerSide) -> None:
+    side.place = RankPlace(0, 0, 1, 2)
     worker = Worker()
     worker.fails_in = "execute_model"
     with pytest.raises(RuntimeError, match="out of memory"):
-        side.probe(worker.run, "", 2)
+        side.probe(worker.run, "")
 
 
 def test_the_prompt_draws_no_seed() -> None:
@@ -350,17 +355,20 @@ def test_the_prompt_draws_no_seed() -> None:
 def test_why_there_is_no_probe_is_said(side: WorkerSide, caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker()
     with caplog.at_level("WARNING", "vllm_pd_plugin"):
-        assert side.probe(worker.run, "there is a reason not to", 1) is None
+        assert side.probe(worker.run, "there is a reason not to") is None
     assert "there is a reason not to" in caplog.text
     assert not worker.steps
     assert side._contain.faults == 0
 
 
 def test_an_operator_can_leave_the_probe_out(caplog: pytest.LogCaptureFixture) -> None:
-    side, worker = WorkerSide(PdConfig(probe="never"), EngineId("engine"), 0), Worker()
+    side, worker = (
+        WorkerSide(PdConfig(probe="never"), EngineId("engine"), RankPlace(0, 0, 1, 1)),
+        Worker(),
+    )
     try:
         with caplog.at_level("WARNING", "vllm_pd_plugin"):
-            assert side.probe(worker.run, "", 1) is None
+            assert side.probe(worker.run, "") is None
         assert "probe=never" in caplog.text
         assert not worker.steps
     finally:

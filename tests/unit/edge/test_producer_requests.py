@@ -13,7 +13,7 @@ import pytest
 
 from vllm_pd_plugin.errors import ParamsError
 from vllm_pd_plugin.ids import HandoffId, new_handoff_id
-from vllm_pd_plugin.memory.layout import EngineLayout, Group, RankMemory, Region
+from vllm_pd_plugin.memory.layout import Group, RankLayout, RankMemory, Region
 from vllm_pd_plugin.protocol.control import ControlPlane
 from vllm_pd_plugin.protocol.events import Abandoned, Released
 from vllm_pd_plugin.protocol.export_states import ExportState
@@ -29,11 +29,11 @@ with warnings.catch_warnings():
 TOKENS, LAYERS, BLOCK_TOKENS = 40, 4, 16
 TOKEN_BYTES = 8  # of one layer
 TABLE = ([5, 6, 7],)
-EVERY_LAYER = tuple(range(1, LAYERS + 1))
+EVERY_LAYER = (tuple(range(1, LAYERS + 1)),)
 GROUP = Group(
     "full", BLOCK_TOKENS, None, tuple(f"layers.{i}" for i in range(LAYERS)), (1,), "uint8"
 )
-LAYOUT = EngineLayout(1, (GROUP,))
+LAYOUT = RankLayout((GROUP,))
 MEMORY = RankMemory((Region(0, 10, BLOCK_TOKENS * TOKEN_BYTES, 128),) * LAYERS, b"")
 
 
@@ -73,11 +73,11 @@ class Recorder:
 class Producer:
     """``ProducingRequests`` with what is around them."""
 
-    def __init__(self, stretch_bytes: int = 1, layout: EngineLayout = LAYOUT) -> None:
+    def __init__(self, stretch_bytes: int = 1, layout: RankLayout = LAYOUT) -> None:
         self.control = Recorder()
         self.stats = PdStats()
         self.requests = ProducingRequests(stretch_bytes, self._call, self.stats)
-        self.requests.describe(layout, MEMORY)
+        self.requests.describe([(layout, MEMORY)])
         manager: Any = SimpleNamespace(get_block_ids=lambda request_id: TABLE)
         self.requests.bind(manager)
 
@@ -141,12 +141,12 @@ def test_a_step_without_handoffs_announces_nothing(producer: Producer) -> None:
 
 def test_a_window_that_moves_on_while_the_request_decodes_is_watched() -> None:
     group = msgspec.structs.replace(GROUP, kind="sliding_window", window=20)
-    producer = Producer(layout=EngineLayout(1, (group,)))
+    producer = Producer(layout=RankLayout((group,)))
     request = FakeRequest(num_computed_tokens=TOKENS)
     handoff = producer.add(request)
     assert producer.requests.advance({"r": 1}) is not None
     assert producer.control.calls == [
-        ("advance", 1, [Advance(handoff, 0, TOKENS, TABLE, (LAYERS,))])
+        ("advance", 1, [Advance(handoff, 0, TOKENS, TABLE, ((LAYERS,),))])
     ]
 
 
@@ -166,7 +166,7 @@ def test_layers_are_announced_as_often_as_their_kv_is_worth_it(
     producer.add(FakeRequest())
     announcement = producer.requests.advance({"r": 24})
     assert announcement is not None
-    assert announcement.after_layers == after
+    assert announcement.after_layers == (after,)
 
 
 def test_each_prompt_of_a_step_is_told_of_as_often_as_its_own_kv_is_worth_it() -> None:
@@ -175,10 +175,10 @@ def test_each_prompt_of_a_step_is_told_of_as_often_as_its_own_kv_is_worth_it() -
     handoffs = [producer.add(long), producer.add(short)]
     announcement = producer.requests.advance({"long": 32, "short": 4})
     assert announcement is not None
-    assert announcement.after_layers == (1, 2, 3, 4)
+    assert announcement.after_layers == ((1, 2, 3, 4),)
     advances = producer.control.calls[-1][2]
     assert [advance.handoff_id for advance in advances] == handoffs
-    assert [advance.after_layers for advance in advances] == [(1, 2, 3, 4), (4,)]
+    assert [advance.after_layers for advance in advances] == [((1, 2, 3, 4),), ((4,),)]
 
 
 def test_a_step_looks_at_what_runs_and_not_at_what_waits(producer: Producer) -> None:

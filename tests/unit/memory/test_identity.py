@@ -38,6 +38,32 @@ def test_two_kinds_of_fp8_are_two_kinds_of_kv() -> None:
     assert "kv cache dtype is fp8_e5m2, expected fp8_e4m3" in str(difference(ours, theirs))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "may"),
+    [
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float16", True),
+        ("bfloat16", "fp8_e4m3", True),
+        ("float32", "fp8_e4m3", False),
+        ("fp8_e4m3", "bfloat16", False),
+        ("bfloat16", "fp8_e5m2", False),
+        ("bfloat16", "int8", False),
+    ],
+)
+def test_kv_of_another_type_is_another_unless_it_can_be_converted(
+    theirs: str, ours: str, may: bool
+) -> None:
+    here, there = make_kv(kv_cache_dtype=ours), make_kv(kv_cache_dtype=theirs)
+    assert (difference(here, there) is None) is may
+    assert difference(here, there, is_strict=True) is not None
+
+
+def test_activations_of_another_type_are_converted_as_well() -> None:
+    here, there = make_kv(dtype="float32"), make_kv(dtype="bfloat16")
+    assert difference(here, there) is None
+    assert "dtype is bfloat16, expected float32" in str(difference(here, there, is_strict=True))
+
+
 def weights(sampled: str = "sampled:1", **more: Any) -> Weights:
     return Weights(sampled, **more)
 

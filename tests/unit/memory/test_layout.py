@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 import pytest
 
-from tests.fakes.engines import make_layout
 from vllm_pd_plugin.codecs.codec import Part
-from vllm_pd_plugin.errors import PeerError, Reason
-from vllm_pd_plugin.memory.layout import EngineLayout, Group, Region, check_compatible
+from vllm_pd_plugin.memory.layout import Group, RankLayout, Region
 
 FULL = Group("full", 16, None, ("a",), (2, 16, 8), "float16")
 SLIDING = Group("sliding_window", 16, 64, ("b",), (2, 16, 8), "float16")
@@ -79,8 +75,8 @@ def test_other_types_cannot_be_encoded(dtype: str) -> None:
     ).is_encodable
 
 
-def layout_of(*groups: tuple[str, ...]) -> EngineLayout:
-    return EngineLayout(1, tuple(Group("full", 16, None, g, (1,), "int8") for g in groups))
+def layout_of(*groups: tuple[str, ...]) -> RankLayout:
+    return RankLayout(tuple(Group("full", 16, None, g, (1,), "int8") for g in groups))
 
 
 def test_layers_come_in_the_order_of_their_regions() -> None:
@@ -101,62 +97,11 @@ def test_layers_of_the_same_place_or_of_none_keep_their_order() -> None:
     assert order == ["head", "layers.0.attn", "layers.1.b", "layers.1.a"]
 
 
-def test_equal_layouts_fit() -> None:
-    check_compatible(make_layout(), make_layout())
-
-
 @pytest.mark.parametrize(
-    ("change", "named", "values"),
-    [
-        ({"tensor_parallel_size": 2}, "tensor parallel size", ("2", "1")),
-        ({"groups": ()}, "number of KV cache groups", ("0", "1")),
-    ],
+    ("positions", "tokens"),
+    [(range(1, 3), range(16, 48)), (range(2, 4), range(32, 50)), (range(3, 3), range(0))],
 )
-def test_the_first_difference_is_named_with_both_values(
-    change: dict[str, Any], named: str, values: tuple[str, str]
+def test_positions_of_a_table_have_the_tokens_of_their_blocks_up_to_the_prompt_s_last(
+    positions: range, tokens: range
 ) -> None:
-    message = refusal(msgspec.structs.replace(make_layout(), **change))
-    assert named in message
-    assert f"is {values[0]}, ours is {values[1]}" in message
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"kind": "sliding_window"},
-        {"block_tokens": 8},
-        {"window": 64},
-        {"layers": ("layer.1", "layer.0")},
-        {"block_shape": (4, 2, 4)},
-        {"dtype": "int8"},
-        {"block_strides": (8, 16, 1)},
-        {"parts": (Part.of_rows("key", 4, 0, 8),)},
-    ],
-)
-def test_any_difference_in_a_group_is_refused(change: dict[str, Any]) -> None:
-    group = msgspec.structs.replace(make_layout().groups[0], **change)
-    message = refusal(msgspec.structs.replace(make_layout(), groups=(group,)))
-    assert f"KV cache group 0 {next(iter(change))}" in message
-
-
-def test_every_field_of_a_group_is_compared() -> None:
-    """Named one by one above: a new field needs a case there."""
-    named = {
-        "kind", "block_tokens", "window", "layers", "block_shape", "dtype", "block_strides",
-        "parts",
-    }  # fmt: skip
-    assert set(Group.__struct_fields__) == named
-
-
-def test_a_later_group_is_compared_too() -> None:
-    ours = EngineLayout(1, (FULL, SLIDING))
-    theirs = EngineLayout(1, (FULL, msgspec.structs.replace(SLIDING, window=32)))
-    with pytest.raises(PeerError, match="KV cache group 1 window is 32, ours is 64"):
-        check_compatible(ours, theirs)
-
-
-def refusal(remote: EngineLayout) -> str:
-    with pytest.raises(PeerError) as caught:
-        check_compatible(make_layout(), remote)
-    assert caught.value.reason is Reason.PEER_INCOMPATIBLE
-    return str(caught.value)
+    assert FULL.tokens_at(positions, 50) == tokens

@@ -10,7 +10,7 @@ import torch
 
 from tests.fakes.engines import make_layout
 from vllm_pd_plugin.codecs.codec import TOKEN_GROUP, Codec, Part, encoding_of
-from vllm_pd_plugin.memory.layout import BlockTables, EngineLayout, Group, Stretch
+from vllm_pd_plugin.memory.layout import BlockTables, Group, RankLayout, Stretch
 from vllm_pd_plugin.memory.regions import region_of
 from vllm_pd_plugin.packing.coder import BlockCoder, slab_digest
 from vllm_pd_plugin.packing.pieces import Piece, Pieces
@@ -78,7 +78,7 @@ Kind = Callable[[int], tuple[tuple[Part, ...], Cache]]
 class Engine:
     """The caches of some groups of layers, and their coder."""
 
-    layout: EngineLayout
+    layout: RankLayout
     caches: list[torch.Tensor]
     pieces: Pieces
     outgoing: torch.Tensor

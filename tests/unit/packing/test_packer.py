@@ -24,6 +24,11 @@ ROOM = 4 * ALIGNMENT
 TABLE = tuple(range(1, 9))
 
 
+def unstage(handoff_id: HandoffId, number: int | None) -> wire.Unstage:
+    """What tells that rank 0 does not need a piece any more, or nobody any of a handoff's."""
+    return wire.Unstage(handoff_id, None if number is None else 0, number)
+
+
 class Rank:
     """A packer, with two layers of KV to pack."""
 
@@ -42,7 +47,7 @@ class Rank:
     ) -> wire.Stage:
         """A consumer wants the first of two blocks in both layers, unless told."""
         runs = (wire.LayerRun(2, 0, 2),)
-        pack = wire.Pack(handoff_id, 3, 0, number, Codec.RAW, 8, runs, False)
+        pack = wire.Pack(handoff_id, 3, 0, 0, number, Codec.RAW, 8, runs, False)
         stage = wire.Stage(
             msgspec.structs.replace(pack, **changes), (TABLE,), Incarnation(consumer)
         )
@@ -74,7 +79,7 @@ def test_a_piece_is_written_down_and_its_place_told(rank: Rank) -> None:
     staged = rank.packer.turn()
     size = 2 * 2 * BLOCK_BYTES
     packed = wire.Packed(A, 3, 7, 0, size, b"")
-    assert staged == wire.Staged(A, 0, packed, None)
+    assert staged == wire.Staged(A, 0, 0, packed, None)
     content = rank.coder.outgoing[:size].reshape(4, BLOCK_BYTES)
     assert content.tolist() == [[block] * BLOCK_BYTES for block in (1, 2, 1, 2)]
     assert rank.packer.taken_bytes == ALIGNMENT
@@ -103,9 +108,9 @@ def test_a_piece_waits_for_room_and_those_behind_it_too(rank: Rank) -> None:
     rank.want(B, 1)
     assert rank.packed() == [(A, 0), (A, 1)]
     assert rank.packer.turn() is None
-    rank.packer.unstage(A, 1)
+    rank.packer.unstage(unstage(A, 1))
     assert rank.packed() == [(A, 2)]
-    rank.packer.unstage(A, 0)
+    rank.packer.unstage(unstage(A, 0))
     assert rank.packed() == [(B, 1)]
 
 
@@ -124,14 +129,14 @@ def test_consumers_that_do_not_read_leave_room_for_others(rank: Rank) -> None:
     for number in range(4):
         rank.want(C, number, "reads", layers=LARGE, num_tokens=16)
         assert rank.packed() == [(C, number)]
-        rank.packer.unstage(C, number)
+        rank.packer.unstage(unstage(C, number))
     assert rank.packer.taken_bytes == 3 * ALIGNMENT
 
 
 def test_a_consumer_whose_pieces_are_gone_counts_as_one_that_holds_none(rank: Rank) -> None:
     rank.want(A, 1, "consumer", layers=LARGE, num_tokens=16)
     rank.packed()
-    rank.packer.unstage(A, None)
+    rank.packer.unstage(unstage(A, None))
     assert not rank.packer._held
     assert not rank.packer._waiting
 
@@ -160,7 +165,7 @@ def test_a_piece_that_is_given_up_while_it_is_written_keeps_its_place_until_then
     rank.coder.holds = True
     rank.want(A, 1)
     rank.packer.turn()
-    rank.packer.unstage(A, None)
+    rank.packer.unstage(unstage(A, None))
     assert rank.packer.taken_bytes == ALIGNMENT
     rank.coder.finish()
     assert rank.packer.turn() is None
@@ -173,7 +178,7 @@ def test_what_waits_behind_a_piece_that_is_given_up_is_begun_at_once(rank: Rank)
     rank.want(A, 1)
     rank.packer.turn()
     rank.want(B, 1, "another")
-    rank.packer.unstage(A, 1)
+    rank.packer.unstage(unstage(A, 1))
     rank.coder.finish()
     rank.coder.holds = False
     staged = rank.packer.turn()
@@ -189,7 +194,7 @@ def test_a_piece_that_is_wanted_again_while_it_is_written_has_one_place(rank: Ra
     rank.coder.finish()
     rank.coder.holds = False
     assert rank.packed() == [(A, 1)]
-    rank.packer.unstage(A, 1)
+    rank.packer.unstage(unstage(A, 1))
     assert rank.packer.taken_bytes == 0
 
 
@@ -197,7 +202,7 @@ def test_a_piece_that_is_wanted_again_after_it_was_given_up_is_written_again(ran
     rank.coder.holds = True
     rank.want(A, 1)
     rank.packer.turn()
-    rank.packer.unstage(A, 1)
+    rank.packer.unstage(unstage(A, 1))
     rank.want(A, 1)
     rank.coder.finish()
     rank.coder.holds = False
@@ -223,7 +228,7 @@ def test_a_device_that_fails_while_it_writes_is_answered_for(rank: Rank) -> None
 def test_what_is_not_wanted_any_more_is_not_written_down(rank: Rank) -> None:
     rank.want(A, 1)
     rank.want(B, 1)
-    rank.packer.unstage(A, 1)
+    rank.packer.unstage(unstage(A, 1))
     assert rank.packed() == [(B, 1)]
 
 
@@ -233,10 +238,10 @@ def test_all_of_a_handoff_is_given_back_together(rank: Rank) -> None:
         rank.want(B, number, "another")
     rank.packed()
     rank.want(A, 3)
-    rank.packer.unstage(A, None)
+    rank.packer.unstage(unstage(A, None))
     assert rank.packed() == []
     assert rank.packer.taken_bytes == 2 * ALIGNMENT
-    rank.packer.unstage(B, None)
+    rank.packer.unstage(unstage(B, None))
     assert rank.packer.taken_bytes == 0
 
 
@@ -255,8 +260,8 @@ def test_clearing_frees_all_and_forgets_what_waits(rank: Rank) -> None:
 def test_giving_back_what_is_not_there_does_nothing(rank: Rank, number: int | None) -> None:
     rank.want(B, 1)
     rank.packed()
-    rank.packer.unstage(A, number)
-    rank.packer.unstage(A, number)
+    rank.packer.unstage(unstage(A, number))
+    rank.packer.unstage(unstage(A, number))
     assert rank.packer.taken_bytes == ALIGNMENT
 
 
@@ -313,7 +318,7 @@ def test_a_piece_that_is_wanted_again_keeps_its_place_and_is_told_again(rank: Ra
     assert rank.coder.num_encoded == 1
     assert rank.packer.taken_bytes == ALIGNMENT
     assert rank.packed() == [(B, 1)]
-    rank.packer.unstage(A, 1)
+    rank.packer.unstage(unstage(A, 1))
     assert rank.packer.taken_bytes == ALIGNMENT
 
 
@@ -331,7 +336,7 @@ def test_a_piece_that_was_wanted_again_and_then_not_any_more_is_not_told(
     rank.want(A, 1)
     rank.packed()
     rank.want(A, 1)
-    rank.packer.unstage(A, number)
+    rank.packer.unstage(unstage(A, number))
     assert rank.packer.turn() is None
     assert rank.packer.taken_bytes == 0
 
@@ -348,4 +353,4 @@ def test_a_piece_can_be_had_again_after_it_was_given_back(rank: Rank) -> None:
     for _ in range(2):
         rank.want(A, 1)
         assert rank.packed() == [(A, 1)]
-        rank.packer.unstage(A, 1)
+        rank.packer.unstage(unstage(A, 1))

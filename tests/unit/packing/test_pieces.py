@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from tests.fakes.engines import make_layout
 from vllm_pd_plugin.codecs.codec import SINK_TOKENS, TOKEN_GROUP, Codec, Part, row_bytes
 from vllm_pd_plugin.errors import HandoffError, Reason
-from vllm_pd_plugin.memory.layout import EngineLayout, Group, Region, Stretch
+from vllm_pd_plugin.memory.layout import Group, RankLayout, Region, Stretch
 from vllm_pd_plugin.packing.pieces import Piece, Pieces, Slice, blocks_at
 from vllm_pd_plugin.protocol.wire import LayerRun
 
@@ -37,7 +37,7 @@ GROUP_OF = [0, 0, 1, 1, 1]
 NOTHING = range(0)
 
 
-def pieces_of(layout: EngineLayout = LAYOUT) -> Pieces:
+def pieces_of(layout: RankLayout = LAYOUT) -> Pieces:
     region = Region(0, NUM_BLOCKS, BLOCK_BYTES, BLOCK_BYTES)
     return Pieces(layout, [region] * len(layout.layers))
 
@@ -186,7 +186,7 @@ def refusal(
     num_tokens: int = 64,
     codec: Codec = Codec.RAW,
     tables: Sequence[Sequence[int]] = TABLES,
-    layout: EngineLayout = LAYOUT,
+    layout: RankLayout = LAYOUT,
 ) -> Reason:
     with pytest.raises(HandoffError) as caught:
         pieces_of(layout).checked(runs, num_tokens, codec, tables)

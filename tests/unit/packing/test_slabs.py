@@ -12,14 +12,14 @@ from tests.fakes.engines import make_layout
 from vllm_pd_plugin.codecs.codec import Codec, Part
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import UnsupportedError
-from vllm_pd_plugin.memory.layout import EngineLayout, Group
+from vllm_pd_plugin.memory.layout import Group, RankLayout
 from vllm_pd_plugin.packing.incoming import Packing
 from vllm_pd_plugin.packing.slabs import Slabs
 from vllm_pd_plugin.packing.staging import ALIGNMENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PARTS = Part.of_rows("key", 64, 0, 128), Part.of_rows("value", 64, 64, 128)
-LAYOUT: EngineLayout = make_layout(
+LAYOUT: RankLayout = make_layout(
     groups=[Group("full", 16, None, ("l.0", "l.1"), (2, 16, 128), "bfloat16", parts=PARTS)]
 )
 

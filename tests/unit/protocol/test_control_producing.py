@@ -7,6 +7,7 @@ import pytest
 
 from tests.fakes.cluster import FakeCluster
 from tests.fakes.engines import FakeEngine
+from tests.fakes.producer import progress
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Incarnation, Source, new_handoff_id, new_incarnation
 from vllm_pd_plugin.protocol import framing, wire
@@ -47,9 +48,9 @@ def receive(engine: FakeEngine, frames: list[bytes]) -> None:
 
 def test_a_request_that_ends_without_kv_tells_who_has_been_waiting(cluster: FakeCluster) -> None:
     source = cluster.producer.begin("p", 8)
-    subscribe = wire.Subscribe(source.handoff_id, 0)
-    (progress,) = ask(cluster, subscribe, cluster.producer.identity.incarnation)
-    assert progress == wire.Progress(source.handoff_id, 0, 0, 0, 0, (wire.TableSlice(0, ()),))
+    subscribe = wire.Subscribe(source.handoff_id, 0, 1, (0,))
+    (answer,) = ask(cluster, subscribe, cluster.producer.identity.incarnation)
+    assert answer == progress(source.handoff_id, 0, 0, 0, 0, (wire.TableSlice(0, ()),))
     cluster.producer.control.drop(source.handoff_id)
     (packet,) = cluster.network.in_flight
     assert packet.message == wire.Refuse(source.handoff_id, Reason.PRODUCER_ENDED)
@@ -58,7 +59,7 @@ def test_a_request_that_ends_without_kv_tells_who_has_been_waiting(cluster: Fake
 def test_the_seal_tells_who_has_been_waiting(cluster: FakeCluster) -> None:
     source = cluster.producer.begin("p", 8)
     target = cluster.producer.identity.incarnation
-    ask(cluster, wire.Subscribe(source.handoff_id, 0), target)
+    ask(cluster, wire.Subscribe(source.handoff_id, 0, 1, (0,)), target)
     cluster.producer.control.seal(source.handoff_id, "p", 8, ([3, 4],))
     (packet,) = cluster.network.in_flight
     expected = wire.Seal(source.handoff_id, 0, 8, (wire.TableSlice(0, (3, 4)),))
@@ -75,7 +76,7 @@ def subscribed(cluster: FakeCluster) -> tuple[Source, list[wire.Message]]:
     link = cluster.network.connect(
         cluster.producer_address, lambda frames: told.append(framing.decode(frames)[1])
     )
-    subscribe = wire.Subscribe(source.handoff_id, 0)
+    subscribe = wire.Subscribe(source.handoff_id, 0, 1, (0,))
     target = cluster.producer.identity.incarnation
     link.send(framing.encode(subscribe, new_incarnation(), target))
     cluster.network.deliver()
@@ -94,8 +95,8 @@ def test_what_a_worker_announces_is_told_to_who_subscribed(cluster: FakeCluster)
     cluster.network.deliver()
     first, second = (wire.TableSlice(0, (3, 4)),), (wire.TableSlice(2, ()),)
     assert told == [
-        wire.Progress(source.handoff_id, 0, 0, 8, 1, first),
-        wire.Progress(source.handoff_id, 0, 8, 8, 2, second),
+        progress(source.handoff_id, 0, 0, 8, 1, first),
+        progress(source.handoff_id, 0, 8, 8, 2, second),
     ]
     assert cluster.producer.control.dropped_messages == 0
 
@@ -137,7 +138,7 @@ def test_a_preemption_is_told_to_who_subscribed(cluster: FakeCluster) -> None:
     told.clear()
     cluster.producer.preempt("p")
     cluster.network.deliver()
-    void = wire.Progress(source.handoff_id, 1, 0, 0, 0, (wire.TableSlice(0, ()),))
+    void = progress(source.handoff_id, 1, 0, 0, 0, (wire.TableSlice(0, ()),))
     assert told == [void]
 
 
@@ -153,8 +154,9 @@ def test_a_commit_to_the_incarnation_before_commits_nothing(cluster: FakeCluster
 
 def test_a_commit_is_granted_and_the_blocks_released(cluster: FakeCluster) -> None:
     source = cluster.producer.produce("p", [1], 4)
-    commit = wire.Commit(source.handoff_id, 0, 0, True)
-    answers = ask(cluster, commit, cluster.producer.identity.incarnation)
+    target = cluster.producer.identity.incarnation
+    ask(cluster, wire.Subscribe(source.handoff_id, 0, 1, (0,)), target)
+    answers = ask(cluster, wire.Commit(source.handoff_id, 0, 0, True), target)
     assert answers == [wire.Committed(source.handoff_id, 0, True)]
     assert cluster.producer.events == [Released("p", ExportState.COMMITTED)]
 
@@ -163,7 +165,7 @@ def test_a_hello_needs_no_target(cluster: FakeCluster) -> None:
     (welcome,) = ask(cluster, wire.Hello("stranger"), Incarnation(""))
     assert isinstance(welcome, wire.Welcome)
     assert welcome.lease_s == LEASE_S
-    assert welcome.layout == cluster.producer.layout
+    assert welcome.kv_cache.layers_of(0) == cluster.producer.layout.layers
 
 
 def test_rubbish_is_counted_and_not_answered(cluster: FakeCluster) -> None:

@@ -97,8 +97,8 @@ def queued(producer: Producer) -> HandoffId:
     """Wanted, and a rank has subscribed and wants a piece of it."""
     handoff = producer.queued()
     producer.answering.want(handoff, SCHEDULER)
-    producer.answering.subscribe(handoff, 0, RANK_0)
-    pack = wire.Pack(handoff, 0, 0, 1, Codec.RAW, TOKENS, (), False)
+    producer.subscribe(handoff, 0, RANK_0)
+    pack = wire.Pack(handoff, 0, 0, 0, 1, Codec.RAW, TOKENS, (), False)
     assert isinstance(producer.answering.pack(pack), wire.Stage)
     return handoff
 

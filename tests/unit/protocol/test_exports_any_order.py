@@ -55,6 +55,7 @@ class Claim:
     complete: set[int] = dataclasses.field(default_factory=set)
     committed: set[int] = dataclasses.field(default_factory=set)
     packed: set[int] = dataclasses.field(default_factory=set)
+    subscribed: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def is_live(self) -> bool:
@@ -274,11 +275,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     def subscribe(self, slot: int, rank: int) -> None:
         handoff = self.ids[slot]
-        answer = self.answering.subscribe(handoff, rank, RANKS[rank])
+        subscribe = wire.Subscribe(handoff, rank, len(RANKS), (rank,))
+        answer = self.answering.subscribe(subscribe, RANKS[rank])
         self.let_time_tell()
         claim = self.live(handoff)
         assert isinstance(answer, wire.Refuse) == (claim is None)
         if claim:
+            claim.subscribed.add(rank)
             self.speak(claim)
 
     def heartbeat(self, slot: int) -> None:
@@ -291,7 +294,7 @@ class AnyOrder(RuleBasedStateMachine):
     def pack(self, slot: int, rank: int) -> None:
         handoff = self.ids[slot]
         epoch = self.claims[handoff].epoch if handoff in self.claims else 0
-        pack = wire.Pack(handoff, epoch, rank, 1, Codec.RAW, TOKENS, (), False)
+        pack = wire.Pack(handoff, epoch, rank, rank, 1, Codec.RAW, TOKENS, (), False)
         answer = self.answering.pack(pack)
         self.let_time_tell()
         claim = self.live(handoff)
@@ -307,7 +310,11 @@ class AnyOrder(RuleBasedStateMachine):
             self.let_time_tell()
             claim = self.live(handoff)
             held = claim is not None and claim.epoch == epoch
-            has_all = claim is not None and (claim.is_sealed or rank in claim.complete)
+            has_all = (
+                claim is not None
+                and rank in claim.subscribed
+                and (claim.is_sealed or rank in claim.complete)
+            )
             may = held and (has_all or is_vouch)
             assert isinstance(answer, wire.Committed) == may, answer
             if may and not is_vouch and claim:

@@ -16,6 +16,7 @@ from tests.fakes.producer import (
     TOKENS,
     Producer,
     granted,
+    progress,
 )
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.protocol import wire
@@ -41,8 +42,8 @@ def test_a_commit_needs_all_ranks() -> None:
 def test_a_rank_that_does_not_exist_is_refused(producer: Producer) -> None:
     handoff = producer.sealed()
     refusal = wire.Refuse(handoff, Reason.MISSING_BLOCKS)
-    assert producer.answering.subscribe(handoff, 1, RANK_1) == refusal
-    assert producer.commit(handoff, 1) == refusal
+    assert producer.subscribe(handoff, 1, RANK_1) == refusal
+    assert producer.answering.commit(wire.Commit(handoff, 0, 1, True)) == refusal
     assert producer.released == []
 
 
@@ -107,13 +108,13 @@ def test_a_commit_of_an_earlier_epoch_is_told_how_things_stand_and_never_granted
     producer: Producer, is_last: bool
 ) -> None:
     handoff = producer.open()
-    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.subscribe(handoff, 0, RANK_0)
     producer.compute(handoff, TOKENS)
     producer.table.withdraw(handoff, 1)
-    void = wire.Progress(handoff, 1, 0, 0, 0, NO_BLOCKS)
+    void = progress(handoff, 1, 0, 0, 0, NO_BLOCKS)
     assert producer.commit(handoff, is_last=is_last) == void
     producer.compute(handoff, TOKENS, epoch=1)
-    state = wire.Progress(handoff, 1, TOKENS, TOKENS, LAYERS, SEAL_TABLES)
+    state = progress(handoff, 1, TOKENS, TOKENS, LAYERS, SEAL_TABLES)
     assert producer.commit(handoff, is_last=is_last) == state
     producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     assert producer.commit(handoff, is_last=is_last) == wire.Seal(handoff, 1, TOKENS, SEAL_TABLES)
@@ -124,7 +125,15 @@ def test_a_commit_of_an_earlier_epoch_is_told_how_things_stand_and_never_granted
 def test_a_commit_of_another_epoch_by_somebody_unknown_is_refused(producer: Producer) -> None:
     handoff = producer.sealed()
     refusal = wire.Refuse(handoff, Reason.MISSING_BLOCKS)
-    assert producer.commit(handoff, epoch=1) == refusal
+    assert producer.answering.commit(wire.Commit(handoff, 1, 0, True)) == refusal
+    assert producer.released == []
+
+
+def test_a_commit_by_somebody_unknown_is_refused(producer: Producer) -> None:
+    """Who has not subscribed has been told of no blocks that it could have read."""
+    handoff = producer.sealed()
+    refusal = wire.Refuse(handoff, Reason.MISSING_BLOCKS)
+    assert producer.answering.commit(wire.Commit(handoff, 0, 0, True)) == refusal
     assert producer.released == []
 
 
@@ -164,7 +173,7 @@ def test_a_block_that_the_request_has_let_go_of_since_is_never_vouched_for(
     producer: Producer,
 ) -> None:
     handoff = producer.open()
-    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.subscribe(handoff, 0, RANK_0)
     producer.compute(handoff, TOKENS, ([1, 2, 3], [4]))
     assert producer.table.seal(handoff, "r", TOKENS, ([0, 0, 3, 5], [4])) == []
     assert producer.commit(handoff) == wire.Refuse(handoff, Reason.CANCELLED)

@@ -42,7 +42,7 @@ def test_an_ended_handoff_is_refused_with_how_it_ended(
     end(producer, handoff, state)
     refusal = wire.Refuse(handoff, reason)
     assert producer.answering.want(handoff, SCHEDULER) == refusal
-    assert producer.answering.subscribe(handoff, 0, RANK_0) == refusal
+    assert producer.subscribe(handoff, 0, RANK_0) == refusal
     assert producer.commit(handoff) == refusal
     assert producer.commit(handoff, is_last=False) == refusal
 
@@ -78,7 +78,7 @@ def test_blocks_are_released_exactly_once_when_all_happens_before_the_seal(
 
 def test_a_dropped_request_tells_who_has_been_waiting(producer: Producer) -> None:
     handoff = producer.wanted()
-    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.subscribe(handoff, 0, RANK_0)
     refusal = wire.Refuse(handoff, Reason.PRODUCER_ENDED)
     assert sorted(producer.table.drop(handoff)) == [(RANK_0, refusal), (SCHEDULER, refusal)]
     assert producer.answering.want(handoff, SCHEDULER) == wire.Refuse(handoff, Reason.CANCELLED)
@@ -100,7 +100,7 @@ def test_endings_are_forgotten_in_the_end(producer: Producer) -> None:
     for _ in range(4096):
         producer.answering.cancel(producer.sealed())
     refusal = wire.Refuse(first, Reason.UNKNOWN_HANDOFF)
-    assert producer.answering.subscribe(first, 0, RANK_0) == refusal
+    assert producer.subscribe(first, 0, RANK_0) == refusal
     assert len(producer.table) == 0
 
 
@@ -144,17 +144,17 @@ def test_a_handoff_that_was_cancelled_before_its_seal_is_refused_to_everybody(
     producer: Producer,
 ) -> None:
     handoff = producer.open()
-    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.subscribe(handoff, 0, RANK_0)
     producer.answering.cancel(handoff)
     refusal = wire.Refuse(handoff, Reason.CANCELLED)
     assert producer.released == []  # its request still runs
     assert producer.answering.want(handoff, SCHEDULER) == refusal
-    assert producer.answering.subscribe(handoff, 1, RANK_1) == refusal
+    assert producer.subscribe(handoff, 1, RANK_1) == refusal
     assert producer.commit(handoff) == refusal
     assert producer.compute(handoff, 40) == []
     producer.table.seal(handoff, "r", 90, BLOCKS)
     assert producer.commit(handoff) == refusal
-    assert producer.answering.subscribe(handoff, 0, RANK_0) == refusal
+    assert producer.subscribe(handoff, 0, RANK_0) == refusal
     assert len(producer.table) == 0
 
 

@@ -63,7 +63,7 @@ def test_every_question_renews_a_lease(producer: Producer, stage: str, ask: str)
     if ask == "want":
         producer.answering.want(handoff, SCHEDULER)
     elif ask == "subscribe":
-        producer.answering.subscribe(handoff, 0, RANK_0)
+        producer.subscribe(handoff, 0, RANK_0)
     else:
         producer.heartbeat([handoff])
     producer.clock.advance(LEASE_S - 1)

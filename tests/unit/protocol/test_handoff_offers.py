@@ -98,7 +98,7 @@ def test_a_handoff_that_nobody_has_heard_of_is_refused_to_all_that_do_not_merely
 ) -> None:
     handoff = new_handoff_id()
     refusal = wire.Refuse(handoff, Reason.UNKNOWN_HANDOFF)
-    assert producer.answering.subscribe(handoff, 0, RANK_0) == refusal
+    assert producer.subscribe(handoff, 0, RANK_0) == refusal
     assert producer.commit(handoff) == refusal
     assert producer.commit(handoff, is_last=False) == refusal
     assert producer.heartbeat([handoff]) == wire.Alive({handoff: Reason.UNKNOWN_HANDOFF})

@@ -27,7 +27,7 @@ NOBODY = Incarnation("")
 
 def pack_of(handoff: HandoffId, **changes: object) -> wire.Pack:
     runs = (wire.LayerRun(3, 0, 1),)
-    pack = wire.Pack(handoff, 0, 0, 1, Codec.RAW, TOKENS, runs, False)
+    pack = wire.Pack(handoff, 0, 0, 0, 1, Codec.RAW, TOKENS, runs, False)
     return msgspec.structs.replace(pack, **changes)
 
 
@@ -36,7 +36,7 @@ def packed_of(pack: wire.Pack) -> wire.Packed:
 
 
 def staged_of(pack: wire.Pack) -> wire.Staged:
-    return wire.Staged(pack.handoff_id, pack.rank, packed_of(pack), None)
+    return wire.Staged(pack.handoff_id, pack.rank, pack.rank, packed_of(pack), None)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def handoff(producer: Producer) -> HandoffId:
     """Complete, and wanted by a rank that has subscribed."""
     handoff = producer.wanted()
     producer.compute(handoff, TOKENS)
-    producer.answering.subscribe(handoff, 0, RANK_0)
+    producer.subscribe(handoff, 0, RANK_0)
     return handoff
 
 
@@ -71,7 +71,7 @@ def test_a_sealed_handoff_is_packed_too(producer: Producer) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rank": 1}, {"rank": 2**63}, {"num_tokens": TOKENS + 1}], ids=str
+    "changes", [{"source_rank": 1}, {"source_rank": 2**63}, {"num_tokens": TOKENS + 1}], ids=str
 )
 def test_what_the_handoff_does_not_have_is_refused(
     producer: Producer, handoff: HandoffId, changes: dict[str, int]
@@ -97,7 +97,7 @@ def test_a_piece_of_an_earlier_epoch_is_answered_with_how_things_stand(
     producer.table.withdraw(handoff, 1)
     answer = producer.answering.pack(pack_of(handoff))
     assert isinstance(answer, wire.Progress)
-    assert (answer.epoch, answer.num_tokens) == (1, 0)
+    assert (answer.epoch, answer.written) == (1, (wire.Written(),))
     producer.table.seal(handoff, "r", TOKENS, BLOCKS)
     answer = producer.answering.pack(pack_of(handoff))
     assert answer == wire.Seal(handoff, 1, TOKENS, SEAL_TABLES)
@@ -127,7 +127,7 @@ def test_a_rank_that_has_subscribed_anew_is_told_at_its_new_address(
 ) -> None:
     pack = pack_of(handoff)
     producer.answering.pack(pack)
-    producer.answering.subscribe(handoff, 0, RANK_1)
+    producer.subscribe(handoff, 0, RANK_1)
     assert producer.answering.staged(staged_of(pack)) == (RANK_1, packed_of(pack))
 
 
@@ -135,7 +135,7 @@ def test_a_rank_that_has_subscribed_anew_is_told_at_its_new_address(
 def test_a_rank_whose_piece_cannot_be_made_is_refused(
     producer: Producer, handoff: HandoffId, reason: Reason | None
 ) -> None:
-    answer = producer.answering.staged(wire.Staged(handoff, 0, None, reason))
+    answer = producer.answering.staged(wire.Staged(handoff, 0, 0, None, reason))
     assert answer == (RANK_0, wire.Refuse(handoff, reason or Reason.INTERNAL))
 
 
@@ -152,7 +152,9 @@ def test_a_piece_of_an_earlier_epoch_is_told_to_nobody(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_piece_that_nobody_waits_for_is_told_to_nobody(producer: Producer, rank: int) -> None:
     handoff = producer.sealed()
-    assert producer.answering.staged(staged_of(pack_of(handoff, rank=rank))) is None
+    assert (
+        producer.answering.staged(staged_of(pack_of(handoff, rank=rank, source_rank=rank))) is None
+    )
     assert producer.answering.staged(staged_of(pack_of(new_handoff_id()))) is None
 
 
@@ -219,7 +221,7 @@ def test_every_rank_that_packed_is_told() -> None:
     producer = Producer(num_ranks=3)
     handoff = producer.sealed()
     for rank in (0, 2):
-        producer.answering.pack(pack_of(handoff, rank=rank))
+        producer.answering.pack(pack_of(handoff, rank=rank, source_rank=rank))
     producer.answering.cancel(handoff)
     assert sorted(producer.unpacked) == [(handoff, 0), (handoff, 2)]
 
@@ -228,7 +230,7 @@ def test_one_rank_s_commit_takes_nothing_from_another() -> None:
     producer = Producer(num_ranks=2)
     handoff = producer.sealed()
     for rank in (0, 1):
-        producer.answering.pack(pack_of(handoff, rank=rank))
+        producer.answering.pack(pack_of(handoff, rank=rank, source_rank=rank))
     producer.commit(handoff, rank=0)
     assert producer.unpacked == []
     producer.commit(handoff, rank=1)

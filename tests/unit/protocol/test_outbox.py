@@ -13,7 +13,6 @@ from vllm_pd_plugin.protocol.outbox import Outbox, ReturnAddress
 
 US, THEM = Incarnation("us"), Incarnation("them")
 PEER, OTHER = ReturnAddress(b"peer", THEM), ReturnAddress(b"other", THEM)
-OLD = ReturnAddress(b"old", THEM, framing.BATCHES_SINCE - 1)
 
 
 class Sent:
@@ -59,16 +58,9 @@ def test_answers_to_one_peer_go_together(sent: Sent) -> None:
     assert sent.flush() == [(b"peer", wire.Batch((one, three))), (b"other", two)]
 
 
-def test_a_peer_of_an_older_version_is_told_one_by_one(sent: Sent) -> None:
-    one, two = refuse(), refuse()
-    sent.outbox.add(OLD, one)
-    sent.outbox.add(OLD, two)
-    assert sent.flush() == [(b"old", one), (b"old", two)]
-
-
 def test_what_cannot_be_batched_keeps_its_place(sent: Sent) -> None:
     one, two, three = refuse(), refuse(), refuse()
-    unstage = wire.Unstage(HandoffId("h" * 32), None)
+    unstage = wire.Unstage(HandoffId("h" * 32))
     for message in (one, two, unstage, three):
         sent.outbox.add(PEER, message)
     assert sent.flush() == [

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tests.fakes.clock import FakeClock
-from tests.fakes.engines import full_group, make_layout
+from tests.fakes.engines import full_group, make_kv_cache, make_layout, memory_of
 from tests.fakes.network import FakeNetwork
 from tests.fakes.peers import ADDRESS, REGION, TIMEOUT_S, Local, Remote
 from vllm_pd_plugin.errors import PeerError, Reason
@@ -177,11 +177,13 @@ def test_a_late_answer_to_a_lost_connection_is_ignored(
 
 
 def test_a_peer_of_another_layout_is_refused(network: FakeNetwork, local: Local) -> None:
-    Remote(network, make_layout([full_group("layer.0")]))
+    layout = make_layout([full_group("layer.0")])
+    remote = Remote(network, make_kv_cache(layout, memory_of(layout)))
+    remote.ranks = (RankMemory((REGION,), b"meta"),)
     local.table.get(ADDRESS)
     network.deliver()
     assert local.reasons() == [Reason.PEER_INCOMPATIBLE]
-    assert "KV cache group 0 layers is" in str(local.lost[0])
+    assert "another model: theirs has 1 layers, ours 2" in str(local.lost[0])
     assert local.ready == []
     assert network.open_links(ADDRESS) == 0
 

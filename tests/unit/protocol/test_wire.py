@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.fakes.engines import full_group, make_kv, make_layout
+from tests.fakes.engines import full_group, make_kv, make_kv_cache, make_layout
 from vllm_pd_plugin.codecs.codec import Codec, Part
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation
@@ -24,29 +24,32 @@ TABLES = (
     wire.TableSlice(0, ()),
     wire.TableSlice(0, (0, 9)),
 )
-CHECK = wire.Check(H, 1, 0, 400, 1000)
+CHECK = wire.Check(H, 1, 0, 0, 400, 1000)
 PARTS = (Part.of_rows("key", 4, 0, 8), Part.of_rows("value", 4, 4, 8))
 LAYOUT = make_layout(
     groups=[msgspec.structs.replace(full_group("a"), block_strides=(16, 4, 1), parts=PARTS)]
 )
+KV_CACHE = make_kv_cache(LAYOUT, RANK, 2)
 RUNS = (wire.LayerRun(2, 0, 3), wire.LayerRun(1, 0, 0))
-PACK = wire.Pack(H, 1, 0, 7, Codec.INT4, 100, RUNS, True)
+PACK = wire.Pack(H, 1, 0, 0, 7, Codec.INT4, 100, RUNS, True)
+GATHER = wire.Gather(H, 1, 0, 3, 7, 1, (2, 4), 1, 2, 16, 48, "bfloat16", True)
 PACKED = wire.Packed(H, 1, 7, 256, 4096, b"\x00\xff")
 EVERY_KIND: list[wire.Message] = [
     wire.Hello("engine", 5),
-    wire.Welcome("engine", LAYOUT, make_kv(), 3, (RANK, STAGING_RANK), 30.0),
+    wire.Welcome("engine", KV_CACHE, make_kv(), 3, (RANK, STAGING_RANK), 30.0),
     wire.Want(H),
     wire.Offer(H, 1000, b"\x00\xff", 3),
-    wire.Subscribe(H, 1),
-    wire.Progress(H, 1, 400, 700, 2, TABLES),
+    wire.Subscribe(H, 1, 1, (1,)),
+    wire.Progress(H, 1, (wire.Written(400, 700, 2), wire.Written()), TABLES),
     wire.Seal(H, 1, 1000, TABLES),
     wire.Commit(H, 1, 0, True),
     wire.Committed(H, 1, False),
     CHECK,
     wire.Checked(H, 1, b"\x00\xff"),
     PACK,
+    GATHER,
     PACKED,
-    wire.Unpacked(H, 0, 7),
+    wire.Unpacked(H, 0, 0, 7),
     wire.Refuse(H, Reason.LEASE_EXPIRED),
     wire.Heartbeat((H, H)),
     wire.Alive({H: Reason.CANCELLED}),
@@ -56,10 +59,11 @@ EVERY_KIND: list[wire.Message] = [
     wire.Examine(CHECK, ((1, 2), ())),
     wire.Examined(CHECK, b"\x00\xff"),
     wire.Stage(PACK, ((1, 2), ()), Incarnation("rank")),
-    wire.Staged(H, 0, PACKED, None),
-    wire.Staged(H, 0, None, Reason.MISSING_BLOCKS),
-    wire.Unstage(H, 7),
-    wire.Unstage(H, None),
+    wire.Stage(GATHER, ((1, 2), ()), Incarnation("rank")),
+    wire.Staged(H, 0, 0, PACKED, None),
+    wire.Staged(H, 0, 0, None, Reason.MISSING_BLOCKS),
+    wire.Unstage(H, 0, 7),
+    wire.Unstage(H),
     wire.Nudge(),
 ]
 
@@ -175,12 +179,14 @@ def test_a_malformed_body_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        wire.Progress(H, -1, 0, 0, 0, ()),
-        wire.Progress(H, 0, -1, 0, 0, ()),
-        wire.Progress(H, 0, 0, -1, 0, ()),
-        wire.Progress(H, 0, 0, 0, -1, ()),
-        wire.Progress(H, 0, 0, 0, 0, (wire.TableSlice(-1, ()),)),
-        wire.Subscribe(H, -1),
+        wire.Progress(H, -1, (), ()),
+        wire.Progress(H, 0, (wire.Written(-1, 0, 0),), ()),
+        wire.Progress(H, 0, (wire.Written(0, -1, 0),), ()),
+        wire.Progress(H, 0, (wire.Written(0, 0, -1),), ()),
+        wire.Progress(H, 0, (), (wire.TableSlice(-1, ()),)),
+        wire.Subscribe(H, -1, 1, (0,)),
+        wire.Subscribe(H, 0, -1, (0,)),
+        wire.Subscribe(H, 0, 1, (-1,)),
         wire.Commit(H, -1, 0, True),
         wire.Commit(H, 0, -1, True),
         wire.Committed(H, -1, True),
@@ -188,8 +194,23 @@ def test_a_malformed_body_is_refused(body: bytes) -> None:
         wire.Announce(0, 0, -1),
         *(
             msgspec.structs.replace(PACK, **{field: -1})
-            for field in ("epoch", "rank", "number", "num_tokens")
+            for field in ("epoch", "rank", "source_rank", "number", "num_tokens")
         ),
+        *(
+            msgspec.structs.replace(GATHER, **{field: -1})
+            for field in (
+                "epoch",
+                "rank",
+                "source_rank",
+                "number",
+                "group",
+                "first_head",
+                "num_heads",
+                "start",
+                "stop",
+            )
+        ),
+        msgspec.structs.replace(GATHER, regions=(-1,)),
         *(
             msgspec.structs.replace(PACK, layers=(run,))
             for run in (
@@ -202,10 +223,13 @@ def test_a_malformed_body_is_refused(body: bytes) -> None:
             msgspec.structs.replace(PACKED, **{field: -1})
             for field in ("epoch", "number", "offset", "num_bytes")
         ),
-        wire.Unpacked(H, -1, 0),
-        wire.Unpacked(H, 0, -1),
-        wire.Staged(H, -1, None, None),
-        wire.Unstage(H, -1),
+        wire.Unpacked(H, -1, 0, 0),
+        wire.Unpacked(H, 0, -1, 0),
+        wire.Unpacked(H, 0, 0, -1),
+        wire.Staged(H, -1, 0, None, None),
+        wire.Staged(H, 0, -1, None, None),
+        wire.Unstage(H, -1, 0),
+        wire.Unstage(H, 0, -1),
     ],
     ids=str,
 )
@@ -278,7 +302,7 @@ def test_a_deeply_nested_body_is_refused() -> None:
 # Heartbeats follow from it: one that is no time makes the consumer's control thread spin.
 @pytest.mark.parametrize("lease_s", [float("nan"), 0.0, -1.0, 1e-9, 86_401.0])
 def test_a_lease_that_is_no_time_is_refused(lease_s: float) -> None:
-    refusal(framing.encode(wire.Welcome("engine", LAYOUT, make_kv(), 0, (RANK,), lease_s), A, B))
+    refusal(framing.encode(wire.Welcome("engine", KV_CACHE, make_kv(), 0, (RANK,), lease_s), A, B))
 
 
 def decode_anything(frames: list[bytes]) -> None:

@@ -85,7 +85,7 @@ def connect(announcer: Announcer, network: FakeNetwork, control: Control) -> Non
 
 
 def mark(step: int, num_layers: int, stream: Stream) -> Mark:
-    return Mark(Announcement(step, (2, 4)), num_layers, stream)
+    return Mark(Announcement(step, ((2, 4),)), num_layers, stream)
 
 
 def test_a_mark_is_announced_once_it_is_reached_and_not_before(
@@ -159,7 +159,7 @@ RUNS = (wire.LayerRun(2, 0, 2),)
 
 
 def stage_of(number: int) -> wire.Stage:
-    pack = wire.Pack(HANDOFF, 0, RANK, number, Codec.RAW, 8, RUNS, False)
+    pack = wire.Pack(HANDOFF, 0, RANK, RANK, number, Codec.RAW, 8, RUNS, False)
     return wire.Stage(pack, ((3, 4),), Incarnation("consumer"))
 
 
@@ -238,7 +238,8 @@ def test_a_piece_is_given_back_when_the_control_plane_says_so(
     say(network, control, stage_of(1))
     packing.turn()
     assert staging.taken_bytes == ALIGNMENT
-    say(network, control, wire.Unstage(HANDOFF, number))
+    rank = None if number is None else RANK
+    say(network, control, wire.Unstage(HANDOFF, rank, number))
     assert staging.taken_bytes == 0
 
 
@@ -259,7 +260,7 @@ def test_without_staging_memory_nothing_is_packed(
     announcer: Announcer, network: FakeNetwork, control: Control
 ) -> None:
     say(network, control, stage_of(1))
-    say(network, control, wire.Unstage(HANDOFF, None))
+    say(network, control, wire.Unstage(HANDOFF))
     announcer.set_lending(False)
     assert announcer.turn() is None
     assert network.deliver() == 0
@@ -326,7 +327,7 @@ def test_what_remains_at_the_end_is_no_stretch_of_its_own(
 def test_blocks_are_examined_when_the_control_plane_asks(
     announcer: Announcer, network: FakeNetwork, control: Control
 ) -> None:
-    check = wire.Check(new_handoff_id(), 0, RANK, 4, 16)
+    check = wire.Check(new_handoff_id(), 0, RANK, RANK, 4, 16)
     network.answer(control.worker, framing.encode(wire.Examine(check, ((1, 2),)), ENGINE, WORKER))
     network.deliver()
     assert control.heard == [wire.Examined(check, digest_of(((1, 2),), 4, 16))]

@@ -149,7 +149,7 @@ def test_a_check_of_what_is_not_final_is_refused(
     source = cluster.producer.begin("p", TOKENS)
     compute(cluster, range(8 if num_tokens == TOKENS and rank == 0 else TOKENS))
     answer = cluster.producer.control._answering.check(
-        wire.Check(source.handoff_id, 0, rank, 0, num_tokens)
+        wire.Check(source.handoff_id, 0, rank, rank, 0, num_tokens)
     )
     assert answer == wire.Refuse(source.handoff_id, Reason.MISSING_BLOCKS)
 

@@ -198,7 +198,7 @@ def test_a_piece_that_nobody_is_to_be_told_of_is_given_back(cluster: PackingClus
     target = cluster.producer.identity.incarnation
     link = cluster.network.connect(cluster.producer_address, lambda frames: None)
     runs = (wire.LayerRun(2, 0, 2),)
-    pack = wire.Pack(source.handoff_id, 0, 0, 1, Codec.RAW, TOKENS, runs, False)
+    pack = wire.Pack(source.handoff_id, 0, 0, 0, 1, Codec.RAW, TOKENS, runs, False)
     link.send(framing.encode(pack, new_incarnation(), target))
     cluster.settle()
     assert cluster.producer.coder.num_encoded == 1

@@ -223,8 +223,8 @@ def test_a_producer_that_is_gone_fails_the_fetch(cluster: StreamingCluster) -> N
 def test_every_rank_is_told_what_was_sampled(sampled: int | None) -> None:
     producer = Producer(num_ranks=2)
     handoff = producer.wanted()
-    producer.answering.subscribe(handoff, 0, RANK_0)
-    producer.answering.subscribe(handoff, 1, RANK_1)
+    producer.subscribe(handoff, 0, RANK_0)
+    producer.subscribe(handoff, 1, RANK_1)
     answers = producer.table.seal(handoff, "r", SEALED_TOKENS, ([1, 2, 3], [4]), sampled)
     told = {who: message for who, message in answers if isinstance(message, wire.Seal)}
     assert {who: seal.sampled for who, seal in told.items()} == {RANK_0: sampled, RANK_1: sampled}
@@ -235,7 +235,7 @@ def test_a_rank_that_comes_later_is_told_what_was_sampled() -> None:
     handoff = producer.open()
     producer.table.seal(handoff, "r", SEALED_TOKENS, ([1, 2, 3], [4]), SAMPLED)
     seal = wire.Seal(handoff, 0, SEALED_TOKENS, SEAL_TABLES, SAMPLED)
-    assert producer.answering.subscribe(handoff, 0, RANK_0) == seal
+    assert producer.subscribe(handoff, 0, RANK_0) == seal
 
 
 @pytest.mark.parametrize("sampled", [None, 0, SAMPLED])

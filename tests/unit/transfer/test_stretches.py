@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.fakes.producer import progress
 from tests.fakes.stretches import BLOCK, FULL, INTERLEAVED, WINDOWED, Consumer, H, blocks, places
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.protocol import wire
@@ -104,7 +105,7 @@ def test_what_is_final_is_counted_whether_or_not_it_was_taken() -> None:
     assert consumer.stretches.final_bytes == BLOCK
     consumer.stretches.learn(consumer.seal())
     assert consumer.stretches.final_bytes == 2 * 3 * BLOCK
-    consumer.stretches.learn(wire.Progress(H, 1, 0, 0, 0, consumer.tables(0)))
+    consumer.stretches.learn(progress(H, 1, 0, 0, 0, consumer.tables(0)))
     assert consumer.stretches.final_bytes == 0
 
 
@@ -142,7 +143,7 @@ def test_a_block_in_the_window_that_is_gone_is_refused() -> None:
     consumer = Consumer(WINDOWED, 16)
     tables = (consumer.tables()[0], wire.TableSlice(0, (0, 0, 0, 53)))
     consumer.stretches.learn(wire.Seal(H, 0, 16, tables))
-    with pytest.raises(HandoffError, match="remote KV cache group 1 no longer holds") as caught:
+    with pytest.raises(HandoffError, match="the peer's block table no longer holds") as caught:
         consumer.plan()
     assert caught.value.reason is Reason.MISSING_BLOCKS
 
@@ -152,8 +153,8 @@ def test_a_block_in_the_window_that_is_gone_is_refused() -> None:
 
 def test_block_tables_grow_by_what_each_message_adds() -> None:
     consumer = Consumer(FULL, 12)
-    assert consumer.stretches.learn(wire.Progress(H, 0, 4, 4, 2, consumer.tables(1)))
-    assert consumer.stretches.learn(wire.Progress(H, 0, 8, 8, 2, consumer.tables(2, start=1)))
+    assert consumer.stretches.learn(progress(H, 0, 4, 4, 2, consumer.tables(1)))
+    assert consumer.stretches.learn(progress(H, 0, 8, 8, 2, consumer.tables(2, start=1)))
     assert consumer.stretches.learn(wire.Seal(H, 0, 12, consumer.tables(start=2)))
     assert consumer.taken() == blocks([0, 1], range(3))
 
@@ -170,7 +171,7 @@ def test_a_gap_in_a_block_table_is_noticed_and_teaches_nothing() -> None:
 def test_a_gap_in_one_of_several_tables_changes_none() -> None:
     consumer = Consumer(INTERLEAVED, 8)
     tables = (wire.TableSlice(0, (98, 98)), wire.TableSlice(1, (51,)))
-    assert not consumer.stretches.learn(wire.Progress(H, 0, 8, 8, 4, tables))
+    assert not consumer.stretches.learn(progress(H, 0, 8, 8, 4, tables))
     assert consumer.stretches.learn(consumer.seal())
     assert consumer.taken() == blocks(range(4), range(2))
 
@@ -179,7 +180,7 @@ def test_a_new_epoch_that_begins_with_a_gap_still_voids_what_was_before() -> Non
     consumer = Consumer(FULL, 12)
     consumer.stretches.learn(consumer.progress(8, 8, 2))
     consumer.stretches.take()
-    later = wire.Progress(H, 1, 8, 8, 2, consumer.tables(start=1))
+    later = progress(H, 1, 8, 8, 2, consumer.tables(start=1))
     assert not consumer.stretches.learn(later)
     assert consumer.stretches.epoch == 1
     assert consumer.stretches.taken_tokens == 0
@@ -210,7 +211,7 @@ def test_a_seal_of_fewer_tokens_than_were_offered_is_refused() -> None:
 
 def test_more_tokens_than_were_offered_do_no_harm() -> None:
     consumer = Consumer(FULL, 10)
-    consumer.stretches.learn(wire.Progress(H, 0, 400, 500, 2, consumer.tables()))
+    consumer.stretches.learn(progress(H, 0, 400, 500, 2, consumer.tables()))
     assert consumer.taken() == blocks([0, 1], range(3))
     assert consumer.stretches.is_exhausted
     assert consumer.stretches.taken_tokens == 10
@@ -224,7 +225,7 @@ def test_a_newer_epoch_voids_everything() -> None:
     consumer.stretches.learn(consumer.seal())
     consumer.stretches.take()
     assert consumer.stretches.is_exhausted
-    void = wire.Progress(H, 1, 0, 0, 0, (wire.TableSlice(0, ()),))
+    void = progress(H, 1, 0, 0, 0, (wire.TableSlice(0, ()),))
     assert consumer.stretches.learn(void)
     assert not consumer.stretches.is_exhausted
     assert consumer.stretches.taken_tokens == 0

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from tests.fakes.engines import full_group, sliding_group
+from tests.fakes.producer import progress
 from tests.fakes.stretches import FULL, INTERLEAVED, WINDOWED, Consumer, H, T, places
 from vllm_pd_plugin.protocol import wire
 
@@ -53,7 +54,7 @@ def test_the_stretches_of_an_epoch_are_together_exactly_what_one_read_would_be(
             start = data.draw(st.integers(0, told))
             told = -(-tokens // T)
             tables = consumer.tables(told, start, epoch)
-            hear(wire.Progress(H, epoch, base, tokens, layers, tables))
+            hear(progress(H, epoch, base, tokens, layers, tables))
         elif what == "take":
             take()
         elif what == "again" and said:
@@ -61,7 +62,7 @@ def test_the_stretches_of_an_epoch_are_together_exactly_what_one_read_would_be(
         elif what == "preempt":
             epoch += 1
             base = tokens = layers = told = 0
-            hear(wire.Progress(H, epoch, 0, 0, 0, consumer.tables(0)))
+            hear(progress(H, epoch, 0, 0, 0, consumer.tables(0)))
     hear(wire.Seal(H, epoch, num_tokens, consumer.tables(shift=epoch)))
     take()
     assert sorted(read) == consumer.everything(), "not each byte once"

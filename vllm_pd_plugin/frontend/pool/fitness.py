@@ -57,6 +57,8 @@ def misfit(
             return f"it runs vLLM {engine.vllm_version}, and this frontend {wanted.vllm_version}"
         if found := differing_option(wanted.options, engine.options):
             return found
-    if pool is not None and (other := difference(pool, engine.kv)):
+    # What a prefill engine computes can be converted; those that decode are to answer alike.
+    is_strict = role.decodes
+    if pool is not None and (other := difference(pool, engine.kv, is_strict)):
         return f"its KV does not go with that of the decode engines ({engine.model}): {other}"
     return ""

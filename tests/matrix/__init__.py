@@ -1,0 +1,1 @@
+"""Pairs of unequal engines: do they answer as one of them alone does?"""
