@@ -5,6 +5,7 @@
 #   make test    all tests (unit tests, then real engines); make test-unit: the first half
 #   make test-outage  engines that cannot hand off, in every way that we know
 #   make test-minors  engines of the other supported release lines of vLLM, and pools of two
+#   make test-matrix  pairs of unequal engines, one after the other; also writes the table in docs/compatibility.md
 #   make tools   what tests and benchmarks need that pip does not install, with apt-get
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make wheel   the wheel to install elsewhere, in dist; with CUDA kernels if nvcc is there
@@ -42,7 +43,7 @@ MINOR_SETUPS := $(MINORS:%=.venv-%/.done)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit test-outage test-minors check wheel format bench quality compatibility conformance gpu gpu-site lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit test-outage test-minors test-matrix check wheel format bench quality compatibility conformance gpu gpu-site lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -96,6 +97,11 @@ test-minors: setup $(MINOR_SETUPS)
 	@for minor in $(MINORS); do .venv-$$minor/bin/python -m pytest -p no:cacheprovider \
 		tests/unit/edge tests/unit/engine_port tests/unit/test_compat.py tests/unit/test_vllm_names.py || exit 1; done
 	$(BIN)/python -m pytest tests/minors
+
+test-matrix: setup
+	@$(BIN)/python -m tests.models tiny-llama tiny-gemma3 tiny-mla
+	$(BIN)/python -m tests.matrix --json benchmarks/results/matrix.json
+	@$(MAKE) compatibility
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit

@@ -24,6 +24,7 @@ GROUPS = {
         "test_codecs[tiny-llama]",
         "test_routers",
         "test_tensor_parallel",
+        "test_unequal",
         "test_identity",
         "test_compositions",
         "test_command_line",

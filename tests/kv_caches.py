@@ -32,6 +32,7 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_layout import KVCacheLayout
     from vllm.v1.worker.utils import select_common_block_size
 
+    from tests.matrix.page import section
     from vllm_pd_plugin.edge.geometry import block_views
     from vllm_pd_plugin.errors import UnsupportedError
     from vllm_pd_plugin.memory.regions import region_of
@@ -228,9 +229,10 @@ block was touched; *refused*, that an engine says so at its start. `128 in 64` i
 | --- | --- | --- | --- | --- |
 """
 TAIL = """
-Between two engines the layout, the kernel block size and the strides must be the same: a peer that
-differs is refused with `peer_incompatible`. Where vLLM offers a choice, `VLLM_KV_CACHE_LAYOUT`
-takes a layout's name. These do not import on a machine without their GPU or libraries, and were
+Between two engines layout, block size and strides may differ where it is known what is in a page
+([mapping](mapping.md)); `128 in 64` is known where a head's tokens of all small blocks lie in one
+row, and else has to be the same on both. Where vLLM offers a choice, `VLLM_KV_CACHE_LAYOUT` takes a
+layout's name. These do not import on a machine without their GPU or libraries, and were
 not tried: """
 
 
@@ -239,7 +241,7 @@ def page() -> str:
     found, missing = backends()
     lines = [line for name, backend in found.items() for line in lines_of(name, backend)]
     names = ", ".join(f"`{name}`" for name in missing)
-    return f"{HEAD}{''.join(lines)}{TAIL}{names}.\n"
+    return f"{HEAD}{''.join(lines)}{TAIL}{names}.\n{section()}"
 
 
 def lines_of(name: str, backend: type[AttentionBackend]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import zmq
 
 from vllm_pd_plugin.ids import HandoffId, Incarnation, new_incarnation
+from vllm_pd_plugin.net.channel import Listener, Loop
 from vllm_pd_plugin.protocol import framing, wire
 
 
@@ -46,6 +47,38 @@ class ControlClient:
         self._socket.send_multipart(frames)
 
 
+class Forger:
+    """Stands where a producer's control channel would be, and describes itself as it is told.
+
+    port: of the channel. welcome: what it answers who introduces itself.
+    """
+
+    def __init__(self, welcome: wire.Welcome) -> None:
+        self.welcome = welcome
+        self.incarnation = new_incarnation()
+        self._loop = Loop("forger", lambda: None)
+        self._listener = Listener(self._loop, ("127.0.0.1", 0), None, self._receive)
+        self.port = self._listener.port
+        self._loop.start()
+
+    def __enter__(self) -> Forger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._loop.close()
+
+    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
+        header, message = framing.decode(frames)
+        if isinstance(message, wire.Hello):
+            frames = framing.encode(self.welcome, self.incarnation, header.sender)
+            self._listener.send(identity, frames)
+
+
 def corrupt_handoff(params: Mapping[str, Any], producer_pid: int) -> int:
     """Overwrite the first block of every layer of a handoff, in the producer's memory.
 
@@ -59,9 +92,9 @@ def corrupt_handoff(params: Mapping[str, Any], producer_pid: int) -> int:
     written = 0
     regions = iter(welcome.ranks[0].regions)
     with open(f"/proc/{producer_pid}/mem", "r+b", buffering=0) as memory:
-        for group, table in zip(welcome.layout.groups, state.tables, strict=True):
+        for group, table in zip(welcome.kv_cache.groups, state.tables, strict=True):
             block = next(b for b in table.blocks if b != 0)
-            for _ in group.layers:
+            for _ in group.layout.layers[0]:
                 region = next(regions)
                 noise = b"\x3f" * region.block_bytes  # 0.747 as float32: finite, and wrong
                 written += os.pwrite(memory.fileno(), noise, region.address(block))

@@ -22,19 +22,22 @@ from typing import Any
 
 import httpx
 
+from benchmarks.common.output import commit, machine
 from tests import models
 from tests.engine import (
     Completion,
     Engine,
     EngineError,
     connector_arguments,
+    free_port,
     hand_off,
+    hand_off_at_once,
     running,
     say,
     start,
 )
 from tests.engine_site import environ_of
-from tests.engines.conftest import ARGUMENTS, CHUNKED, random_prompt
+from tests.engines.conftest import ARGUMENTS, CHUNKED, STRETCH_BYTES, random_prompt
 from tests.matrix.rows import ROWS, Row, Side
 from tests.parity import FLOAT32, compare
 
@@ -71,13 +74,14 @@ def main(words: Sequence[str] | None = None) -> int:
     if not chosen:
         say(f"no pair has {' and '.join(arguments.only)} in its name")
         return 2
-    found = []
+    facts, found = machine(), []
     for row in chosen:
         outcome = run(row, arguments.prompts)
         found.append(outcome)
         say(f"{row.name}: {json.dumps(outcome)}")
         if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            told = {"commit": commit(), "machine": facts, "rows": found}
+            arguments.json.write_text(json.dumps(told, indent=1) + "\n")
     bad = [row["pair"] for row in found if row["equal"] is False]
     say(
         f"{len(found) - len(bad)} of {len(found)} as they have to be"
@@ -119,16 +123,21 @@ def run(row: Row, num_prompts: int) -> dict[str, Any]:
 
 
 def _start(model: str, role: str, side: Side, core: int, logs: Path) -> Engine:
+    port = free_port() if role == "prefill" else 0
+    options = dict(side.options)
+    if port:
+        options |= {"port": port, "stretch_bytes": STRETCH_BYTES}
     words = [
         *(word for word in ARGUMENTS[model] if word not in side.left_out),
         *(CHUNKED if role == "prefill" and model != "tiny-mla" else ()),
         *("--no-enable-prefix-caching", "--max-logprobs", str(_TOP)),
         *side.arguments,
-        *connector_arguments(role, **dict(side.options)),
+        *connector_arguments(role, **options),
     ]
     cores = "|".join([str(core)] * side.ranks)
     name = f"{role}-{side.name.replace(' ', '-')}"
-    return start(name, models.MODELS[model](), words, cores=cores, folder=logs)
+    path = models.MODELS[model]()
+    return start(name, path, words, cores=cores, folder=logs, control_port=port)
 
 
 def _ask(row: Row, producer: Engine, consumer: Engine, num_prompts: int) -> dict[str, Any]:
@@ -136,7 +145,8 @@ def _ask(row: Row, producer: Engine, consumer: Engine, num_prompts: int) -> dict
     for number, length in enumerate(_LENGTHS[:num_prompts]):
         prompt = random_prompt(length, 7000 + number)
         began = time.perf_counter()
-        answer = hand_off(producer, consumer, prompt, 8, logprobs=_TOP)
+        ask = (hand_off, hand_off_at_once)[number % 2]
+        answer = ask(producer, consumer, prompt, 8, logprobs=_TOP)
         between = time.perf_counter()
         expected = consumer.complete(prompt, 8, logprobs=_TOP)
         handed_off_s.append(between - began)
@@ -155,7 +165,7 @@ def _ask(row: Row, producer: Engine, consumer: Engine, num_prompts: int) -> dict
         "compared": num_prompts,
         "ttft_ratio": round(statistics.median(handed_off_s) / statistics.median(alone_s), 3),
         "wire_bytes": metrics["pd_fetch_bytes_total"],
-        "packed": metrics.get("pd_fetch_packed_total", 0),
+        "packed": metrics.get("pd_fetch_packed_stretches_total", 0),
     }
     if row.bound:
         mean = statistics.fmean(divergences)

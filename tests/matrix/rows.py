@@ -63,7 +63,7 @@ PP2 = Side("PP 2", _PP2, left_out=("--enforce-eager",))
 FP8 = Side("fp8 KV", ("--dtype", "bfloat16", "--kv-cache-dtype", "fp8"), (("allow_fp8", True),))
 
 # Stated before any run: what rounding to eight bits of mantissa, or to three, may come to.
-_BFLOAT16, _FP8 = 0.02, 0.2
+BFLOAT16_BOUND, FP8_BOUND = 0.02, 0.2
 
 ROWS = (
     *(Row("tiny-llama", *pair) for pair in ((ONE, TP2), (TP2, ONE), (ONE, PP2), (PP2, ONE))),
@@ -75,8 +75,8 @@ ROWS = (
     Row("tiny-llama", Side("TP 2, blocks of 32", (*_TP2, "--block-size", "32")), block(96)),
     *(Row("tiny-gemma3", *pair) for pair in ((ONE, TP2), (PP2, ONE), (block(32), block(96)))),
     *(Row("tiny-mla", *pair) for pair in ((ONE, TP2), (TP2, ONE), (block(16), block(64)))),
-    Row("tiny-llama", dtype("float32"), dtype("bfloat16"), _BFLOAT16),
-    Row("tiny-llama", dtype("bfloat16"), dtype("float32"), _BFLOAT16),
-    Row("tiny-llama", dtype("float16"), dtype("bfloat16"), _BFLOAT16),
-    Row("tiny-llama", dtype("bfloat16"), FP8, _FP8, lacks_avx512),
+    Row("tiny-llama", dtype("float32"), dtype("bfloat16"), BFLOAT16_BOUND),
+    Row("tiny-llama", dtype("bfloat16"), dtype("float32"), BFLOAT16_BOUND),
+    Row("tiny-llama", dtype("float16"), dtype("bfloat16"), BFLOAT16_BOUND),
+    Row("tiny-llama", dtype("bfloat16"), FP8, FP8_BOUND, lacks_avx512),
 )

@@ -192,7 +192,7 @@ def describe(
     """
     groups = []
     for group in config.kv_cache_groups:
-        specs = dict(zip(group.layer_names, _specs(group), strict=False))
+        specs = dict(zip(group.layer_names, _specs(group), strict=True))
         layers = tuple(name for name in group.layer_names if name in caches)
         if not layers:
             groups.append(_without_layers(group))

@@ -53,6 +53,9 @@ class Stretches:
         self.wanted: Stretch = tuple(wanted)
         self._final = [positions.start for positions in wanted]
         """End of those of them that are final at the producer."""
+        self.is_complete = False
+        """Whether all that the producer's ranks compute is final, and not only what is wanted here:
+        with other pipeline stages that may be a part of it, and a commit needs all."""
 
     def learn(self, message: wire.Progress | wire.Seal) -> bool:
         """Take in what the producer says; a new epoch voids all before it, an old one is ignored.
@@ -86,6 +89,10 @@ class Stretches:
                 tokens = written.num_tokens if is_ahead else written.base_tokens
             final = self._final_blocks(self._group_of[layer], tokens)
             self._final[layer] = max(self._final[layer], min(final, self._wanted[layer].stop))
+        stages = {turn.stage for turn in self._route.turns}
+        self.is_complete = isinstance(message, wire.Seal) or all(
+            message.written[stage].base_tokens >= self._num_tokens for stage in stages
+        )
         return True
 
     def take(self) -> Stretch | None:
