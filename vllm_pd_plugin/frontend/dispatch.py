@@ -215,7 +215,8 @@ class Dispatch:
         try:
             for output in outputs.outputs:
                 if found := self._legs.hear(output.request_id, now):
-                    self._take(member, *found, output, now, outputs.timestamp)
+                    underway, leg = found
+                    self._take(member, underway, leg, output, now, outputs.timestamp)
         finally:
             self._batch = None
             self._give(batch)
@@ -301,7 +302,8 @@ class Dispatch:
     def emit(self, output: EngineCoreOutput) -> None:
         underway = self._courses[output.request_id]
         if output.new_token_ids:
-            self._leave_queue(underway)
+            if underway.is_queued:
+                self._leave_queue(underway)
             self.metrics.gave(underway.timeline, self.now(), len(output.new_token_ids))
         if output.finish_reason is not None:
             self.metrics.finished(underway.timeline)
@@ -356,7 +358,7 @@ class Dispatch:
 
     def _wake_for(self, member: Member) -> None:
         """Let waiting requests begin if an engine can take one."""
-        if self.pool.freed(member):
+        if (self._waiting or self.pool.is_large) and self.pool.freed(member):
             self._waiting.wake()
 
     def _leave_queue(self, underway: Underway) -> None:

@@ -17,6 +17,7 @@ from vllm_pd_plugin.net.channel import CurveKeys, configure, endpoint
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
+_POLLIN = int(zmq.POLLIN)
 _TURN_S = 0.01
 """So long messages are handed over at a time; then all else in the event loop has its turn."""
 
@@ -130,14 +131,13 @@ class AsyncDealer:
             self._on_disconnect()
 
     def _take_one(self) -> bool:
-        """Hand a message over; False where there is none."""
-        if self._socket.closed:
+        """Hand a message over; False where there is none.
+
+        It is asked for first: the exception that else says so takes thrice as long.
+        """
+        if self._socket.closed or not self._socket.getsockopt(zmq.EVENTS) & _POLLIN:
             return False
-        try:
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        self._on_message(frames)
+        self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
         return True
 
     def _watch(self) -> None:

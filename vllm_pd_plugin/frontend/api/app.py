@@ -31,7 +31,11 @@ from vllm_pd_plugin.frontend.api.adapters import refuse_without_lora
 from vllm_pd_plugin.frontend.api.admin import make_router
 from vllm_pd_plugin.frontend.api.beams import keep_beams_together
 from vllm_pd_plugin.frontend.api.client import PoolCore, PoolLLM
-from vllm_pd_plugin.frontend.api.configuration import frontend_config, one_line
+from vllm_pd_plugin.frontend.api.configuration import (
+    frontend_config,
+    keep_environment,
+    one_line,
+)
 from vllm_pd_plugin.frontend.api.guard import NeedsKey
 from vllm_pd_plugin.frontend.api.headers import CheckHeaders
 from vllm_pd_plugin.frontend.api.patience import impatient
@@ -195,6 +199,7 @@ async def make_app(
         app.add_middleware(NeedsKey, tokens=args.api_key)
     await init_app_state(client, app.state, args, tasks)
     app.include_router(make_probe_router(client))
+    keep_environment()
     return app
 
 
@@ -250,8 +255,8 @@ async def _serve(
 
 
 async def _follow(membership: Membership, dispatch: Dispatch, connection: Connection) -> None:
-    """Use the engines that other workers were told to use."""
-    while True:
+    """Use the engines that other workers were told to use, where there are others."""
+    while membership.path is not None:
         await asyncio.sleep(_LOOK_S)
         try:
             if membership.look():

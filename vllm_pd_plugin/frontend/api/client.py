@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOAD_S = 0.5
-"""How often the pool's load is told to vLLM's loggers; engines tell it no more often."""
-_SWEEP_S = 0.5
+_LOOK_S = 0.5
+"""How often it is looked what the pool's load is, which engines tell no more often, and what
+clients do not read."""
 _FLUSH_S = 0.2
 """What is left of answers when the last request has ended is written in this time."""
 
@@ -158,31 +158,30 @@ class PoolLLM(AsyncLLM):
         self.output_handler = None
         self.profiler = None
         self._run_output_handler()
-        self._tasks = [
-            self._loop.create_task(self._tell_load(), name="load"),
-            self._loop.create_task(self._end_unread(), name="unread"),
-        ]
+        self._looker = self._loop.create_task(self._look(), name="look")
 
-    async def _tell_load(self) -> None:
-        """Tell vLLM's loggers how busy the engines are, as an engine core would with its steps."""
+    async def _look(self) -> None:
+        """Look after both again and again; one wake-up for them all, as each costs."""
         while True:
-            try:
-                self.logger_manager.record(load_of(self.dispatch.pool), None)
-            except Exception:
-                logger.exception("unexpected error with the engines' load")
-            await asyncio.sleep(_LOAD_S)
+            for what, look in (
+                ("the engines' load", self._tell_load), ("what is unread", self._end_unread),
+            ):  # fmt: skip
+                try:
+                    look()
+                except Exception:
+                    logger.exception("unexpected error with %s", what)
+            await asyncio.sleep(_LOOK_S)
 
-    async def _end_unread(self) -> None:
+    def _tell_load(self) -> None:
+        """Tell vLLM's loggers how busy the engines are, as an engine core would with its steps."""
+        self.logger_manager.record(load_of(self.dispatch.pool), None)
+
+    def _end_unread(self) -> None:
         """End what clients read so slowly that too much of it waits for them."""
         vocabulary = self.model_config.get_vocab_size()
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            try:
-                for request_id, amount in list(unread(self.output_processor, vocabulary)):
-                    if amount > MOST_UNREAD and (underway := self.dispatch.underway(request_id)):
-                        underway.course.give_up(Ending.UNREAD)
-            except Exception:
-                logger.exception("unexpected error with what is unread")
+        for request_id, amount in list(unread(self.output_processor, vocabulary)):
+            if amount > MOST_UNREAD and (underway := self.dispatch.underway(request_id)):
+                underway.course.give_up(Ending.UNREAD)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse a request that cannot be served, while an HTTP status can still say so.
@@ -271,8 +270,7 @@ class PoolLLM(AsyncLLM):
         time.sleep(_FLUSH_S)
         if self.output_handler is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.output_handler.cancel)
-            for task in self._tasks:
-                self._loop.call_soon_threadsafe(task.cancel)
+            self._loop.call_soon_threadsafe(self._looker.cancel)
         self.renderer.shutdown()
 
     def __del__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
 from vllm import AsyncEngineArgs, envs
@@ -37,6 +38,16 @@ def import_parsers(args: argparse.Namespace) -> None:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+
+
+def keep_environment() -> None:
+    """Let vLLM remember its environment variables as they are now: it looks some of them up for
+    every token. What is set later is not seen.
+
+    One whose value vLLM refuses is left to whoever asks for it.
+    """
+    with contextlib.suppress(ValueError):
+        envs.enable_envs_cache()
 
 
 def one_line(error: Exception) -> str:

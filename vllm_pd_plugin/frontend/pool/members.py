@@ -193,6 +193,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self._members)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a route looks at some of the engines only."""
+        return len(self._members) > _ALL_LOOKED_AT
+
     def get(self, key: EngineKey) -> Member | None:
         return self._members.get(key)
 
@@ -248,7 +253,7 @@ class Pool:
 
         near: engines that are among them if they can be used.
         """
-        if len(self._members) <= _ALL_LOOKED_AT:
+        if not self.is_large:
             return self.usable(excluded)
         now = self._clock()
 
@@ -283,7 +288,7 @@ class Pool:
         """Return what the engines that take requests can do; None where there are none. Of a large
         pool it is some time old."""
         now = self._clock()
-        if self._capacity is not None and len(self._members) > _ALL_LOOKED_AT:
+        if self._capacity is not None and self.is_large:
             looked_at, capacity = self._capacity
             if now - looked_at < _CAPACITY_AGE_S:
                 return capacity

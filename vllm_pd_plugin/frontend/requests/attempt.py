@@ -40,51 +40,60 @@ class Attempt:
     prefill_failed: bool = False
     """The prefill engine has said so of its own part, and the decode engine deals with it."""
     prefill_stats: PrefillStats | None = None
-    _legs: dict[LegKind, Leg] = dataclasses.field(default_factory=dict)
+    _prefill: Leg | None = None
+    _answering: Leg | None = None
+    """The leg whose tokens are the answer: the decode engine's, or that of one engine alone."""
     _held: list[EngineCoreOutput] = dataclasses.field(default_factory=list)
     """What the decode engine gave out before the prefill engine's token came."""
 
     @property
     def legs(self) -> list[Leg]:
         """Return what is under way."""
-        return list(self._legs.values())
+        return [leg for leg in (self._prefill, self._answering) if leg is not None]
 
     @property
     def prefills(self) -> bool:
         """Whether an engine computes the prompt for another one."""
-        return LegKind.PREFILL in self._legs
+        return self._prefill is not None
 
     @property
     def decodes(self) -> bool:
         """Whether the decode engine has given something out: the handoff is over."""
-        leg = self._legs.get(LegKind.DECODE)
-        return leg is not None and leg.has_output
+        leg = self._answering
+        return leg is not None and leg.kind is LegKind.DECODE and leg.has_output
 
     @property
     def waits_for_token(self) -> bool:
         """Whether what the decode engine gives out comes too early."""
-        return self.seeds and self.prefills
+        return self.seeds and self._prefill is not None
 
     def needs(self, engine: EngineKey) -> bool:
         """Whether it cannot go on without an engine that has no leg any more: it had sampled its
         token, but the decode engine may not have all KV yet."""
-        handed_off = self.route.prefill == engine and LegKind.DECODE in self._legs
+        handed_off = self.route.prefill == engine and self._answering is not None
         return handed_off and not self.decodes
 
     def begin(self, leg: Leg) -> None:
-        self._legs[leg.kind] = leg
+        if leg.kind is LegKind.PREFILL:
+            self._prefill = leg
+        else:
+            self._answering = leg
 
     def has(self, leg: Leg) -> bool:
         """Whether a leg is under way, and not one of an attempt before."""
-        return self._legs.get(leg.kind) is leg
+        return leg is self._answering or leg is self._prefill
 
     def end(self, leg: Leg) -> None:
         """A leg is over."""
-        del self._legs[leg.kind]
+        if leg is self._prefill:
+            self._prefill = None
+        else:
+            self._answering = None
 
     def end_all(self) -> list[Leg]:
         """Nothing more comes of it; return the legs that were under way."""
-        legs, self._legs, self._held = self.legs, {}, []
+        legs, self._held = self.legs, []
+        self._prefill = self._answering = None
         return legs
 
     def hold(self, output: EngineCoreOutput) -> None:
@@ -97,12 +106,10 @@ class Attempt:
         return held
 
     def cut_known(self, output: EngineCoreOutput, sent: Sequence[int]) -> Novelty:
-        """Take away from an output what the client has got already.
+        """Take away from an output what the client has got already; while that is to be repeated.
 
         sent: all of that, from the first token on.
         """
-        if not self.to_repeat:
-            return Novelty.SOME
         start = len(sent) - self.to_repeat
         known = min(self.to_repeat, len(output.new_token_ids))
         if output.new_token_ids[:known] != list(sent[start : start + known]):

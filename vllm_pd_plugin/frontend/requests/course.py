@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FAILURES = {
+    FinishReason.ABORT: Failure.ENGINE_STOPPED,
+    FinishReason.ERROR: Failure.REQUEST_FAILED,
+}
+"""What it means when an engine ends a leg so."""
 MAX_ATTEMPTS = 4
 """The first one, and a budget of three more."""
 MAX_LOST_ENGINES = 2
@@ -244,43 +249,41 @@ class Course:
         attempt = self._latest
         if attempt is None or not attempt.has(leg):
             return
+        # Of what follows, each token of each stream pays what comes before it is given out.
         finish = output.finish_reason
-        has_failed = finish in (FinishReason.ABORT, FinishReason.ERROR)
-        leg.has_output = leg.has_output or not has_failed
+        failure = None if finish is None else _FAILURES.get(finish)
+        if failure is None:
+            leg.has_output = True
         if finish is not None:
             attempt.end(leg)
             self._dispatcher.drop(leg, abort=False)
-        if (refusal := refusal_of(output)) is not None:
+        if failure is not None and (refusal := refusal_of(output)) is not None:
             self.refusal = refusal
             self._end(Ending.REFUSED)
         elif leg.kind is LegKind.PREFILL:
-            self._take_prefill(attempt, leg, output)
-        elif finish is FinishReason.ABORT:
-            self.leg_failed(leg, Failure.ENGINE_STOPPED)
-        elif finish is FinishReason.ERROR:
-            self.leg_failed(leg, Failure.REQUEST_FAILED)
-        elif leg.kind is LegKind.DECODE and attempt.waits_for_token:
+            self._take_prefill(attempt, leg, output, failure)
+        elif failure is not None:
+            self.leg_failed(leg, failure)
+        elif attempt.waits_for_token:
             attempt.hold(output)
         else:
             self._emit(attempt, output)
 
-    def _take_prefill(self, attempt: Attempt, leg: Leg, output: EngineCoreOutput) -> None:
+    def _take_prefill(
+        self, attempt: Attempt, leg: Leg, output: EngineCoreOutput, failure: Failure | None
+    ) -> None:
         attempt.prefill_stats = output.prefill_stats
-        finish = output.finish_reason
-        failed = finish in (FinishReason.ABORT, FinishReason.ERROR)
         if not attempt.seeds:
             # Its token is not used. A failure is the decode engine's to deal with: it may have
             # ended the prefill itself, because it has the KV already.
-            attempt.prefill_failed = finish is FinishReason.ERROR
-            if finish is FinishReason.ABORT and not attempt.decodes:
-                self.leg_failed(leg, Failure.ENGINE_STOPPED)
+            attempt.prefill_failed = failure is Failure.REQUEST_FAILED
+            if failure is Failure.ENGINE_STOPPED and not attempt.decodes:
+                self.leg_failed(leg, failure)
             return
-        if failed or not output.new_token_ids:
-            stopped = finish is FinishReason.ABORT
-            failure = Failure.ENGINE_STOPPED if stopped else Failure.REQUEST_FAILED
-            self.leg_failed(leg, failure)
+        if failure is not None or not output.new_token_ids:
+            self.leg_failed(leg, failure or Failure.REQUEST_FAILED)
             return
-        if finish is FinishReason.LENGTH and self.max_tokens > 1:
+        if output.finish_reason is FinishReason.LENGTH and self.max_tokens > 1:
             output.finish_reason = None  # it is only the leg that is at its end
         for each in [output, *attempt.take_held()]:
             self._emit(attempt, each)
@@ -289,12 +292,13 @@ class Course:
         """Give an output to the client, without what it has got before."""
         if self.is_over:
             return
-        match attempt.cut_known(output, self.sent):
-            case Novelty.DIFFERS:
-                self._end(Ending.REPLAY_DIFFERS)
-                return
-            case Novelty.NONE:
-                return
+        if attempt.to_repeat:
+            match attempt.cut_known(output, self.sent):
+                case Novelty.DIFFERS:
+                    self._end(Ending.REPLAY_DIFFERS)
+                    return
+                case Novelty.NONE:
+                    return
         if attempt.prefill_stats is not None and output.prefill_stats is not None:
             # What was cached on the engine that computed the prompt, and not what was handed over.
             output.prefill_stats = attempt.prefill_stats

@@ -170,8 +170,8 @@ def test_the_pool_s_load_goes_to_vllm_s_loggers_again_and_again() -> None:
     async def story(world: World) -> None:
         d: Any = world.engine("d", Role.DECODE)
         client: Any = client_of(world)
-        client.logger_manager = Loggers()
-        teller = asyncio.get_running_loop().create_task(client._tell_load())
+        client.logger_manager, client._end_unread = Loggers(), lambda: None
+        teller = asyncio.get_running_loop().create_task(client._look())
         for running in (1, 2, 3):
             world.dispatch.loaded(d, State(EngineLoad(running), 0))
             await asyncio.sleep(0.6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ from vllm_pd_plugin.errors import ConfigError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's, not ours
+    from vllm import envs
+
     from vllm_pd_plugin.engine_port.served_options import served_options
     from vllm_pd_plugin.frontend import options
-    from vllm_pd_plugin.frontend.api.configuration import check_model, frontend_config
+    from vllm_pd_plugin.frontend.api.configuration import (
+        check_model,
+        frontend_config,
+        keep_environment,
+    )
     from vllm_pd_plugin.frontend.parsing import make_parser
 
 THINKING = '{"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}'
@@ -98,3 +105,32 @@ def test_a_parser_of_the_operator_s_own_is_known(tmp_path: Path) -> None:
     )
     words = ("--reasoning-parser", "own", "--reasoning-parser-plugin", str(plugin))
     check_model(arguments(write_model(tmp_path), *words))
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Variables that may be kept, and are forgotten at the end."""
+    yield monkeypatch
+    envs.disable_envs_cache()
+
+
+def test_a_variable_that_is_set_while_a_frontend_serves_is_not_seen(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7")
+    keep_environment()
+    environment.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "8")
+    assert envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE == 7
+
+
+def test_a_variable_that_vllm_refuses_is_refused_to_whoever_asks_for_it_only(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("VLLM_PORT", "tcp://10.0.0.1:8000")  # as Kubernetes has it for its services
+    keep_environment()
+    with pytest.raises(ValueError, match="appears to be a URI"):
+        _ = envs.VLLM_PORT
+    environment.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "0")
+    assert not envs.VLLM_COMPUTE_NANS_IN_LOGITS
+    environment.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+    assert not envs.VLLM_COMPUTE_NANS_IN_LOGITS

@@ -219,12 +219,12 @@ async def settle() -> None:
 def test_a_stream_that_is_read_much_too_slowly_is_told_that_it_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vllm_pd_plugin.frontend.api.client._SWEEP_S", 0.0)
+    monkeypatch.setattr("vllm_pd_plugin.frontend.api.client._LOOK_S", 0.0)
 
     async def story(client: Client) -> None:
         engine = client.engine()
         collector = await client.begin("r")
-        sweep = asyncio.create_task(client._end_unread())
+        sweep = asyncio.create_task(client._look())
         client.give(engine, *[50] * MOST_UNREAD)
         await settle()
         assert not engine.aborted, "so much may wait"
