@@ -6,7 +6,8 @@ that is not an engine core, behind `vllm-pd serve` and behind vllm-router with v
 On the canned engines also `--streams N` that are open at once, and the memory of `--soak N`
 requests. With `--engines N` instead of all that: so many canned engines with `--streams`, each of
 which gets a token in two seconds, and how long one choice among them takes. With `--answers N`:
-the CPU of an answer, beside `vllm serve`, and beside another checkout's frontend. Needs two cores;
+the CPU of an answer and of an idle second, beside `vllm serve`, and beside another checkout's
+frontend; with `--arms canned` on canned engines, without `vllm serve`. Needs two cores;
 the whole path needs some 10 GB of memory.
 """
 
@@ -24,9 +25,10 @@ from benchmarks.common.client import Prompts
 from benchmarks.common.engines import SMALL_FLAGS
 from benchmarks.common.processes import Cores
 from benchmarks.common.statistics import Row
-from benchmarks.frontend.answers import Answers, start_servers
+from benchmarks.frontend.answer_rows import ON_CANNED, ON_ENGINES
+from benchmarks.frontend.answers import STEP_MS, Answers, start_over_canned, start_servers
 from benchmarks.frontend.arguments import parse_arguments
-from benchmarks.frontend.rows import ANSWERS, CANNED, NOTES, SCALE, SOAK, STREAMS, tables
+from benchmarks.frontend.rows import CANNED, NOTES, SCALE, SOAK, STREAMS, tables
 from benchmarks.frontend.run import (
     ANSWER_TOKENS,
     SCALE_STEP_MS,
@@ -125,11 +127,20 @@ def measure_answers(
     args: argparse.Namespace, folder: Path, stack: ExitStack, keep: Keep
 ) -> list[str]:
     """Measure what an answer costs beside one server alone, and another checkout's frontend."""
-    say("starting three engines and the frontends: one to five minutes")
-    servers = start_servers(models.tiny_llama(), args.against, folder, stack)
-    for row in Answers(servers, Prompts(5), args.prompt_tokens).rows(args.answers, args.repeat):
+    is_canned = args.arms == [CANNED]
+    say("starting the engines and the frontends: one to five minutes")
+    start = start_over_canned if is_canned else start_servers
+    answers = Answers(
+        start(models.tiny_llama(), args.against, folder, stack), Prompts(5), args.prompt_tokens
+    )
+    for row in answers.rows(args.answers, args.repeat, args.idle_seconds):
         keep(row)
-    return notes(ANSWERS, prompt=args.prompt_tokens, number=args.answers)
+    note = ON_CANNED if is_canned else ON_ENGINES
+    return [
+        note.format(
+            prompt=args.prompt_tokens, number=args.answers, idle=args.idle_seconds, step=STEP_MS
+        )
+    ]
 
 
 def measure_whole_path(

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   python -m benchmarks.frontend --arms canned --workers 2 --concurrency 64,256
   python -m benchmarks.frontend --arms pdplugin,nixl --requests 400 --repeat 7
   python -m benchmarks.frontend --answers 100 --against ../before --repeat 15 --json FILE
+  python -m benchmarks.frontend --answers 40 --against ../before --repeat 24 --arms canned
   python -m benchmarks.frontend --engines 1000 --streams 10000 --json FILE
 """
 
@@ -101,7 +102,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
-    part = parser.add_argument_group("CPU of an answer, on real engines")
+    part = parser.add_argument_group("CPU of an answer, on real engines or (--arms canned) not")
     part.add_argument(
         "--answers", type=int, metavar="N",
         help="only: of so many answers a turn, beside `vllm serve` (not)",
@@ -109,6 +110,10 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--against", type=Path, metavar="FOLDER",
         help="with --answers: also the frontend of another checkout",
+    )  # fmt: skip
+    part.add_argument(
+        "--idle-seconds", type=float, default=60.0, metavar="SECONDS",
+        help="with --answers: for how long idle servers are watched (%(default)g)",
     )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ def add_path(parser: argparse.ArgumentParser) -> None:
 def mistake_in(args: argparse.Namespace) -> str | None:
     """Say what cannot be measured; None where all can."""
     counts = (args.repeat, args.workers, args.prompt_tokens, args.requests, args.path_concurrency)
-    times = (args.seconds, args.stream_seconds, args.step_ms)
+    times = (args.seconds, args.stream_seconds, args.step_ms, args.idle_seconds)
     if min(counts) < 1 or min(times) <= 0:
         return "times must be above 0, numbers 1 or more"
     if args.prompt_tokens > MAX_PROMPT_TOKENS:

@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.common.output import markdown
 from benchmarks.common.statistics import (
-    MIN_PAIRS,
     Row,
     median,
-    median_interval,
     percentile,
     quartiles,
     ratio,
 )
+from benchmarks.frontend.answer_rows import ANSWERS, answers_table
 from benchmarks.frontend.load import Window
 
-CANNED, STREAMS, SOAK, SCALE, ANSWERS = "canned", "streams", "soak", "scale", "answers"
+CANNED, STREAMS, SOAK, SCALE = "canned", "streams", "soak", "scale"
 """Arms without engines; the others are named after what answers."""
 
 NOTES = {
@@ -53,13 +52,6 @@ NOTES = {
         "first was opened.",
         "Time of a choice: the frontend's own pool, prefix index and rules in one process, with as "
         "many engines and streams and no connections (`benchmarks.frontend.routing`).",
-    ),
-    ANSWERS: (
-        "Answers: tiny-llama, {prompt} random tokens in, 64 out, streamed, closed loop of 8, "
-        "{number} answers a turn; the servers take turns, in an order that rotates. The frontends "
-        "are over the same prefill and decode engine and hand everything off; `vllm serve` answers "
-        "alone. CPU is user and system time of the process that faces clients, without the "
-        "engines'. `before` is another checkout's frontend over these engines.",
     ),
     "engines": (
         "Whole path: tiny-llama on a prefill and a decode engine, {prompt} random tokens in, "
@@ -243,40 +235,10 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, str]]:
         (STREAMS, "Streams open at once", _streams_table),
         (SOAK, "Memory over many requests", _soak_table),
         (SCALE, "Many engines, many streams", _scale_table),
-        (ANSWERS, "CPU of an answer in the process that faces clients", _answers_table),
+        (ANSWERS, "CPU of an answer in the process that faces clients", answers_table),
         ("engines", "CPU of all that stands before the engine cores", _engines_table),
     )
     return [(title, make(by_kind[kind])) for kind, title, make in known if kind in by_kind]
-
-
-def answers_row(server: str, samples: Sequence[float]) -> Row:
-    """samples: CPU of an answer in ms, of each turn."""
-    low, high = quartiles(samples)
-    return {
-        "arm": ANSWERS, "server": server, "n": len(samples), "cpu_ms": median(samples),
-        "cpu_ms_low": low, "cpu_ms_high": high, "samples_ms": list(samples),
-    }  # fmt: skip
-
-
-def _answers_table(rows: Sequence[Row]) -> str:
-    ours = rows[0]["samples_ms"]
-    lines = []
-    for row in rows:
-        over = ""
-        if row is not rows[0]:
-            ratios = [mine / its for mine, its in zip(ours, row["samples_ms"], strict=True)]
-            middle, low, high = quartiles_or_interval(ratios)
-            over = f"{middle:.3f} ({low:.3f} to {high:.3f})"
-        lines.append((row["server"], str(row["n"]), _spread(row, "cpu_ms"), over))
-    head = ("server", "n", "CPU ms an answer (quartiles)", f"{rows[0]['server']} ÷ it (95 %)")
-    return markdown(head, lines)
-
-
-def quartiles_or_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median of ratios with its 95 % interval, or quartiles where they are too few."""
-    if len(ratios) >= MIN_PAIRS:
-        return median_interval(ratios)
-    return (median(ratios), *quartiles(ratios))
 
 
 def _spread(row: Row, name: str, form: str = ".2f") -> str:

@@ -88,9 +88,26 @@ def start_site(
     Raises:
         EngineError: a process did not start.
     """
-    (token,) = AutoTokenizer.from_pretrained(model)(WORD, add_special_tokens=False).input_ids
     servers: list[Engine] = []
     stack.callback(stop_all, servers)
+    token, arguments = start_canned(model, step_ms, folder, servers, num_engines)
+    prefill, decode = servers
+    if workers > 1:
+        arguments += ["--workers", str(workers)]
+    frontend = start_frontend("serve", model, arguments, folder=folder)
+    servers.append(frontend)
+    for server in servers:
+        server.wait_until_ready()
+    _wait_until_all_listen(frontend, workers)
+    return Site(frontend, (prefill, decode), workers, token, WORD.encode())
+
+
+def start_canned(
+    model: Path, step_ms: float, folder: Path, servers: list[Engine], num_engines: int = 2
+) -> tuple[int, list[str]]:
+    """Start canned engines; return the token that they write, and the arguments of a frontend over
+    them. servers: gets their two processes; else see ``start_site``."""
+    (token,) = AutoTokenizer.from_pretrained(model)(WORD, add_special_tokens=False).input_ids
     arguments = ["--local-below", "0", "--disable-uvicorn-access-log"]
     num_prefill = max(1, num_engines // PREFILLS_OF)
     for role, step, number in (
@@ -107,15 +124,7 @@ def start_site(
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         servers.append(Engine(f"canned {role}", urls[0], model.name, process, log))
         arguments += [f"--{role}", *urls]
-    prefill, decode = servers
-    if workers > 1:
-        arguments += ["--workers", str(workers)]
-    frontend = start_frontend("serve", model, arguments, folder=folder)
-    servers.append(frontend)
-    for server in servers:
-        server.wait_until_ready()
-    _wait_until_all_listen(frontend, workers)
-    return Site(frontend, (prefill, decode), workers, token, WORD.encode())
+    return token, arguments
 
 
 def _wait_until_all_listen(frontend: Engine, workers: int) -> None:

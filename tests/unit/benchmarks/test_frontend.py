@@ -37,6 +37,7 @@ def test_quick_is_small_but_for_what_is_given(monkeypatch: pytest.MonkeyPatch) -
         "--streams 1000 --soak 20000 --json results/frontend.json",
         "--arms canned --workers 2 --concurrency 64,256",
         f"--answers 100 --against {HERE} --repeat 15 --json FILE",
+        f"--answers 40 --against {HERE} --repeat 24 --arms canned",
         "--engines 1000 --streams 10000 --json FILE",
     ],
 )
@@ -49,6 +50,7 @@ def test_what_the_examples_show_is_allowed(monkeypatch: pytest.MonkeyPatch, word
     [
         ("--repeat 0", "numbers 1 or more"),
         ("--seconds 0", "times must be above 0"),
+        ("--answers 1 --idle-seconds 0", "times must be above 0"),
         ("--prompt-tokens 2001", "2000 or less"),
         ("--answers 0", "--answers must be"),
         (f"--against {HERE}", "goes with --answers"),

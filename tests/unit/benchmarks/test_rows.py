@@ -10,6 +10,7 @@ import pytest
 from benchmarks.common.client import RequestFailed
 from benchmarks.common.statistics import Row
 from benchmarks.frontend import rows as frontend_rows
+from benchmarks.frontend.answer_rows import answers_row
 from benchmarks.frontend.load import Reading
 from benchmarks.frontend.rows import Run
 from benchmarks.handoff import criterion as handoff_criterion
@@ -175,15 +176,15 @@ def test_the_frontend_tables_are_those_there_are_rows_for() -> None:
 
 def test_what_an_answer_costs_is_compared_turn_by_turn() -> None:
     rows = [
-        frontend_rows.answers_row("ours", [2.0] * 7 + [9.0]),
-        frontend_rows.answers_row("before", [4.0] * 8),
-        frontend_rows.answers_row("alone", [1.0] * 7 + [4.5]),
+        answers_row("ours", [2.0] * 7 + [9.0], 3.0),
+        answers_row("before", [4.0] * 8, 2.0),
+        answers_row("alone", [1.0] * 7 + [4.5], 1.25),
     ]
     ((_, table),) = frontend_rows.tables(rows)
     ours, before, alone = table.splitlines()[2:]
     assert ours.split("|")[1:4] == [" ours ", " 8 ", " 2.00 (2.00 to 2.00) "]
     assert before.split("|")[4].startswith(" 0.500 (0.500 to")
-    assert alone.split("|")[4] == " 2.000 (2.000 to 2.000) "
+    assert alone.split("|")[4:6] == [" 2.000 (2.000 to 2.000) ", " 1.2 "]
 
 
 def test_streams_and_soak_have_tables_of_their_own() -> None:
