@@ -249,7 +249,7 @@ class Course:
         attempt = self._latest
         if attempt is None or not attempt.has(leg):
             return
-        # Of what follows, each token of each stream pays what comes before it is given out.
+        # Each token of each stream comes by here: what is rare is asked for where it can be so.
         finish = output.finish_reason
         failure = None if finish is None else _FAILURES.get(finish)
         if failure is None:
