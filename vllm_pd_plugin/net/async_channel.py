@@ -135,7 +135,7 @@ class AsyncDealer:
 
         It is asked for first: the exception that else says so takes thrice as long.
         """
-        if self._socket.closed or not self._socket.getsockopt(zmq.EVENTS) & _POLLIN:
+        if self._socket.closed or not int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN:
             return False
         self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
         return True
