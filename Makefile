@@ -100,6 +100,7 @@ test-minors: setup $(MINOR_SETUPS)
 
 test-matrix: setup
 	@$(BIN)/python -m tests.models tiny-llama tiny-gemma3 tiny-mla
+	$(BIN)/python -m tests.mapping --examples 20000
 	$(BIN)/python -m tests.matrix --json benchmarks/results/matrix.json
 	@$(MAKE) compatibility
 
