@@ -220,7 +220,7 @@ def describe(
                 dtype=dtype,
                 block_strides=tuple(strides),
                 parts=parts,
-                model_heads=_model_heads(vllm_config, spec),
+                model_heads=_model_heads(vllm_config, spec, shape[0] if len(shape) > 2 else 1),
                 channels=_channels(vllm_config, spec),
             )
         )
@@ -246,11 +246,17 @@ def _without_layers(group: KVCacheGroupSpec) -> Group:
     return Group(kind, spec.block_size, window, (), (1,), "")
 
 
-def _model_heads(vllm_config: VllmConfig, spec: KVCacheSpec) -> int:
-    """Return how many KV heads the whole model has, in the layers of a group."""
+def _model_heads(vllm_config: VllmConfig, spec: KVCacheSpec, heads: int) -> int:
+    """Return how many KV heads the whole model has, in the layers of a group.
+
+    heads: on this rank. Layers that do not have what the configuration says of all are taken to be
+        divided, and not repeated.
+    """
     if isinstance(spec, MLAAttentionSpec):
         return 1
-    return int(vllm_config.model_config.get_total_num_kv_heads())
+    total = int(vllm_config.model_config.get_total_num_kv_heads())
+    tp_size = vllm_config.parallel_config.tensor_parallel_size
+    return total if heads == max(1, total // tp_size) else heads * tp_size
 
 
 def _of_bytes(
