@@ -109,6 +109,10 @@ class Producer:
         """A rank of a consumer of as many ranks as are here, which reads from its counterpart."""
         return self.answering.subscribe(wire.Subscribe(handoff, rank, self.num_ranks, (rank,)), who)
 
+    def pack(self, pack: wire.Pack | wire.Gather) -> wire.Message:
+        """Rank 0 of the consumer wants a piece."""
+        return self.answering.pack(pack, RANK_0.incarnation)
+
     def commit(
         self,
         handoff: HandoffId,

@@ -61,7 +61,7 @@ class FakeTransport:
         self._fabric.transports[self.name] = self
         return self.name.encode()
 
-    def add_peer(self, metadata: bytes) -> PeerName:
+    def add_peer(self, metadata: bytes, beside: PeerName | None = None) -> PeerName:
         peer = PeerName(metadata.decode())
         if peer not in self._fabric.transports:
             raise PeerError(Reason.PEER_INCOMPATIBLE, f"no transport is called {peer}")

@@ -78,7 +78,7 @@ class MappedTransport:
         rows = [(address, size, self._memory.export(address)) for address, size in spans]
         return json.dumps(rows).encode()
 
-    def add_peer(self, metadata: bytes) -> PeerName:
+    def add_peer(self, metadata: bytes, beside: PeerName | None = None) -> PeerName:
         rows = json.loads(metadata)
         spans = tuple((there, size, self._memory.open(how)) for there, size, how in rows)
         name = PeerName(f"peer-{next(self._numbers)}")

@@ -62,6 +62,12 @@ def refuse_bad_config(vllm_config: VllmConfig, options: Mapping[str, Any]) -> No
     require_supported_vllm()
     config = PdConfig.parse(options, os.environ)
     refuse_composition(vllm_config.kv_transfer_config)
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if len(_parts(vllm_config.kv_transfer_config)) > 1 and stages > 1:
+        raise UnsupportedError(
+            f"--pipeline-parallel-size={stages} is not supported beside another connector of "
+            f"{MULTI}: those do not tell its stages apart; leave them out, or use 1"
+        )
     if len(_parts(vllm_config.kv_transfer_config)) > 1 and config.narrowest is not Codec.RAW:
         raise UnsupportedError(
             f"codec and lossy_max allow lossy codecs beside another connector of {MULTI}, which "

@@ -264,6 +264,8 @@ class ConsumingRequests:
             consuming.note_codec(self._provenance, codec)
             if lacks_tokens and self._provenance is not None:
                 self._provenance.disown(consuming.request)
+                # Nor may it find them itself, when it is preempted and begins anew.
+                consuming.request.skip_reading_prefix_cache = True
         if came and consuming.seeds:
             self._seed(consuming, sampled)
         retries = failed and self._recomputes and consuming.stage is not Stage.FINISHED

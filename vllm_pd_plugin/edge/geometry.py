@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from vllm.platforms import current_platform
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -51,6 +53,14 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"{flag}={size} is not supported by pdplugin yet; use 1 "
                 "(tensor, pipeline and data parallelism are)"
             )
+    staged = parallel.pipeline_parallel_size > 1
+    is_old_ray = os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "0"
+    if staged and is_old_ray and parallel.distributed_executor_backend == "ray":
+        raise UnsupportedError(
+            "--pipeline-parallel-size with VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is not supported by "
+            "pdplugin: that executor tells of the last stage only; leave the variable out, or use "
+            "--distributed-executor-backend mp"
+        )
     model = vllm_config.model_config
     if model is not None and (model.is_encoder_decoder or model.is_attention_free):
         raise UnsupportedError(
@@ -273,13 +283,15 @@ def _of_bytes(
         for layer in layers
         for kind in ("k", "v")
     ]
+    if current_platform.is_fp8_fnuz():
+        return f"{FP8}fnuz", ()
     return (FP8, parts) if set(scales) == {1.0} else (f"{FP8} with scales", ())
 
 
 def refuse_unencodable(layout: RankLayout, narrowest: Codec) -> None:
     """Refuse lossy codecs for a KV cache that they cannot write down. Raises UnsupportedError."""
     for group in layout.groups:
-        if narrowest is not Codec.RAW and not group.is_encodable:
+        if narrowest is not Codec.RAW and group.layers and not group.is_encodable:
             raise UnsupportedError(
                 f"codec or lossy_max {narrowest} cannot be used with a KV cache of {group.dtype} "
                 f"and shape {group.block_shape}; use codec=raw, or a cache of float32, bfloat16 or "

@@ -92,7 +92,7 @@ class ProducingRequests:
         self._num_layers = [len(layout.layers) for layout, _ in stages]
         self._has_windows = any(group.window is not None for group in stages[0][0].groups)
         self._layer_bytes_per_token = [
-            _bytes_per_token(*stage) / len(stage[0].layers) for stage in stages
+            _bytes_per_token(*stage) / max(1, len(stage[0].layers)) for stage in stages
         ]
 
     def __len__(self) -> int:

@@ -78,11 +78,12 @@ def check_memory(kv_cache: EngineKvCache, ranks: Sequence[RankMemory], whose: st
             f"{kv_cache.tensor_parallel_size} and {kv_cache.pipeline_parallel_size} pipeline "
             f"stages make {kv_cache.num_ranks}"
         )
+    pages_of = [
+        [group.layout.page_bytes for group in kv_cache.groups for _ in group.layout.layers[stage]]
+        for stage in range(kv_cache.pipeline_parallel_size)
+    ]
     for rank, memory in enumerate(ranks):
-        stage = rank // kv_cache.tensor_parallel_size
-        pages = [
-            group.layout.page_bytes for group in kv_cache.groups for _ in group.layout.layers[stage]
-        ]
+        pages = pages_of[rank // kv_cache.tensor_parallel_size]
         if len(memory.regions) != len(pages):
             raise incompatible(
                 f"{whose} rank {rank} has {len(memory.regions)} regions for {len(pages)} layers"

@@ -49,6 +49,13 @@ class Direct:
         run = Run(0, 0, 0, 0, layout.page_bytes)
         return cls(layout.block_tokens, layout.block_tokens, layout.block_tokens, (run,))
 
+    @property
+    def is_by_block(self) -> bool:
+        """Whether each of their blocks is one run, and becomes one of ours."""
+        return self.source_block_tokens == self.block_tokens and [run[:4] for run in self.runs] == [
+            (0, 0, 0, 0)
+        ]
+
     def cover(self, tokens: range) -> range:
         """Return the tokens of the whole chunks that are read for some tokens."""
         chunk = self.chunk_tokens

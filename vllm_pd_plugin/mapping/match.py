@@ -190,10 +190,13 @@ class _Pair:
         there, here = self.there.layout, self.here.layout
         if not there.parts or not here.parts:
             return self._whole(heads_there, heads_here)
-        return find_direct(
+        found = find_direct(
             Heads(there, heads.start - heads_there.start, len(heads)),
             Heads(here, heads.start - heads_here.start, len(heads)),
         )
+        if found is None and heads_there == heads_here == heads and there.is_like(here):
+            return Direct.of_whole_pages(here)
+        return found
 
     def slab(self, num_heads: int) -> Slab | None:
         """Return how so many heads are written down, where what is in the pages is known."""

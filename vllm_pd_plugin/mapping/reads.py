@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vllm_pd_plugin.errors import HandoffError, Reason
 from vllm_pd_plugin.ids import NULL_BLOCK, BlockId
+from vllm_pd_plugin.mapping.direct import Direct
 from vllm_pd_plugin.mapping.match import Share
 from vllm_pd_plugin.memory.layout import BlockTables, Region
 from vllm_pd_plugin.net.transport import ReadPlan
@@ -38,6 +39,8 @@ def plan_reads(
     """
     direct = share.direct
     assert direct is not None
+    if direct.is_by_block:
+        return _plan_blocks(share, direct, tokens, source, local)
     runs = np.array(direct.runs, dtype=np.uint64)  # [runs, fields of Run]
     lengths = runs[:, 4]
     columns: list[tuple[_Numbers, _Numbers, _Numbers]] = []
@@ -56,10 +59,61 @@ def plan_reads(
         remote = _addresses(source[1][there], their_chunks, runs[:, 0], runs[:, 1])
         ours = _addresses(local[1][here], our_chunks, runs[:, 2], runs[:, 3])
         columns.append((ours, remote, np.tile(lengths, len(their_chunks.blocks))))
+    together = _together(columns)
+    if not columns:
+        return together
+    return _merged(together.local, together.remote, together.num_bytes)
+
+
+def _plan_blocks(
+    share: Share,
+    direct: Direct,
+    tokens: Sequence[range],
+    source: tuple[BlockTables, Sequence[Region]],
+    local: tuple[BlockTables, Sequence[Region]],
+) -> ReadPlan:
+    """The same, from block to block: layers mostly need the same, and runs of blocks are looked for
+    once."""
+    num_bytes = np.uint64(direct.runs[0].num_bytes)
+    columns: list[tuple[_Numbers, _Numbers, _Numbers]] = []
+    known: dict[range, tuple[_Numbers, _Numbers, NDArray[np.intp], _Numbers]] = {}
+    for wanted, there, here in zip(tokens, share.source_regions, share.regions, strict=True):
+        if not wanted:
+            continue
+        if wanted not in known:
+            chunks = direct.chunks(wanted)
+            theirs = _chunks(source[0][share.source_group], chunks, 1, "the peer's").blocks
+            ours = _chunks(local[0][share.group], chunks, 1, "our").blocks
+            # Their order does not matter to a copy, and vLLM reuses freed blocks backwards.
+            order = np.argsort(theirs)
+            known[wanted] = _runs(ours[order], theirs[order])
+        ours, theirs, starts, lengths = known[wanted]
+        remote, our = source[1][there], local[1][here]
+        _check_bounds(theirs, remote)
+        _check_bounds(ours, our)
+        if remote.stride_bytes == our.stride_bytes == num_bytes:  # neighbouring blocks touch
+            ours, theirs = ours[starts], theirs[starts]
+        else:
+            lengths = np.ones_like(ours)
+        columns.append((_pages(our, ours), _pages(remote, theirs), lengths * num_bytes))
+    return _together(columns)
+
+
+def _runs(
+    ours: _Numbers, theirs: _Numbers
+) -> tuple[_Numbers, _Numbers, NDArray[np.intp], _Numbers]:
+    """Return both, and where each stretch that ascends by one on both sides starts, and how long it
+    is."""
+    breaks = (np.diff(ours) != 1) | (np.diff(theirs) != 1)
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1)).astype(np.intp)
+    return ours, theirs, starts, np.diff(np.append(starts, len(ours))).astype(np.uint64)
+
+
+def _together(columns: Sequence[tuple[_Numbers, _Numbers, _Numbers]]) -> ReadPlan:
     if not columns:
         empty = np.empty(0, np.uint64)
         return ReadPlan(empty, empty, empty)
-    return _merged(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    return ReadPlan(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
 class _Chunks(NamedTuple):
@@ -94,13 +148,21 @@ def _chunks(table: Sequence[BlockId], chunks: range, per_block: int, whose: str)
 
 def _addresses(region: Region, chunks: _Chunks, starts: _Numbers, steps: _Numbers) -> _Numbers:
     """Return where the runs of some chunks begin: chunk after chunk, run after run."""
-    if int(chunks.blocks.max()) >= region.num_blocks:
+    _check_bounds(chunks.blocks, region)
+    pages = _pages(region, chunks.blocks)
+    return (pages[:, None] + starts + chunks.nth[:, None] * steps).ravel()
+
+
+def _check_bounds(blocks: _Numbers, region: Region) -> None:
+    if int(blocks.max()) >= region.num_blocks:
         raise HandoffError(
             Reason.MISSING_BLOCKS,
-            f"block {int(chunks.blocks.max())} lies outside a region of {region.num_blocks} blocks",
+            f"block {int(blocks.max())} lies outside a region of {region.num_blocks} blocks",
         )
-    pages = np.uint64(region.base) + chunks.blocks * np.uint64(region.stride_bytes)
-    return (pages[:, None] + starts + chunks.nth[:, None] * steps).ravel()
+
+
+def _pages(region: Region, blocks: _Numbers) -> _Numbers:
+    return np.uint64(region.base) + blocks * np.uint64(region.stride_bytes)
 
 
 def _merged(local: _Numbers, remote: _Numbers, num_bytes: _Numbers) -> ReadPlan:

@@ -139,5 +139,6 @@ class RankMemory(msgspec.Struct, frozen=True):
 
 
 def _place(layer: str) -> int:
-    numbers = [int(part) for part in layer.split(".") if part.isdigit()]
+    # A peer says what its layers are called.
+    numbers = [int(part) for part in layer.split(".") if part.isdecimal() and len(part) < 10]
     return numbers[0] if numbers else 0

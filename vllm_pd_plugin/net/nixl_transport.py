@@ -98,9 +98,9 @@ class NixlTransport:
             self._spare.set_result(self._new_agent())
         return msgspec.msgpack.encode((self._device, self._lender.get_agent_metadata()))
 
-    def add_peer(self, metadata: bytes) -> PeerName:
+    def add_peer(self, metadata: bytes, beside: PeerName | None = None) -> PeerName:
         try:
-            agent = self._take_agent()
+            agent = self._take_agent() if beside is None else self._remotes[beside].agent
         except Exception as error:
             text = f"NIXL cannot register this engine's own KV cache for another peer: {error}"
             raise PeerError(Reason.NOT_REGISTERED, text) from error

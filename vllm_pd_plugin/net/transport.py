@@ -95,8 +95,11 @@ class Transport(Protocol):
         """Make local memory readable; ``spans`` are (address, bytes). Returns what
         ``add_peer`` needs on the other side."""
 
-    def add_peer(self, metadata: bytes) -> PeerName:
-        """Connect to a peer by what its ``register`` returned. Raises PeerError."""
+    def add_peer(self, metadata: bytes, beside: PeerName | None = None) -> PeerName:
+        """Connect to a peer by what its ``register`` returned. Raises PeerError.
+
+        beside: another rank of its engine, with which it is closed; connecting costs less then.
+        """
 
     def remove_peer(self, peer: PeerName) -> None:
         """Close the connection: no read from that peer writes to local memory afterwards."""

@@ -100,13 +100,15 @@ class BlockCoder:
         It is tried on the first blocks of the first layer, which must not be in use: their KV is
         what a decoder makes of it afterwards.
         """
-        group, plane = self._groups[0], self._planes[0]
+        index = next(index for index, group in enumerate(self._groups) if group.layers)
+        group, plane = self._groups[index], self._planes[0]
         block_bytes = plane[0].numel() * plane.element_size()
         count = max(1, min(len(plane) - 1, _TRIAL_BYTES // block_bytes))
         positions = range(count)
         stretch = (positions, *(range(0) for _ in self._planes[1:]))
         piece = self._pieces.piece(stretch, count * group.block_tokens, codec)
-        tables = [list(range(1, count + 1)), *([] for _ in self._groups[1:])]
+        tables: list[list[int]] = [[] for _ in self._groups]
+        tables[index] = list(range(1, count + 1))
         fits = piece.num_bytes <= min(len(self._outgoing), len(self._incoming))
         best_s = float("inf")
         for _ in range(_TRIALS if fits else 0):

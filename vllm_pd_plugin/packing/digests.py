@@ -26,6 +26,8 @@ def kv_digest(
     layers = iter(caches)
     for group, table in zip(groups, tables, strict=True):
         planes = [ops.as_plane(next(layers)) for _ in group.layers]
+        if not planes:  # another pipeline stage has them
+            continue
         blocks = [table[i] for i in group.needed_blocks(first_token, num_tokens)]
         digests.append(
             ops.digest_blocks(

@@ -63,6 +63,8 @@ def checked_heads(pieces: Pieces, gather: Gather, tables: BlockTables) -> HeadsP
     group = layout.groups[gather.group]
     first = sum(len(other.layers) for other in layout.groups[: gather.group])
     of_group = range(first, first + len(group.layers))
+    if len(set(gather.regions)) != len(gather.regions) or len(gather.regions) > len(of_group):
+        raise HandoffError(Reason.MISSING_BLOCKS, "a layer is wanted twice")
     if heads.stop > group.heads or any(region not in of_group for region in gather.regions):
         raise HandoffError(
             Reason.MISSING_BLOCKS,
@@ -73,8 +75,6 @@ def checked_heads(pieces: Pieces, gather: Gather, tables: BlockTables) -> HeadsP
         raise HandoffError(
             Reason.INTERNAL, f"this KV cache of {group.dtype} cannot be written as {gather.dtype}"
         )
-    if len(set(gather.regions)) != len(gather.regions):
-        raise HandoffError(Reason.MISSING_BLOCKS, "a layer is wanted twice")
     blocks = blocks_at(tables[gather.group], positions_of(group, tokens))
     if max(blocks) >= min(regions[region].num_blocks for region in gather.regions):
         raise HandoffError(Reason.MISSING_BLOCKS, "a block lies outside its region")

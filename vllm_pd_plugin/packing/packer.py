@@ -60,8 +60,8 @@ class Coder(Protocol):
         """Return the digest of a piece that was read."""
 
 
-_Key = tuple[HandoffId, int, int]
-"""The handoff, the consumer's rank, and its number for the piece."""
+_Key = tuple[HandoffId, Incarnation, int, int]
+"""The handoff, who wants it and as which rank, and its number for the piece."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -125,8 +125,9 @@ class Packer:
 
     def unstage(self, unstage: wire.Unstage) -> None:
         """A piece is not needed any more, or none of a handoff's."""
-        which = unstage.rank, unstage.number
-        self._forget(lambda key: key[0] == unstage.handoff_id and which in ((None, None), key[1:]))
+        which = unstage.consumer, unstage.rank, unstage.number
+        nobody = (None, None, None)
+        self._forget(lambda key: key[0] == unstage.handoff_id and which in (nobody, key[1:]))
 
     def clear(self) -> None:
         """This engine hands nothing off any more: no piece is needed."""
@@ -265,11 +266,11 @@ class Packer:
 
 
 def _key(stage: wire.Stage) -> _Key:
-    return stage.pack.handoff_id, stage.pack.rank, stage.pack.number
+    return stage.pack.handoff_id, stage.consumer, stage.pack.rank, stage.pack.number
 
 
 def _answer(
     stage: wire.Stage, packed: wire.Packed | None, reason: Reason | None = None
 ) -> wire.Staged:
     pack = stage.pack
-    return wire.Staged(pack.handoff_id, pack.rank, pack.source_rank, packed, reason)
+    return wire.Staged(pack.handoff_id, stage.consumer, pack.rank, pack.source_rank, packed, reason)

@@ -6,6 +6,7 @@ Nothing here sends: the methods return what is to be sent.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import HandoffId, Incarnation
@@ -14,6 +15,9 @@ from vllm_pd_plugin.protocol.export import Export, Subscriber
 from vllm_pd_plugin.protocol.export_states import ExportEvent, ExportState
 from vllm_pd_plugin.protocol.exports import ExportTable
 from vllm_pd_plugin.protocol.outbox import Answer, ReturnAddress
+
+_MOST_RANKS = 4096
+"""Of a consumer."""
 
 
 class Answering:
@@ -40,16 +44,19 @@ class Answering:
         export = self._exports.live(subscribe.handoff_id)
         if isinstance(export, wire.Refuse):
             return export
-        ranks = subscribe.source_ranks
+        ranks, num_ranks = subscribe.source_ranks, subscribe.num_ranks
         is_sound = (
-            subscribe.rank < subscribe.num_ranks == (export.num_subscribers or subscribe.num_ranks)
-            and ranks
-            and max(ranks) < self._exports.num_ranks
+            subscribe.rank < num_ranks == (export.num_subscribers or num_ranks) <= _MOST_RANKS
+            and 0 < len(ranks) <= self._exports.num_ranks
+            and all(one < other for one, other in pairwise((*ranks, self._exports.num_ranks)))
         )
         if not is_sound:
             return wire.Refuse(subscribe.handoff_id, Reason.MISSING_BLOCKS)
         self._exports.renew(export)
-        export.num_subscribers = subscribe.num_ranks
+        export.num_subscribers = num_ranks
+        before = export.subscribers.get(subscribe.rank)
+        if before is not None and before.who.incarnation != who.incarnation:
+            export.committed.discard(subscribe.rank)  # another has taken its place
         subscriber = export.subscribers[subscribe.rank] = Subscriber(who, ranks)
         return export.tell(subscriber)
 
@@ -97,9 +104,9 @@ class Answering:
         return wire.Committed(commit.handoff_id, commit.epoch, commit.is_last)
 
     def pack(
-        self, pack: wire.Pack | wire.Gather
+        self, pack: wire.Pack | wire.Gather, consumer: Incarnation
     ) -> wire.Stage | wire.Progress | wire.Seal | wire.Refuse:
-        """Answer a rank that wants a piece with what a rank here is to pack.
+        """Answer a rank that wants a piece with what a rank here is to pack. consumer: who asks.
 
         A rank that asks about an earlier epoch is told how things stand instead."""
         export = self._of_epoch(pack)
@@ -109,8 +116,6 @@ class Answering:
         if pack.source_rank >= self._exports.num_ranks or num_tokens > export.num_tokens:
             return wire.Refuse(pack.handoff_id, Reason.MISSING_BLOCKS)
         export.packing_ranks.add(pack.source_rank)
-        subscriber = export.subscribers.get(pack.rank)
-        consumer = subscriber.who.incarnation if subscriber else Incarnation("")
         return wire.Stage(pack, tuple(tuple(table) for table in export.blocks), consumer)
 
     def staged(self, staged: wire.Staged) -> Answer | None:
@@ -120,7 +125,7 @@ class Answering:
         if isinstance(export, wire.Refuse):
             return None
         subscriber = export.subscribers.get(staged.rank)
-        if subscriber is None:
+        if subscriber is None or subscriber.who.incarnation != staged.consumer:
             return None
         if staged.packed is None:
             return subscriber.who, wire.Refuse(staged.handoff_id, staged.reason or Reason.INTERNAL)

@@ -214,9 +214,11 @@ class ControlPlane:
             case wire.Check():
                 return self._ask_worker(message.source_rank, self._answering.check(message))
             case wire.Pack() | wire.Gather():
-                return self._ask_worker(message.source_rank, self._answering.pack(message))
+                stage = self._answering.pack(message, who.incarnation)
+                return self._ask_worker(message.source_rank, stage)
             case wire.Unpacked(handoff_id, rank, source_rank, number):
-                self._unstage(source_rank, wire.Unstage(handoff_id, rank, number))
+                unstage = wire.Unstage(handoff_id, who.incarnation, rank, number)
+                self._unstage(source_rank, unstage)
                 return None
             case wire.Cancel(handoff_id):
                 self._answering.cancel(handoff_id)
@@ -255,7 +257,7 @@ class ControlPlane:
             self._reply(*answer)
         elif staged.packed is not None:
             number = staged.packed.number
-            unstage = wire.Unstage(staged.handoff_id, staged.rank, number)
+            unstage = wire.Unstage(staged.handoff_id, staged.consumer, staged.rank, number)
             self._unstage(staged.source_rank, unstage)
 
     def _unstage(self, rank: int, unstage: wire.Unstage) -> None:

@@ -309,8 +309,7 @@ class Examined(msgspec.Struct, frozen=True, array_like=True, tag="examined"):
 
 class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
     """Inside one engine, the control plane to a worker rank: a piece is wanted; answered by Staged,
-    when there is room for it. consumer: the incarnation of who wants it; those that
-    have none yet share one turn."""
+    when there is room for it. consumer: the incarnation of who wants it."""
 
     pack: Pack | Gather
     tables: tuple[tuple[BlockId, ...], ...]
@@ -320,11 +319,12 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, tag="stage"):
 class Staged(msgspec.Struct, frozen=True, array_like=True, tag="staged"):
     """Inside one engine, a worker rank to its own control plane; not answered.
 
-    rank, source_rank: whose it is, and which rank this is.
+    consumer, rank: whose it is. source_rank: which rank this is.
     packed: None when the piece cannot be made, for ``reason``.
     """
 
     handoff_id: HandoffId
+    consumer: Incarnation
     rank: Count
     source_rank: Count
     packed: Packed | None
@@ -333,9 +333,10 @@ class Staged(msgspec.Struct, frozen=True, array_like=True, tag="staged"):
 
 class Unstage(msgspec.Struct, frozen=True, array_like=True, tag="unstage"):
     """Inside one engine, the control plane to a worker rank: a rank of the consumer does not need a
-    piece any more; without rank and number, nobody needs any of the handoff's. Not answered."""
+    piece any more; without all but the first, nobody needs any of the handoff's. Not answered."""
 
     handoff_id: HandoffId
+    consumer: Incarnation | None = None
     rank: Count | None = None
     number: Count | None = None
 

@@ -179,7 +179,7 @@ class PeerReads:
         descriptor_bytes = _mean_bytes(plans)
         asked, shares = self.pieces.cut(self.stretches, stretch, descriptor_bytes)
         pending: list[Pending] = [ToPack(one, descriptor_bytes) for one in asked]
-        if shares == direct:
+        if shares and shares == self.remote.route.shares:
             pending += self._in_reads(plans)
             pending += (ToPlan(part, shares) for part in others)
         elif shares:
@@ -209,8 +209,9 @@ class PeerReads:
         self._post(read, plan)
 
     def _post(self, read: Read, plan: ReadPlan) -> None:
+        name = self.remote.name(read.source_rank)  # to connect is not the link's time
         read.posted_at = self._clock()
-        read.handle = self._transport.post_read(self.remote.name(read.source_rank), plan)
+        read.handle = self._transport.post_read(name, plan)
         self.counts.posted(plan, read.kv_bytes, read.asked is not None)
 
     def _arrived(self, read: Read) -> None:

@@ -193,7 +193,8 @@ class PeerSource:
         names = self._names.setdefault(peer.address, {})
         if source_rank not in names:
             metadata = peer.welcome.ranks[source_rank].transport_metadata
-            names[source_rank] = self._rank.transport.add_peer(metadata)
+            beside = next(iter(names.values()), None)
+            names[source_rank] = self._rank.transport.add_peer(metadata, beside)
         return names[source_rank]
 
     def drop(self, peer: Peer, error: PeerError) -> None:

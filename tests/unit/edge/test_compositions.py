@@ -45,7 +45,10 @@ def multi(*parts: str | dict[str, Any], **more: Any) -> KVTransferConfig:
 
 
 def config(transfer: KVTransferConfig | None) -> Any:
-    return SimpleNamespace(kv_transfer_config=transfer)
+    return SimpleNamespace(
+        kv_transfer_config=transfer,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
 
 
 OPTIONS = {"port": 7000}

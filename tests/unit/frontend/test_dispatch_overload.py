@@ -229,3 +229,24 @@ def test_while_no_engine_is_there_a_thousand_requests_may_wait_for_one() -> None
         assert world.dispatch.refuse(1) == TurnedAway(Refusal.OVERLOADED)
 
     run(story)
+
+
+def test_an_engine_of_a_large_pool_that_is_free_again_is_found_though_nobody_waited() -> None:
+    """Engines that were found full are not drawn again before something happens on them."""
+
+    async def story(world: World) -> None:
+        world.engine("p", Role.PREFILL)
+        engines = [world.engine(f"d{number}", Role.DECODE) for number in range(64)]
+        load: Any = world.dispatch.loaded
+        for each in engines:
+            load(each, State(EngineLoad(running=10_000), 0))
+        world.add("in vain")
+        world.dispatch.abort(["in vain"])
+        assert not world.dispatch.num_waiting
+        for free in engines[::16]:
+            load(free, State(EngineLoad(), 0))
+            world.add(f"for {free.url}")
+            assert free.sent == [f"for {free.url}-1d"]
+            load(free, State(EngineLoad(running=10_000), 0))
+
+    run(story)

@@ -24,9 +24,12 @@ ROOM = 4 * ALIGNMENT
 TABLE = tuple(range(1, 9))
 
 
-def unstage(handoff_id: HandoffId, number: int | None) -> wire.Unstage:
-    """What tells that rank 0 does not need a piece any more, or nobody any of a handoff's."""
-    return wire.Unstage(handoff_id, None if number is None else 0, number)
+def unstage(handoff_id: HandoffId, number: int | None, consumer: str = "consumer") -> wire.Unstage:
+    """What tells that rank 0 of a consumer does not need a piece any more, or nobody any of a
+    handoff's."""
+    if number is None:
+        return wire.Unstage(handoff_id)
+    return wire.Unstage(handoff_id, Incarnation(consumer), 0, number)
 
 
 class Rank:
@@ -79,7 +82,7 @@ def test_a_piece_is_written_down_and_its_place_told(rank: Rank) -> None:
     staged = rank.packer.turn()
     size = 2 * 2 * BLOCK_BYTES
     packed = wire.Packed(A, 3, 7, 0, size, b"")
-    assert staged == wire.Staged(A, 0, 0, packed, None)
+    assert staged == wire.Staged(A, Incarnation("consumer"), 0, 0, packed, None)
     content = rank.coder.outgoing[:size].reshape(4, BLOCK_BYTES)
     assert content.tolist() == [[block] * BLOCK_BYTES for block in (1, 2, 1, 2)]
     assert rank.packer.taken_bytes == ALIGNMENT
@@ -129,7 +132,7 @@ def test_consumers_that_do_not_read_leave_room_for_others(rank: Rank) -> None:
     for number in range(4):
         rank.want(C, number, "reads", layers=LARGE, num_tokens=16)
         assert rank.packed() == [(C, number)]
-        rank.packer.unstage(unstage(C, number))
+        rank.packer.unstage(unstage(C, number, "reads"))
     assert rank.packer.taken_bytes == 3 * ALIGNMENT
 
 

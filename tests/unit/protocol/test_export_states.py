@@ -99,7 +99,7 @@ def queued(producer: Producer) -> HandoffId:
     producer.answering.want(handoff, SCHEDULER)
     producer.subscribe(handoff, 0, RANK_0)
     pack = wire.Pack(handoff, 0, 0, 0, 1, Codec.RAW, TOKENS, (), False)
-    assert isinstance(producer.answering.pack(pack), wire.Stage)
+    assert isinstance(producer.pack(pack), wire.Stage)
     return handoff
 
 

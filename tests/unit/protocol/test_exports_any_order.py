@@ -295,7 +295,7 @@ class AnyOrder(RuleBasedStateMachine):
         handoff = self.ids[slot]
         epoch = self.claims[handoff].epoch if handoff in self.claims else 0
         pack = wire.Pack(handoff, epoch, rank, rank, 1, Codec.RAW, TOKENS, (), False)
-        answer = self.answering.pack(pack)
+        answer = self.answering.pack(pack, RANKS[rank].incarnation)
         self.let_time_tell()
         claim = self.live(handoff)
         assert isinstance(answer, wire.Stage) == (claim is not None)

@@ -238,8 +238,8 @@ def test_a_piece_is_given_back_when_the_control_plane_says_so(
     say(network, control, stage_of(1))
     packing.turn()
     assert staging.taken_bytes == ALIGNMENT
-    rank = None if number is None else RANK
-    say(network, control, wire.Unstage(HANDOFF, rank, number))
+    whose = () if number is None else (Incarnation("consumer"), RANK, number)
+    say(network, control, wire.Unstage(HANDOFF, *whose))
     assert staging.taken_bytes == 0
 
 
