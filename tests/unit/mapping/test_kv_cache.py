@@ -113,6 +113,14 @@ def test_a_rank_says_what_the_model_has_and_which_layers_its_stage_has() -> None
     check_description(seen, "our")
 
 
+def test_the_pages_of_a_group_are_as_large_as_its_own_regions_say() -> None:
+    layout = rank_layout((), ("a", "b"), ("c",))
+    regions = [Region(0, 9, size, 4096) for size in (600, 600, 700)]
+    memory = RankMemory(tuple(regions), b"")
+    seen = EngineKvCache.seen_by_rank(layout, memory, RankPlace(0, 0, 2, 2))
+    assert [group.layout.page_bytes for group in seen.groups] == [1, 600, 700]
+
+
 def test_what_ranks_of_all_stages_say_is_what_an_engine_says() -> None:
     stages = [said(rank_layout((name,)), RankPlace(n, 0, 2, 2)) for n, name in enumerate("ab")]
     assert EngineKvCache.merged(stages) == kv_cache(tp=2, stages=(("a",), ("b",)))

@@ -79,10 +79,32 @@ def test_a_rank_with_a_part_of_a_stage_s_layers_has_no_counterpart() -> None:
     ]  # fmt: skip
 
 
+def test_pages_of_other_heads_have_no_counterpart_though_they_are_padded_to_one_size() -> None:
+    one = kv_cache(tp=1)
+    padded = changed(kv_cache(tp=2), layout={"page_bytes": one.groups[0].layout.page_bytes})
+    assert padded.groups[0].layout.is_like(one.groups[0].layout)
+    assert counterparts(one, padded) == [None, None]
+
+
 def test_layers_in_other_groups_have_no_counterpart() -> None:
     one = kv_cache(stages=((A, B),))
     assert counterparts(one, two_groups()) == counterparts(two_groups(), one) == [None]
     assert counterparts(two_groups(), two_groups()) == [0]
+    groups = [kv_cache(stages=stages).groups for stages in (((A, B), ()), ((), (C,)))]
+    divided = [kv_cache(stages=stages).groups for stages in (((A,), ()), ((B,), (C,)))]
+    theirs, ours = (EngineKvCache(1, of[0] + of[1]) for of in (groups, divided))
+    assert counterparts(theirs, theirs) == [0, 1]
+    assert counterparts(theirs, ours) == [None, 1]
+
+
+def test_engines_with_another_number_of_block_tables_have_no_counterpart() -> None:
+    groups = kv_cache(stages=((A, B), ())).groups + kv_cache(stages=((), (C,))).groups
+    assert counterparts(EngineKvCache(1, groups), kv_cache(stages=((A, B),))) == [None]
+
+
+def test_a_rank_without_layers_reads_from_nobody() -> None:
+    route = find_route(kv_cache(), kv_cache(stages=((), (A, B))), 0)
+    assert (route.shares, route.turns, route.counterpart) == ((), (), None)
 
 
 def test_groups_in_another_order_have_no_counterpart() -> None:

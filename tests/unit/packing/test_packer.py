@@ -357,3 +357,54 @@ def test_a_piece_can_be_had_again_after_it_was_given_back(rank: Rank) -> None:
         rank.want(A, 1)
         assert rank.packed() == [(A, 1)]
         rank.packer.unstage(unstage(A, 1))
+
+
+# --- ranks of one consumer, and some heads ----------------------------------------------------
+
+
+def test_ranks_of_a_consumer_may_use_the_same_numbers(rank: Rank) -> None:
+    """Each counts for itself."""
+    rank.want(A, 1, rank=0)
+    rank.want(A, 1, rank=1, layers=LARGE, num_tokens=16)
+    first, second = rank.packer.turn(), rank.packer.turn()
+    assert first is not None
+    assert second is not None
+    assert (first.rank, second.rank) == (0, 1)
+    assert first.packed is not None
+    assert second.packed is not None
+    assert (first.packed.num_bytes, second.packed.num_bytes) == (128, 256)
+    assert first.packed.offset != second.packed.offset
+
+
+def test_what_one_rank_has_read_another_may_still_want(rank: Rank) -> None:
+    rank.want(A, 1, rank=0)
+    rank.want(A, 1, rank=1)
+    assert rank.packed() == [(A, 1), (A, 1)]
+    rank.packer.unstage(wire.Unstage(A, 1, 1))
+    assert rank.packer.taken_bytes == ALIGNMENT
+    rank.want(A, 1, rank=0)
+    assert rank.packer.turn() == wire.Staged(A, 0, 0, wire.Packed(A, 3, 1, 0, 128, b""), None)
+    assert rank.coder.num_encoded == 2, "it is there still"
+    rank.packer.unstage(wire.Unstage(A))
+    assert rank.packer.taken_bytes == 0
+
+
+def test_what_one_rank_does_not_want_any_more_another_gets_all_the_same(rank: Rank) -> None:
+    rank.want(A, 1, rank=0)
+    rank.want(A, 1, rank=1)
+    rank.packer.unstage(wire.Unstage(A, 0, 1))
+    staged = rank.packer.turn()
+    assert staged is not None
+    assert staged.rank == 1
+    assert rank.packer.turn() is None
+
+
+def test_an_answer_says_which_rank_here_it_is_of(rank: Rank) -> None:
+    rank.want(A, 1, source_rank=5)
+    rank.want(A, 2, source_rank=5, layers=())
+    staged = rank.packer.turn()
+    assert staged is not None
+    assert staged.source_rank == 5
+    refused = rank.packer.turn()
+    assert refused is not None
+    assert (refused.source_rank, refused.reason) == (5, Reason.MISSING_BLOCKS)
