@@ -34,17 +34,19 @@ def _layer_kv(prompt: int, layer: int) -> NDArray[np.uint8]:
 class FakeMemory:
     """The KV cache of one rank: for each layer of its layout an array of zeros, 64 blocks long.
 
+    block_bytes: of each layer.
+
     Layers are numbered as their regions are.
     """
 
-    def __init__(self, layout: RankLayout) -> None:
+    def __init__(self, layout: RankLayout, block_bytes: int = BLOCK_BYTES) -> None:
         self.layout = layout
         self.num_layers = len(layout.layers)
         self.caches = [
-            np.zeros((_NUM_BLOCKS, BLOCK_BYTES), np.uint8) for _ in range(self.num_layers)
+            np.zeros((_NUM_BLOCKS, block_bytes), np.uint8) for _ in range(self.num_layers)
         ]
         self.regions = tuple(
-            Region(cache.ctypes.data, _NUM_BLOCKS, BLOCK_BYTES, BLOCK_BYTES)
+            Region(cache.ctypes.data, _NUM_BLOCKS, block_bytes, block_bytes)
             for cache in self.caches
         )
 

@@ -73,6 +73,13 @@ def test_a_word_that_is_none_of_the_allowed_is_refused(
     assert f"allowed are {allowed}" in message
 
 
+def test_fp8_is_allowed_by_a_yes_only() -> None:
+    assert PdConfig.parse({}, {}).allow_fp8 is False
+    assert PdConfig.parse({"allow_fp8": False}, {}).allow_fp8 is False
+    for value in ("true", "yes", 1, 0, None, []):
+        assert refusal({"allow_fp8": value}) == f"allow_fp8={value!r} is neither true nor false"
+
+
 @pytest.mark.parametrize(("name", "value"), [("lossy_max", "raw"), ("lossy_max", "auto")])
 def test_the_narrowest_codec_allowed_is_a_lossy_one_or_none(name: str, value: str) -> None:
     assert f"{name}={value!r}" in refusal({name: value})

@@ -88,24 +88,24 @@ class Keeper:
         self._pool.changed()
 
     def _tell_kinds_apart(self) -> None:
-        """Give engines that can hand KV to each other a kind in common, as far as is known now."""
+        """Give engines that can hand KV to each other a kind in common, as far as is known now.
+
+        Those of a kind that decode are to answer alike; one that only prefills is of the first kind
+        for which its KV can be converted, where none is like it."""
         first_of: list[tuple[Member, KvIdentity]] = []
-        for member in self._pool:
-            if not member.link.is_attached:
-                continue
+        there = [member for member in self._pool if member.link.is_attached]
+        for member in sorted(there, key=lambda member: not member.role.decodes):
             kv = member.link.description.kv
-            like = next(
-                (
-                    first
-                    for first, its_kv in first_of
-                    if first.generation == member.generation
-                    and difference(its_kv, kv, is_strict=True) is None
-                ),
-                member,
-            )
-            if like is member:
+            kinds = [one for one in first_of if one[0].generation == member.generation]
+            goes_with = [
+                first
+                for is_strict in ((True,) if member.role.decodes else (True, False))
+                for first, its_kv in kinds
+                if difference(its_kv, kv, is_strict) is None
+            ]
+            if not goes_with:
                 first_of.append((member, kv))
-            member.kind = str(like.key)
+            member.kind = str(goes_with[0].key if goes_with else member.key)
 
     def _reference(self) -> KvIdentity | None:
         """Return what the pool's KV is: that of the decode engine that was named first, of those

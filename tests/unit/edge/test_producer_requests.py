@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,11 +73,16 @@ class Recorder:
 class Producer:
     """``ProducingRequests`` with what is around them."""
 
-    def __init__(self, stretch_bytes: int = 1, layout: RankLayout = LAYOUT) -> None:
+    def __init__(
+        self,
+        stretch_bytes: int = 1,
+        layout: RankLayout = LAYOUT,
+        stages: Sequence[tuple[RankLayout, RankMemory]] = (),
+    ) -> None:
         self.control = Recorder()
         self.stats = PdStats()
         self.requests = ProducingRequests(stretch_bytes, self._call, self.stats)
-        self.requests.describe([(layout, MEMORY)])
+        self.requests.describe(stages or [(layout, MEMORY)])
         manager: Any = SimpleNamespace(get_block_ids=lambda request_id: TABLE)
         self.requests.bind(manager)
 
@@ -288,3 +293,55 @@ def test_an_id_in_use_for_another_prompt_is_refused(producer: Producer) -> None:
     other = FakeRequest("b", prompt_token_ids=[1, 2, 3], kv_transfer_params=params)
     with pytest.raises(ParamsError, match="in use for another prompt"):
         producer.choose(other)
+
+
+# --- pipeline stages ---------------------------------------------------------------------------
+
+
+def stage(num_layers: int, token_bytes: int = TOKEN_BYTES) -> tuple[RankLayout, RankMemory]:
+    """What one rank of a stage says."""
+    layers = tuple(f"layers.{i}" for i in range(num_layers))
+    region = Region(0, 10, BLOCK_TOKENS * token_bytes, 1024)
+    group = Group("full", BLOCK_TOKENS, None, layers, (1,), "uint8")
+    return RankLayout((group,)), RankMemory((region,) * num_layers, b"")
+
+
+def test_every_stage_says_when_its_own_layers_are_written() -> None:
+    producer = Producer(stages=[stage(3), stage(2)])
+    handoff = producer.add(FakeRequest())
+    announcement = producer.requests.advance({"r": 24})
+    assert announcement is not None
+    assert announcement.after_layers == ((1, 2, 3), (1, 2))
+    ((_, _, advances),) = producer.control.calls
+    assert advances == [Advance(handoff, 0, 24, TABLE, ((1, 2, 3), (1, 2)))]
+
+
+def test_a_stage_whose_layers_are_larger_says_so_more_often() -> None:
+    """Of 24 tokens, two layers are a stretch there, and one is here."""
+    producer = Producer(24 * 2 * TOKEN_BYTES, stages=[stage(4), stage(4, 2 * TOKEN_BYTES)])
+    producer.add(FakeRequest())
+    announcement = producer.requests.advance({"r": 24})
+    assert announcement is not None
+    assert announcement.after_layers == ((2, 4), (1, 2, 3, 4))
+
+
+def test_stages_announce_what_any_of_several_requests_wants() -> None:
+    producer = Producer(24 * 2 * TOKEN_BYTES, stages=[stage(4), stage(2)])
+    short = FakeRequest("s", list(range(8)))
+    producer.add(FakeRequest())
+    producer.add(short)
+    announcement = producer.requests.advance({"r": 24, "s": 8})
+    assert announcement is not None
+    assert announcement.after_layers == ((2, 4), (2,))
+    ((_, _, advances),) = producer.control.calls
+    assert [advance.after_layers for advance in advances] == [((2, 4), (2,)), ((4,), (2,))]
+
+
+def test_windows_of_a_later_stage_are_known_of_in_the_first() -> None:
+    """A request that decodes goes on telling which blocks it has let go of."""
+    window = Group("sliding_window", BLOCK_TOKENS, 20, (), (1,), "")
+    layout, memory = stage(2)
+    producer = Producer(stages=[(RankLayout((*layout.groups, window)), memory), stage(1)])
+    request = FakeRequest(num_computed_tokens=TOKENS)
+    producer.add(request)
+    assert producer.requests.advance({"r": 1}) is not None

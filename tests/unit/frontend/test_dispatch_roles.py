@@ -217,6 +217,42 @@ def test_a_pool_of_several_kinds_hands_off_within_each() -> None:
     run(story)
 
 
+def test_prompts_go_to_a_prefill_engine_whose_kv_the_decode_engine_converts() -> None:
+    """Whichever of them is there first."""
+    for first in ("p", "d"):
+
+        async def story(world: World, first: str = first) -> None:
+            engines = {}
+            for name in sorted("pd", key=lambda name: name != first):
+                role, dtype = (
+                    (Role.PREFILL, "float32") if name == "p" else (Role.DECODE, "bfloat16")
+                )
+                kv = make_kv(dtype=dtype, kv_cache_dtype=dtype)
+                engines[name] = come_up_with(world, name, role, kv)
+            assert [world.dispatch.pool[name].problem for name in "pd"] == ["", ""]
+            world.add("r")
+            assert (engines["d"].sent, engines["p"].sent) == (["r-1d"], ["r-1p"])
+
+        run(story)
+
+
+def test_of_several_kinds_a_prefill_engine_serves_the_one_that_is_like_it() -> None:
+    """Where there is none, the first for which its KV can be converted."""
+
+    async def story(world: World) -> None:
+        allow_several_kinds(world)
+        kvs = [make_kv(dtype=name, kv_cache_dtype=name) for name in ("bfloat16", "float16")]
+        come_up_with(world, "d1", Role.DECODE, kvs[0])
+        come_up_with(world, "d2", Role.DECODE, kvs[1])
+        come_up_with(world, "p2", Role.PREFILL, kvs[1])
+        come_up_with(world, "p3", Role.PREFILL, make_kv(dtype="float32", kv_cache_dtype="float32"))
+        come_up_with(world, "p4", Role.PREFILL, OTHER_KV)
+        kinds = {name: world.dispatch.pool[name].kind for name in ("d1", "d2", "p2", "p3", "p4")}
+        assert kinds == {"d1": "d1", "d2": "d2", "p2": "d2", "p3": "d1", "p4": "p4"}
+
+    run(story)
+
+
 def test_kinds_that_only_the_full_hash_tells_apart_are_told_apart_when_it_is_there() -> None:
     def kv(full: str) -> KvIdentity:
         return make_kv(weights=Weights("sampled:1", full=full))

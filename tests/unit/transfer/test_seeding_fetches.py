@@ -15,6 +15,7 @@ from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.ids import Source, new_handoff_id, new_incarnation
+from vllm_pd_plugin.mapping.kv_cache import RankPlace
 from vllm_pd_plugin.packing.incoming import Packing
 from vllm_pd_plugin.protocol import framing, wire
 from vllm_pd_plugin.transfer.specs import FetchCounts, FetchResult
@@ -250,7 +251,7 @@ def test_the_token_goes_over_the_wire(sampled: int | None) -> None:
 
 @pytest.fixture
 def worker() -> Iterator[WorkerSide]:
-    worker = WorkerSide(PdConfig(), "engine", 0)
+    worker = WorkerSide(PdConfig(), "engine", RankPlace(0, 0, 1, 1))
     yield worker
     worker._loop.close()
 

@@ -41,6 +41,36 @@ def test_what_does_not_fit_is_said(change: dict[str, object], words: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("role", "changes", "words"),
+    [
+        ("decode", {"dtype": "float32"}, "dtype is float32, expected bfloat16"),
+        ("both", {"dtype": "float32"}, "dtype is float32, expected bfloat16"),
+        ("decode", {"kv_cache_dtype": "float16"}, "kv cache dtype is float16"),
+        ("prefill", {"dtype": "float32"}, ""),
+        ("prefill", {"kv_cache_dtype": "float16"}, ""),
+        ("prefill", {"kv_cache_dtype": "fp8"}, "kv cache dtype is fp8, expected bfloat16"),
+        ("prefill", {"rope": "{1}"}, "rope is {1}"),
+    ],
+)
+def test_kv_of_another_type_fits_where_it_is_only_computed_and_can_be_converted(
+    role: str, changes: dict[str, str], words: str
+) -> None:
+    """Those that decode are to answer alike."""
+    engine = describe(role=role, kv=make_kv(**changes))
+    said = misfit(engine, Role(role), WANTED, ENGINE.kv)
+    assert words in said
+    assert bool(said) is bool(words)
+
+
+def test_what_becomes_fp8_is_known_only_to_who_is() -> None:
+    """A pool that decodes in fp8 has prompts computed in bfloat16, and in nothing wider."""
+    pool = make_kv(kv_cache_dtype="fp8")
+    for dtype, fits in (("bfloat16", True), ("float16", False), ("float32", False)):
+        engine = describe(role="prefill", kv=make_kv(kv_cache_dtype=dtype))
+        assert (misfit(engine, Role.PREFILL, WANTED, pool) == "") is fits
+
+
+@pytest.mark.parametrize(
     ("version", "goes"),
     [
         ("0.32.0", True), ("0.32.1", True), ("0.32.0+cpu", True), ("0.31.0", True),
