@@ -61,6 +61,8 @@ class Handover:
         """How often each byte there was read."""
         self.read_as_they_lie: set[int] = set()
         """Which of our groups were, in part or as a whole."""
+        self.read_whole: set[int] = set()
+        """Of which of them pages were, with whatever lies between what is in them."""
         self.seen: Counter[str] = Counter()
 
     @property
@@ -96,6 +98,8 @@ class Handover:
                 self._read[share.source_rank][a : a + n] += 1
             self.seen += Counter(descriptors=plan.num_descriptors, direct_bytes=plan.total_bytes)
         self.read_as_they_lie.add(share.group)
+        if direct == Direct.of_whole_pages(local.told.groups[share.group].layout):
+            self.read_whole.add(share.group)
         self.seen["direct"] += 1
 
     def _read_slab(self, share: Share, slab: Slab, tokens: range) -> None:
@@ -174,7 +178,7 @@ def _compare(pair: Pair, rank: int, handover: Handover) -> None:
             spare = range(start, -(-needed.stop // chunk) * chunk)
             for places, _ in local.contents(rank, group, spare):
                 may[places] = True
-        if not told.layout.parts and needed:
+        if group in handover.read_whole and needed:
             may |= _whole_pages(local, rank, group, needed)
     assert (times[must] == 1).all(), "an element was not written once"
     assert (times[may] <= 1).all(), "a byte was written twice"

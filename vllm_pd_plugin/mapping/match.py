@@ -194,8 +194,8 @@ class _Pair:
             Heads(there, heads.start - heads_there.start, len(heads)),
             Heads(here, heads.start - heads_here.start, len(heads)),
         )
-        if found is None and heads_there == heads_here == heads and there.is_like(here):
-            return Direct.of_whole_pages(here)
+        if found is None and heads == heads_there == heads_here and there.is_like(here):
+            return Direct.of_whole_pages(here)  # whatever lies between what is in them
         return found
 
     def slab(self, num_heads: int) -> Slab | None:

@@ -100,13 +100,13 @@ class PeerPieces:
             return asked, () if asked else self._shares
         asked, rest = [], []
         for share in self._shares:
-            can_pack = share.slab is not None and self._staging(share.source_rank) is not None
+            most = self._max_bytes(incoming, share.source_rank)
             # Only a piece can be compared with what the producer has.
-            is_packed = share.direct is None or packs or self._rank.digest is not None
-            if share.slab is not None and can_pack and is_packed:
+            must = share.direct is None or self._rank.digest is not None
+            slab = share.slab
+            if slab is not None and (must or (packs and slab.token_bytes <= most)):
                 tokens = stretches.tokens_of(stretch, share)
-                most = self._max_bytes(incoming, share.source_rank)
-                asked += heads_asked(self._rank.local.layout, share, share.slab, tokens, most)
+                asked += heads_asked(self._rank.local.layout, share, slab, tokens, most)
             else:
                 rest.append(share)
         return asked, tuple(rest)
@@ -136,8 +136,10 @@ class PeerPieces:
         return self._remote.memory(source_rank).staging
 
     def _max_bytes(self, incoming: Incoming, source_rank: int) -> int:
+        """Return how large a piece of a rank there may be: nothing where that packs nothing."""
         staging = self._staging(source_rank)
-        assert staging is not None
+        if staging is None:
+            return 0
         return min(incoming.room.max_piece_bytes, max_piece_bytes(staging.num_bytes))
 
     def _packs(self, packing: Packing, descriptor_bytes: float) -> bool:

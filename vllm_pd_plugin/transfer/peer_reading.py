@@ -281,8 +281,7 @@ class PeerReading:
         except HandoffError as error:
             self._fail(error)
             return
-        is_done = reads.is_done and reads.stretches.is_complete
-        if is_done and (self._sampled is not None or not self._needs_token):
+        if reads.is_done and (self._sampled is not None or not self._needs_token):
             counterpart = reads.remote.route.counterpart
             # What a lossy codec brought is not what the producer has, nor is what lies in another
             # way; there each piece was compared.

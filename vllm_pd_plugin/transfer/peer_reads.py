@@ -63,8 +63,8 @@ class PeerReads:
 
     @property
     def is_done(self) -> bool:
-        """Whether all that was wanted has arrived."""
-        return not self._reads and not self._pending and self.stretches.is_exhausted
+        """Whether all that was wanted has arrived, and the producer would grant it."""
+        return self.is_idle and self.stretches.is_exhausted and self.stretches.is_written
 
     @property
     def is_idle(self) -> bool:

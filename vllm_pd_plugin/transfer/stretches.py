@@ -53,9 +53,9 @@ class Stretches:
         self.wanted: Stretch = tuple(wanted)
         self._final = [positions.start for positions in wanted]
         """End of those of them that are final at the producer."""
-        self.is_complete = False
-        """Whether all that the producer's ranks compute is final, and not only what is wanted here:
-        with other pipeline stages that may be a part of it, and a commit needs all."""
+        self.is_written = False
+        """Whether the producer's ranks that have what is wanted have written all that they have of
+        the prompt, other layers included: before that they grant no last commit."""
 
     def learn(self, message: wire.Progress | wire.Seal) -> bool:
         """Take in what the producer says; a new epoch voids all before it, an old one is ignored.
@@ -77,6 +77,7 @@ class Stretches:
                 Reason.MISSING_BLOCKS,
                 f"sealed with {message.num_tokens} tokens, offered {self._num_tokens}",
             )
+        is_written = True
         for layer, (stage, number) in enumerate(self._route.turns):
             if isinstance(message, wire.Seal):
                 tokens = message.num_tokens
@@ -87,12 +88,10 @@ class Stretches:
                 written = message.written[stage]
                 is_ahead = number < written.num_layers
                 tokens = written.num_tokens if is_ahead else written.base_tokens
+                is_written = is_written and written.base_tokens >= self._num_tokens
             final = self._final_blocks(self._group_of[layer], tokens)
             self._final[layer] = max(self._final[layer], min(final, self._wanted[layer].stop))
-        stages = {turn.stage for turn in self._route.turns}
-        self.is_complete = isinstance(message, wire.Seal) or all(
-            message.written[stage].base_tokens >= self._num_tokens for stage in stages
-        )
+        self.is_written = self.is_written or is_written
         return True
 
     def take(self) -> Stretch | None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.mapping.examples import changed, kv_cache, mla, opaque
 from vllm_pd_plugin.errors import PeerError, Reason
+from vllm_pd_plugin.mapping.direct import Direct
 from vllm_pd_plugin.mapping.kv_cache import FP8, EngineKvCache
 from vllm_pd_plugin.mapping.match import match
 
@@ -26,6 +27,20 @@ def test_rank_i_of_equal_engines_takes_whole_pages_from_rank_i() -> None:
     for (share,) in match(engine, engine):
         assert share.direct is not None
         assert [run.num_bytes for run in share.direct.runs] == [engine.groups[0].layout.page_bytes]
+
+
+def test_pages_that_are_alike_are_read_whole_whatever_lies_between_what_is_in_them() -> None:
+    """Here a value before its key, so that neither is a run of bytes."""
+    engine = kv_cache(tp=2, form="swapped")
+    for (share,) in match(engine, engine):
+        assert share.direct == Direct.of_whole_pages(engine.groups[0].layout)
+    for ours in (kv_cache(form="swapped"), kv_cache(tp=2, block=32, form="swapped")):
+        assert all(share.direct is None for of in match(engine, ours) for share in of)
+    one = kv_cache(tp=1, form="swapped")
+    page_bytes = one.groups[0].layout.page_bytes
+    padded = changed(engine, layout={"page_bytes": page_bytes})
+    for (share,) in match(one, padded):
+        assert share.direct is None, "half of a page is not ours"
 
 
 def test_more_ranks_take_their_heads_from_fewer() -> None:
