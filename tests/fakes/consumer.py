@@ -38,6 +38,7 @@ class FakeRequest:
     num_computed_tokens: int = 0
     lora_request: None = None
     mm_features: None = None
+    skip_reading_prefix_cache: bool = False
 
     @property
     def num_tokens(self) -> int:

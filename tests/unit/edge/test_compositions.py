@@ -44,10 +44,10 @@ def multi(*parts: str | dict[str, Any], **more: Any) -> KVTransferConfig:
     )
 
 
-def config(transfer: KVTransferConfig | None) -> Any:
+def config(transfer: KVTransferConfig | None, stages: int = 1) -> Any:
     return SimpleNamespace(
         kv_transfer_config=transfer,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
     )
 
 
@@ -115,6 +115,11 @@ def test_lossy_codecs_are_refused_beside_what_would_keep_their_kv_as_exact() -> 
     for options in ({"codec": "int8"}, {"lossy_max": "int4"}):
         with pytest.raises(UnsupportedError, match="allow lossy codecs beside another"):
             refuse_bad_config(beside, options)
+
+
+def test_pipeline_stages_are_refused_beside_what_does_not_tell_them_apart() -> None:
+    with pytest.raises(UnsupportedError, match="do not tell its stages apart"):
+        refuse_bad_config(config(multi(CONNECTOR, "ExampleConnector"), stages=2), {})
 
 
 def test_vllm_finds_our_statistics_by_our_class() -> None:

@@ -17,7 +17,9 @@ with warnings.catch_warnings():
 
 def config(device: str = "cpu", **changes: Any) -> Any:
     parallel = SimpleNamespace(
-        pipeline_parallel_size=1, use_ubatching=changes.get("ubatching", False)
+        pipeline_parallel_size=changes.get("stages", 1),
+        use_ubatching=changes.get("ubatching", False),
+        distributed_executor_backend=changes.get("executor", "mp"),
     )
     model = SimpleNamespace(
         is_encoder_decoder=False,
@@ -55,3 +57,15 @@ def test_what_would_give_wrong_text_is_refused_by_name(changes: dict[str, Any], 
         refuse_unsupported(config(**changes))
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_stages_of_which_only_the_last_is_heard_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fetch would end when all ranks have told of it, which they never do."""
+    refuse_unsupported(config(stages=2, executor="ray"))
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    refuse_unsupported(config(executor="ray"))
+    refuse_unsupported(config(stages=2))
+    with pytest.raises(UnsupportedError, match="tells of the last stage only"):
+        refuse_unsupported(config(stages=2, executor="ray"))

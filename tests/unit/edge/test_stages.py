@@ -182,6 +182,8 @@ def test_what_lacks_tokens_is_found_by_nobody_else() -> None:
     for request in requests:
         consumer.collect(request)
     assert disowned == ["r", "t"]
+    # Nor by itself, when it is preempted before its own KV has filled the block.
+    assert [r.skip_reading_prefix_cache for r in requests] == [True, False, True]
 
 
 def test_of_a_fetch_that_failed_only_what_is_kept_is_hidden() -> None:

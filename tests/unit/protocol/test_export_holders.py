@@ -166,7 +166,16 @@ def test_a_rank_of_a_consumer_of_another_size_is_refused(producer: Producer) -> 
 
 @pytest.mark.parametrize(
     ("rank", "num_ranks", "source_ranks"),
-    [(0, 0, (0,)), (1, 1, (0,)), (0, 1, ()), (0, 1, (1,)), (0, 1, (0, 2**63))],
+    [
+        (0, 0, (0,)),
+        (1, 1, (0,)),
+        (0, 1, ()),
+        (0, 1, (1,)),
+        (0, 1, (0, 2**63)),
+        (0, 1, (0,) * 100_000),
+        (0, 1, (0, 0)),
+        (0, 2**63, (0,)),
+    ],
 )
 def test_a_rank_that_cannot_be_is_refused(
     producer: Producer, rank: int, num_ranks: int, source_ranks: tuple[int, ...]
@@ -175,6 +184,19 @@ def test_a_rank_that_cannot_be_is_refused(
     subscribe = wire.Subscribe(handoff, rank, num_ranks, source_ranks)
     answer = producer.answering.subscribe(subscribe, RANK_0)
     assert answer == wire.Refuse(handoff, Reason.MISSING_BLOCKS)
+
+
+def test_what_another_has_read_before_does_not_count_for_who_takes_its_place() -> None:
+    producer = Producer(num_ranks=2)
+    handoff = finished(producer, "prefix")
+    producer.subscribe(handoff, 0, RANK_0)
+    producer.commit(handoff, 0)
+    producer.subscribe(handoff, 0, RANK_1)
+    producer.subscribe(handoff, 1, RANK_1)
+    producer.commit(handoff, 1)
+    assert producer.released == []
+    producer.commit(handoff, 0)
+    assert producer.released == [("prefix", ExportState.COMMITTED)]
 
 
 def test_a_rank_that_reads_from_several_hears_what_all_of_them_have_written() -> None:

@@ -14,6 +14,7 @@ from tests.fakes.shapes import Shape
 from tests.fakes.unequal import PROMPT, Request, UnequalPair
 from vllm_pd_plugin.errors import Reason
 from vllm_pd_plugin.packing.incoming import Packing
+from vllm_pd_plugin.transfer import peer_reads
 
 ONE = Shape()
 STAGES = ((0, 1), (2,))
@@ -77,6 +78,20 @@ def test_a_prompt_is_handed_off_while_it_is_computed(shapes: Shapes, packing: Pa
 @ALL_PAIRS
 def test_a_prompt_is_handed_off_once_it_is_complete(shapes: Shapes) -> None:
     pair = UnequalPair(*shapes, Request(21))
+    pair.compute(21)
+    pair.seal()
+    pair.settle()
+    assert_all_is_well(pair)
+
+
+@pytest.mark.parametrize("packing", [Packing.ALWAYS, Packing.NEVER])
+@ALL_PAIRS
+def test_a_stretch_that_is_planned_in_parts_is_all_read(
+    shapes: Shapes, packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a long prompt is, whether it can be read as it lies or not."""
+    monkeypatch.setattr(peer_reads, "_MAX_BLOCKS", 2)
+    pair = UnequalPair(*shapes, Request(21), packing)
     pair.compute(21)
     pair.seal()
     pair.settle()
