@@ -2,74 +2,15 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 
-from tests.fakes.coder import FakeCoder
-from tests.fakes.engines import make_layout
-from tests.fakes.memory import BLOCK_BYTES, FakeMemory
+from tests.fakes.memory import BLOCK_BYTES
+from tests.fakes.packing_rank import LARGE, TABLE, A, B, C, Rank, unstage
 from vllm_pd_plugin.codecs.codec import Codec
 from vllm_pd_plugin.errors import Reason
-from vllm_pd_plugin.ids import HandoffId, Incarnation
-from vllm_pd_plugin.packing.packer import Packer
-from vllm_pd_plugin.packing.pieces import Pieces
-from vllm_pd_plugin.packing.staging import ALIGNMENT, Staging
+from vllm_pd_plugin.ids import Incarnation
+from vllm_pd_plugin.packing.staging import ALIGNMENT
 from vllm_pd_plugin.protocol import wire
-
-A, B, C = HandoffId("a"), HandoffId("b"), HandoffId("c")
-LARGE = (wire.LayerRun(2, 0, 4),)
-"""256 bytes."""
-ROOM = 4 * ALIGNMENT
-"""For four pieces of up to 256 bytes."""
-TABLE = tuple(range(1, 9))
-
-
-def unstage(handoff_id: HandoffId, number: int | None, consumer: str = "consumer") -> wire.Unstage:
-    """What tells that rank 0 of a consumer does not need a piece any more, or nobody any of a
-    handoff's."""
-    if number is None:
-        return wire.Unstage(handoff_id)
-    return wire.Unstage(handoff_id, Incarnation(consumer), 0, number)
-
-
-class Rank:
-    """A packer, with two layers of KV to pack."""
-
-    def __init__(self) -> None:
-        layout = make_layout()
-        self.memory = FakeMemory(layout)
-        for block in TABLE:
-            self.memory.fill([block], block)
-        self.staging = Staging(ROOM)
-        self.coder = FakeCoder(self.memory, ROOM)
-        pieces = Pieces(layout, self.memory.regions)
-        self.packer = Packer(pieces, self.staging, self.coder)
-
-    def want(
-        self, handoff_id: HandoffId, number: int, consumer: str = "consumer", **changes: object
-    ) -> wire.Stage:
-        """A consumer wants the first of two blocks in both layers, unless told."""
-        runs = (wire.LayerRun(2, 0, 2),)
-        pack = wire.Pack(handoff_id, 3, 0, 0, number, Codec.RAW, 8, runs, False)
-        stage = wire.Stage(
-            msgspec.structs.replace(pack, **changes), (TABLE,), Incarnation(consumer)
-        )
-        self.packer.stage(stage)
-        return stage
-
-    def packed(self) -> list[tuple[HandoffId, int]]:
-        """Everything that can be written down now."""
-        done = []
-        while staged := self.packer.turn():
-            assert staged.packed is not None
-            done.append((staged.handoff_id, staged.packed.number))
-        return done
-
-    def refused(self) -> Reason | None:
-        staged = self.packer.turn()
-        assert staged is not None
-        assert staged.packed is None
-        return staged.reason
 
 
 @pytest.fixture
@@ -357,70 +298,3 @@ def test_a_piece_can_be_had_again_after_it_was_given_back(rank: Rank) -> None:
         rank.want(A, 1)
         assert rank.packed() == [(A, 1)]
         rank.packer.unstage(unstage(A, 1))
-
-
-# --- ranks of one consumer, and some heads ----------------------------------------------------
-
-
-def test_ranks_of_a_consumer_may_use_the_same_numbers(rank: Rank) -> None:
-    """Each counts for itself."""
-    rank.want(A, 1, rank=0)
-    rank.want(A, 1, rank=1, layers=LARGE, num_tokens=16)
-    first, second = rank.packer.turn(), rank.packer.turn()
-    assert first is not None
-    assert second is not None
-    assert (first.rank, second.rank) == (0, 1)
-    assert first.packed is not None
-    assert second.packed is not None
-    assert (first.packed.num_bytes, second.packed.num_bytes) == (128, 256)
-    assert first.packed.offset != second.packed.offset
-
-
-def test_what_one_rank_has_read_another_may_still_want(rank: Rank) -> None:
-    rank.want(A, 1, rank=0)
-    rank.want(A, 1, rank=1)
-    assert rank.packed() == [(A, 1), (A, 1)]
-    rank.packer.unstage(wire.Unstage(A, Incarnation("consumer"), 1, 1))
-    assert rank.packer.taken_bytes == ALIGNMENT
-    rank.want(A, 1, rank=0)
-    staged = rank.packer.turn()
-    assert staged is not None
-    assert staged.packed == wire.Packed(A, 3, 1, 0, 128, b"")
-    assert (staged.rank, staged.consumer) == (0, "consumer")
-    assert rank.coder.num_encoded == 2, "it is there still"
-    rank.packer.unstage(wire.Unstage(A))
-    assert rank.packer.taken_bytes == 0
-
-
-def test_what_one_rank_does_not_want_any_more_another_gets_all_the_same(rank: Rank) -> None:
-    rank.want(A, 1, rank=0)
-    rank.want(A, 1, rank=1)
-    rank.packer.unstage(unstage(A, 1))
-    staged = rank.packer.turn()
-    assert staged is not None
-    assert staged.rank == 1
-    assert rank.packer.turn() is None
-
-
-def test_an_answer_says_which_rank_here_it_is_of(rank: Rank) -> None:
-    rank.want(A, 1, source_rank=5)
-    rank.want(A, 2, source_rank=5, layers=())
-    staged = rank.packer.turn()
-    assert staged is not None
-    assert staged.source_rank == 5
-    refused = rank.packer.turn()
-    assert refused is not None
-    assert (refused.source_rank, refused.reason) == (5, Reason.MISSING_BLOCKS)
-
-
-def test_the_same_piece_of_two_consumers_is_two_pieces(rank: Rank) -> None:
-    """One may have taken the other's place at the same handoff, and counts from the same number."""
-    rank.want(A, 1, "one")
-    rank.want(A, 1, "other", layers=(wire.LayerRun(2, 0, 1),), num_tokens=4)
-    first, second = rank.packer.turn(), rank.packer.turn()
-    assert first is not None
-    assert second is not None
-    assert (first.consumer, second.consumer) == ("one", "other")
-    assert rank.coder.num_encoded == 2
-    rank.packer.unstage(unstage(A, 1, "one"))
-    assert rank.packer.taken_bytes == ALIGNMENT, "the other may be reading its own"
