@@ -6,6 +6,7 @@
 #   make test-outage  engines that cannot hand off, in every way that we know
 #   make test-minors  engines of the other supported release lines of vLLM, and pools of two
 #   make test-matrix  pairs of unequal engines, one after the other; also writes the table in docs/compatibility.md
+#   make simulation  20,000 seeds of the simulated world, then each guard of the protocol taken out
 #   make tools   what tests and benchmarks need that pip does not install, with apt-get
 #   make check   linters, types, import contracts, sanitizers; compiles the CUDA sources if nvcc is there
 #   make wheel   the wheel to install elsewhere, in dist; with CUDA kernels if nvcc is there
@@ -43,7 +44,7 @@ MINOR_SETUPS := $(MINORS:%=.venv-%/.done)
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help setup models tools demo demo-ray test test-unit test-outage test-minors test-matrix check wheel format bench quality compatibility conformance gpu gpu-site lock clean
+.PHONY: help setup models tools demo demo-ray test test-unit test-outage test-minors test-matrix simulation check wheel format bench quality compatibility conformance gpu gpu-site lock clean
 help:
 	@sed -n 's/^#  *//p' Makefile
 
@@ -106,6 +107,10 @@ test-matrix: setup
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --maxfail 5 --table $(DURATIONS) --run-name unit
+
+simulation: setup
+	$(BIN)/python -m tests.simulation --seeds 20000
+	$(BIN)/python -m tests.simulation --seeds 20000 --without all
 
 tools:
 	@dpkg -s $(TOOLS) >/dev/null 2>&1 || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \

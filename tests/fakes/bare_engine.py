@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,7 +160,7 @@ class BareEngine:
         self._collect()
         for name in scheduled:
             self._end(name, RequestStatus.FINISHED_LENGTH_CAPPED)
-        for name in self.scheduler.take_abandoned():
+        for name in chain(*self.scheduler.take_abandoned()):
             if name in self.requests and not self.requests[name].outcome:
                 self._end(name, RequestStatus.FINISHED_ERROR)
         self.scheduler.take_stats()

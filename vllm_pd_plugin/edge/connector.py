@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_pd_plugin.compat import moved, require_supported_vllm
 from vllm_pd_plugin.config import PdConfig
-from vllm_pd_plugin.edge import geometry, probing, sampling
+from vllm_pd_plugin.edge import geometry, probing, room, sampling
 from vllm_pd_plugin.edge.description import EngineRole
 from vllm_pd_plugin.edge.hooks import (
     admit_frontends,
@@ -81,6 +81,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             """Requests that ended while their KV was received; see ``hooks.free_blocks_once``."""
             end_abandoned_requests()
             free_blocks_once()
+            room.mend()
             call_on_arrival(self._scheduler.wake)
             admit_frontends()
             watch_weights()
@@ -179,7 +180,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Take note of an adapter that was loaded; see ``hooks.watch_weights``."""
         self._scheduler.adapter_loaded(int_id)
 
-    def take_abandoned(self) -> list[RequestId]:
+    def take_abandoned(self) -> tuple[list[RequestId], list[RequestId]]:
         """Return running requests to be ended; see ``hooks.end_abandoned_requests``."""
         return self._scheduler.take_abandoned()
 

@@ -94,7 +94,9 @@ def end_abandoned_requests() -> None:
     """Let the scheduler end, with an error, what its connector names in ``take_abandoned``.
 
     A connector cannot end a running request by itself. vLLM's scheduler has a set of requests to
-    be ended that way, meant for grammars that do not compile.
+    be ended that way, meant for grammars that do not compile. Before it ends them it gives out what
+    the step has sampled. Of those that must not be computed here nothing is: a step may have begun
+    with them before it was known that they must not be.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -103,10 +105,15 @@ def end_abandoned_requests() -> None:
     update_from_output = Scheduler.update_from_output
 
     @functools.wraps(update_from_output)
-    def with_abandoned(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+    def with_abandoned(self: Scheduler, scheduled: Any, output: Any) -> Any:
         if (own := own_connector(self.connector)) is not None:
-            self.grammar_compile_error_reqs.update(own.take_abandoned())
-        return update_from_output(self, *args, **kwargs)
+            unwanted, hopeless = own.take_abandoned()
+            self.grammar_compile_error_reqs.update(unwanted, hopeless)
+            for request_id in hopeless:
+                index = output.req_id_to_index.get(request_id)
+                if index is not None and output.sampled_token_ids:
+                    output.sampled_token_ids[index] = []
+        return update_from_output(self, scheduled, output)
 
     Scheduler.update_from_output = with_abandoned
     setattr(Scheduler, _MARK, True)

@@ -7,7 +7,7 @@ Owned by the engine's own thread.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
@@ -67,8 +67,10 @@ class ProducingRequests:
         call: CallControl,
         stats: PdStats,
         adapters: AdapterFingerprints | None = None,
+        new_id: Callable[[], HandoffId] = new_handoff_id,
     ) -> None:
         self._contain = Containment("producing")
+        self._new_id = new_id
         self._adapters = adapters
         self._stretch_bytes = stretch_bytes
         self._call = call
@@ -121,7 +123,7 @@ class ProducingRequests:
             if leader.request.prompt_token_ids != request.prompt_token_ids:
                 raise ParamsError(f"handoff_id={handoff_id} is in use for another prompt")
             return None
-        return handoff_id or new_handoff_id()
+        return handoff_id or self._new_id()
 
     def add(self, request: Request, handoff_id: HandoffId) -> None:
         """The request has arrived."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,14 +19,15 @@ from vllm_pd_plugin.edge.identity import AdapterFingerprints, LocalIdentity
 from vllm_pd_plugin.edge.metadata import RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdStats
 from vllm_pd_plugin.edge.producer_requests import ProducingRequests
+from vllm_pd_plugin.edge.surroundings import REAL, Surroundings
 from vllm_pd_plugin.engine_port import messages
 from vllm_pd_plugin.engine_port.server import TokenServer, divert_outputs
 from vllm_pd_plugin.engine_port.step_statistics import StepStatistics
 from vllm_pd_plugin.errors import HandoffError, ParamsError, Reason
-from vllm_pd_plugin.ids import EngineId, Incarnation, RequestId, Source, new_incarnation
+from vllm_pd_plugin.ids import EngineId, Incarnation, RequestId, Source
 from vllm_pd_plugin.mapping.kv_cache import EngineKvCache
 from vllm_pd_plugin.memory.identity import KvIdentity
-from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Listener, Loop
+from vllm_pd_plugin.net.channel import CurveKeys
 from vllm_pd_plugin.protocol.control import ControlPlane, LocalEngine
 from vllm_pd_plugin.protocol.events import Abandoned, Event, Lost, Offered, Released
 from vllm_pd_plugin.protocol.params import (
@@ -61,19 +61,20 @@ class SchedulerSide:
         role: EngineRole,
         identify: Callable[[Incarnation], LocalIdentity],
         steps_alone: bool = True,
+        around: Surroundings = REAL,
     ) -> None:
         """identify: says what the KV of the engine with this boot id is.
         steps_alone: no other data parallel rank waits for this one's steps."""
         self._contain = Containment("scheduler")
         self._config = config
         self._role = role
-        self._identity = Identity(engine_id, new_incarnation())
+        self._clock = around.clock
+        self._identity = Identity(engine_id, around.new_incarnation())
         self._local = identify(self._identity.incarnation)
         adapters = self._adapters = AdapterFingerprints(self._identity.incarnation)
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
-        self._loop = Loop("pd-control", self._turn)
-        address = (config.host, config.port)
-        self._listener = Listener(self._loop, address, self._keys, self._receive)
+        self._loop = around.make_loop("pd-control", self._turn)
+        self._listener = self._loop.listen((config.host, config.port), self._keys, self._receive)
         self._tokens: TokenServer | None = None
         self._control: ControlPlane
         self._events: deque[Event] = deque()
@@ -82,7 +83,9 @@ class SchedulerSide:
         self._may_rest = steps_alone
         self._stats = PdStats()
         self._consuming = ConsumingRequests(role.recomputes, self._call, self._stats, adapters)
-        self._producing = ProducingRequests(config.stretch_bytes, self._call, self._stats, adapters)
+        self._producing = ProducingRequests(
+            config.stretch_bytes, self._call, self._stats, adapters, around.new_handoff_id
+        )
         self._reported_open = {"producer": 0, "consumer": 0}
         self._reported_drops = self._reported_control = self._reported_faults = 0
 
@@ -113,12 +116,12 @@ class SchedulerSide:
                 PeerTable,
                 self._identity,
                 self._config.peer_timeout_s,
-                lambda address, on_message: Dealer(self._loop, address, self._keys, on_message),
-                time.monotonic,
+                lambda address, on_message: self._loop.connect(address, self._keys, on_message),
+                self._clock,
             ),
             self._listener.send,
             self._emit,
-            time.monotonic,
+            self._clock,
         )
         self._loop.start()
         self._local.hash_fully(lambda full: self._loop.call(lambda: self._hashed(full)))
@@ -143,9 +146,9 @@ class SchedulerSide:
             self._identity.incarnation,
             self._loop.call,
             self._listener.send,
-            time.monotonic,
+            self._clock,
         )
-        divert_outputs(core, server, StepStatistics(time.monotonic))
+        divert_outputs(core, server, StepStatistics(self._clock))
         server.watch_prefix_cache()
         self._tokens = server
         self._loop.call(lambda: server.identify(self._local.kv))  # more may be known since
@@ -266,11 +269,11 @@ class SchedulerSide:
             ),
         )
 
-    def take_abandoned(self) -> list[RequestId]:
-        """Return requests to be ended: nobody wants any more what they compute, or they must not
-        be computed here."""
+    def take_abandoned(self) -> tuple[list[RequestId], list[RequestId]]:
+        """Return requests to be ended: those that compute what nobody wants any more, and those
+        that must not be computed here."""
         self._take_events()
-        return self._producing.take_abandoned() + self._consuming.take_hopeless()
+        return self._producing.take_abandoned(), self._consuming.take_hopeless()
 
     def collect(self, output: KVConnectorOutput) -> None:
         """Take the workers' results of a step."""
@@ -331,11 +334,11 @@ class SchedulerSide:
         wait_s = self._loop.contain.run("the control plane", self._control.turn, LOOK_AGAIN_S)
         if self._tokens is None:
             return wait_s
-        again = time.monotonic() + LOOK_AGAIN_S
+        again = self._clock() + LOOK_AGAIN_S
         expiry = self._loop.contain.run("the frontends", self._tokens.turn, again)
         if expiry is None:
             return wait_s
-        until = max(0.0, expiry - time.monotonic())
+        until = max(0.0, expiry - self._clock())
         return until if wait_s is None else min(wait_s, until)
 
     # --- inside --------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,16 +15,17 @@ from vllm_pd_plugin.config import PdConfig
 from vllm_pd_plugin.containment import LOOK_AGAIN_S, Containment
 from vllm_pd_plugin.edge.metadata import FetchReport, RankHandshake, StepMetadata
 from vllm_pd_plugin.edge.metrics import PdStats
-from vllm_pd_plugin.ids import Address, EngineId, RequestId, new_incarnation
+from vllm_pd_plugin.edge.surroundings import REAL, Surroundings
+from vllm_pd_plugin.ids import Address, EngineId, RequestId
 from vllm_pd_plugin.mapping.kv_cache import EngineKvCache, RankPlace
 from vllm_pd_plugin.memory import regions
 from vllm_pd_plugin.memory.layout import RankLayout
 from vllm_pd_plugin.memory.probe import Sums
-from vllm_pd_plugin.net.channel import CurveKeys, Dealer, Loop
+from vllm_pd_plugin.net.channel import CurveKeys
 from vllm_pd_plugin.net.transport import Transport
 from vllm_pd_plugin.packing.digests import kv_digest
 from vllm_pd_plugin.packing.slabs import Slabs
-from vllm_pd_plugin.protocol.peers import Identity, PeerTable
+from vllm_pd_plugin.protocol.peers import Channel, Identity, PeerTable
 from vllm_pd_plugin.transfer.announcer import Announcement, Announcer, Mark
 from vllm_pd_plugin.transfer.plane import TransferPlane
 from vllm_pd_plugin.transfer.rank import LocalRank, Rank, Timeouts
@@ -41,15 +41,21 @@ class WorkerSide:
     """Owns the transfer thread; every other method runs on the worker's own thread."""
 
     def __init__(
-        self, config: PdConfig, engine_id: EngineId, place: RankPlace, data_parallel_rank: int = 0
+        self,
+        config: PdConfig,
+        engine_id: EngineId,
+        place: RankPlace,
+        data_parallel_rank: int = 0,
+        around: Surroundings = REAL,
     ) -> None:
         self.place = place
         self._data_parallel_rank = data_parallel_rank
         self._contain = Containment("worker")
         self._config = config
-        self._identity = Identity(engine_id, new_incarnation())
+        self._clock = around.clock
+        self._identity = Identity(engine_id, around.new_incarnation())
         self._keys = CurveKeys.derive(config.cluster_key) if config.cluster_key else None
-        self._loop = Loop("pd-transfer", self._turn)
+        self._loop = around.make_loop("pd-transfer", self._turn)
         self._announcer: Announcer
         self._knows_control = False
         self._plane: TransferPlane
@@ -119,7 +125,7 @@ class WorkerSide:
                 # may abort the peer's process for it. A peer that was only stopped ends the read
                 # itself.
                 Timeouts(config.queue_timeout_s, config.fetch_timeout_s, config.fetch_timeout_s),
-                time.monotonic,
+                self._clock,
                 digest if config.integrity == "digest" else None,
             ),
             partial(
@@ -127,7 +133,7 @@ class WorkerSide:
                 self._identity,
                 config.peer_timeout_s,
                 self._connect,
-                time.monotonic,
+                self._clock,
             ),
             self._take_result,
         )
@@ -154,8 +160,8 @@ class WorkerSide:
             logger.error("pdplugin: the probe prompt failed; without it: probe=never")
             raise
 
-    def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Dealer:
-        return Dealer(self._loop, address, self._keys, on_message)
+    def _connect(self, address: Address, on_message: Callable[[list[bytes]], None]) -> Channel:
+        return self._loop.connect(address, self._keys, on_message)
 
     def _take_result(self, result: FetchResult) -> None:
         self._results.append(result)

@@ -100,6 +100,24 @@ class Loop:
         self._poller.register(socket, zmq.POLLIN)
         self._readers[socket] = lambda: self._drain(socket, on_message)
 
+    def listen(
+        self,
+        address: Address,
+        keys: CurveKeys | None,
+        on_message: Callable[[bytes, list[bytes]], None],
+    ) -> Listener:
+        """Bind. Raises ConfigError."""
+        return Listener(self, address, keys, on_message)
+
+    def connect(
+        self,
+        address: Address,
+        keys: CurveKeys | None,
+        on_message: Callable[[list[bytes]], None],
+    ) -> Dealer:
+        """Raises PeerError."""
+        return Dealer(self, address, keys, on_message)
+
     def remove(self, socket: zmq.Socket[bytes]) -> None:
         self._poller.unregister(socket)
         del self._readers[socket]

@@ -97,7 +97,13 @@ def test_what_came_before_is_not_used_however_late_the_control_thread_is(
     side, goes_on = pair.consumer.scheduler, threading.Event()
     ended: list[str] = []
     take = side.take_abandoned
-    monkeypatch.setattr(side, "take_abandoned", lambda: [ended.append(i) or i for i in take()])
+
+    def take_and_note() -> tuple[list[str], list[str]]:
+        unwanted, hopeless = take()
+        ended.extend(unwanted + hopeless)
+        return unwanted, hopeless
+
+    monkeypatch.setattr(side, "take_abandoned", take_and_note)
     host, port = pair.producer.address
     params = {"do_remote_prefill": True, "remote_host": host, "remote_port": port}
     params["remote_handoff_id"] = pair.produce("r")

@@ -1,0 +1,1 @@
+"""Producers and consumers in a simulated world where everything goes wrong; see ``__main__``."""

@@ -1,0 +1,1 @@
+"""Engines without models and processes, on simulated time, links and memory."""
