@@ -41,7 +41,6 @@ class FakeRank(ShapedMemory):
         self, name: str, shape: Shape, place: RankPlace, around: Surroundings, settings: Settings
     ) -> None:
         super().__init__(shape, place)
-        self.place = place
         self.worker = Identity(name, new_incarnation())
         self.results: list[FetchResult] = []
         self._specs: dict[str, FetchSpec] = {}

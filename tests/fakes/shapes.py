@@ -131,7 +131,7 @@ class ShapedMemory(FakeMemory):
 
     def __init__(self, shape: Shape, place: RankPlace) -> None:
         super().__init__(shape.layout(place.stage), shape.page_bytes)
-        self.shape = shape
+        self.shape, self.place = shape, place
         self.heads = heads_on(HEADS, shape.tp, place.tensor_parallel_rank)
         self.numbers = [layer for group in shape.layers(place.stage) for layer in group]
 
@@ -160,6 +160,18 @@ class ShapedMemory(FakeMemory):
         table = tables[self.group_of(region)]
         found = self.values(region, table, range(len(self.heads)), tokens)
         return np.array_equal(found, kv[:, self.heads.start : self.heads.stop])
+
+    def copy(self) -> ShapedMemory:
+        """Return what it holds now."""
+        copied = ShapedMemory(self.shape, self.place)
+        copied.caches = [cache.copy() for cache in self.caches]
+        return copied
+
+    def is_like(self, other: ShapedMemory, tables: BlockTables, tokens: range, region: int) -> bool:
+        """Say whether both hold the same for some tokens in a layer."""
+        table, heads = tables[self.group_of(region)], range(len(self.heads))
+        found = (memory.values(region, table, heads, tokens) for memory in (self, other))
+        return np.array_equal(*found)
 
     def _elements(self, region: int) -> NDArray[np.generic]:
         elements: NDArray[np.generic] = self.caches[region].view(_STORED[self.shape.dtype])

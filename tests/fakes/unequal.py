@@ -14,7 +14,7 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.engines import Settings, Surroundings, make_layout
 from tests.fakes.network import FakeNetwork
 from tests.fakes.ranks import FakeRank, RankedEngine
-from tests.fakes.shapes import Shape
+from tests.fakes.shapes import Shape, ShapedCoder
 from tests.fakes.transport import FakeFabric
 from vllm_pd_plugin.ids import Source, new_handoff_id
 from vllm_pd_plugin.memory.layout import BlockTables
@@ -91,7 +91,7 @@ class UnequalPair:
                 self.consumer.fill(group, range(first, first + 8), BEFORE)
         for rank in self.consumer.ranks:
             rank.transport.holds_reads = holds_reads
-        self._before = [[cache.copy() for cache in rank.caches] for rank in self.consumer.ranks]
+        self._before = [rank.copy() for rank in self.consumer.ranks]
         positions = -(-request.num_tokens // ours.block_tokens)
         rng = random.Random(7)
         self.blocks: BlockTables = [
@@ -241,6 +241,11 @@ class UnequalPair:
         self.clock.advance(seconds)
         self.turn()
 
+    @property
+    def coders(self) -> list[ShapedCoder]:
+        """Of all ranks of both."""
+        return [rank.coder for engine in (self.producer, self.consumer) for rank in engine.ranks]
+
     # --- what comes of it --------------------------------------------------------------------
 
     @property
@@ -281,6 +286,12 @@ class UnequalPair:
             if result.reason is None or group.window is None:
                 usable = range(start, kept)
                 assert rank.has(PROMPT, self.blocks, usable, region), "stale bytes"
+            if result.reason is None:
+                for token in range(needed.start * shape.block_tokens, start):
+                    one = range(token, token + 1)
+                    is_old = rank.is_like(self._before[rank.place.rank], self.blocks, one, region)
+                    is_ours = rank.has(PROMPT, self.blocks, one, region)
+                    assert is_ours or is_old, "somebody else's bytes"
             self._check_untouched(rank, region, needed)
 
     def _check_untouched(self, rank: FakeRank, region: int, needed: range) -> None:
@@ -288,7 +299,7 @@ class UnequalPair:
         table = self.blocks[rank.group_of(region)]
         fetched = [table[position] for position in needed]
         now = np.delete(rank.caches[region], fetched, axis=0)
-        was = np.delete(self._before[rank.place.rank][region], fetched, axis=0)
+        was = np.delete(self._before[rank.place.rank].caches[region], fetched, axis=0)
         assert np.array_equal(now, was), "what is not the request's was written to"
 
     def close(self) -> None:

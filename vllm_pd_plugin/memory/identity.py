@@ -150,12 +150,15 @@ def _can_become(theirs: str, ours: str) -> bool:
 
 def _computed_apart(ours: KvIdentity, theirs: KvIdentity, are_mixed: bool) -> Difference | None:
     """Compare what both compute. Within one release line, only where both have computed it."""
-    if not (ours.probe and ours.probe.rows and theirs.probe and theirs.probe.rows):
+    found = []
+    if ours.probe and ours.probe.rows and theirs.probe and theirs.probe.rows:
+        only_common = ours.kv_cache_dtype != theirs.kv_cache_dtype
+        found = distances(ours.probe, theirs.probe, only_common)
+    if not found:
         if not are_mixed:
             return None
         who = "this one has" if theirs.probe and theirs.probe.rows else "it has"
         return Difference("vLLM", ours.vllm, theirs.vllm, _VERSIONS_REMEDY.format(who))
-    found = distances(ours.probe, theirs.probe, ours.kv_cache_dtype != theirs.kv_cache_dtype)
     dtypes = (ours.dtype, ours.kv_cache_dtype, theirs.dtype, theirs.kv_cache_dtype)
     allowed = bound(dtypes, are_mixed)
     if found[0].relative <= allowed:

@@ -328,13 +328,13 @@ def test_a_stage_whose_layers_are_larger_says_so_more_often() -> None:
 def test_stages_announce_what_any_of_several_requests_wants() -> None:
     producer = Producer(24 * 2 * TOKEN_BYTES, stages=[stage(4), stage(2)])
     short = FakeRequest("s", list(range(8)))
-    producer.add(FakeRequest())
     producer.add(short)
-    announcement = producer.requests.advance({"r": 24, "s": 8})
+    producer.add(FakeRequest())
+    announcement = producer.requests.advance({"s": 8, "r": 24})
     assert announcement is not None
     assert announcement.after_layers == ((2, 4), (2,))
     ((_, _, advances),) = producer.control.calls
-    assert [advance.after_layers for advance in advances] == [((2, 4), (2,)), ((4,), (2,))]
+    assert [advance.after_layers for advance in advances] == [((4,), (2,)), ((2, 4), (2,))]
 
 
 def test_windows_of_a_later_stage_are_known_of_in_the_first() -> None:

@@ -156,6 +156,27 @@ def test_within_a_release_line_one_that_has_not_computed_it_is_compared_by_names
     assert "config" in unlike(one, msgspec.structs.replace(other, config="another"))
 
 
+def test_an_fp8_cache_is_compared_by_what_else_is_computed() -> None:
+    """What is kept in 8 bits is not sketched."""
+    rows = {"layer 0 key": probe.sketch(COMPUTED_HERE), "logits": probe.sketch(COMPUTED_HERE)}
+    other_logits = {"logits": probe.sketch(COMPUTED_HERE[::-1])}
+    bfloat16 = make_kv(probe=probe.together([rows]))
+    for logits, goes in ({"logits": rows["logits"]}, True), (other_logits, False):
+        fp8 = make_kv(kv_cache_dtype="fp8", probe=probe.together([logits]))
+        assert (difference(fp8, bfloat16) is None) is goes
+    plain = make_kv(probe=probe.together([{"logits": rows["logits"]}]))
+    assert "inf in layer 0 key" in str(difference(bfloat16, plain))
+
+
+def test_sketches_that_have_nothing_in_common_say_nothing() -> None:
+    """Whoever writes such a thing: it is not taken for an answer, and breaks nothing."""
+    odd = probe.together([{"something else": probe.sketch(COMPUTED_HERE)}])
+    here = engine("0.32", kv_cache_dtype="bfloat16")
+    assert difference(here, msgspec.structs.replace(engine("0.32"), probe=odd)) is None
+    mixed = difference(here, msgspec.structs.replace(engine("0.31"), probe=odd))
+    assert "its vLLM is 0.31, expected 0.32" in str(mixed)
+
+
 def test_within_a_release_line_names_and_what_is_computed_both_count() -> None:
     assert unlike(engine(), engine(off_by=0.00001)) == ""
     assert "probe prompt" in unlike(engine(), engine(off_by=0.00015))

@@ -117,6 +117,14 @@ def test_what_cannot_be_compared_is_infinitely_far(theirs: Sketch) -> None:
         assert probe.distances(one, other)[0].relative == float("inf")
 
 
+def test_rows_that_one_of_them_has_count_unless_it_is_said_that_they_do_not() -> None:
+    ours, theirs = whole(a=ROWS, b=ROWS), whole(b=ROWS * 1.1, c=ROWS)
+    assert [d.name for d in probe.distances(ours, theirs)] == ["c", "a", "b"]
+    (found,) = probe.distances(ours, theirs, only_common=True)
+    assert (found.name, found.relative < 1) == ("b", True)
+    assert probe.distances(whole(a=ROWS), whole(c=ROWS), only_common=True) == []
+
+
 def test_nothing_is_no_distance_from_nothing() -> None:
     zeros = whole(rows=np.zeros((2, 2, 2), np.float32))
     assert probe.distances(zeros, zeros)[0].relative == 0

@@ -13,7 +13,7 @@ from tests.fakes.network import FakeNetwork
 from tests.fakes.peers import ADDRESS, REGION, TIMEOUT_S, Local, Remote
 from vllm_pd_plugin.errors import PeerError, Reason
 from vllm_pd_plugin.ids import Incarnation, new_handoff_id
-from vllm_pd_plugin.memory.layout import RankMemory
+from vllm_pd_plugin.memory.layout import RankMemory, Region
 from vllm_pd_plugin.protocol import framing, wire
 
 H = new_handoff_id()
@@ -278,6 +278,34 @@ def test_a_refreshed_peer_that_is_still_the_same_stays(
     network.deliver()
     assert acquainted.ready == [peer, peer]
     assert acquainted.lost == []
+
+
+@pytest.mark.parametrize("what", ["memory", "description"])
+def test_a_refreshed_peer_that_contradicts_what_it_said_is_lost(
+    acquainted: Local, remote: Remote, network: FakeNetwork, what: str
+) -> None:
+    """What is read from it was planned by what it said before."""
+    if what == "memory":
+        moved = Region(4096, REGION.num_blocks, REGION.block_bytes, REGION.stride_bytes)
+        remote.ranks = (RankMemory((moved, REGION), b"meta"),)
+    else:
+        remote.kv_cache = msgspec.structs.replace(remote.kv_cache, data_parallel_rank=1)
+    acquainted.table.refresh(ADDRESS)
+    network.deliver()
+    assert acquainted.reasons() == [Reason.PEER_INCOMPATIBLE]
+    assert "in another way than before" in str(acquainted.lost[0])
+    assert network.open_links(ADDRESS) == 0
+
+
+def test_a_peer_of_another_incarnation_may_describe_itself_in_another_way(
+    acquainted: Local, network: FakeNetwork
+) -> None:
+    replacement = Remote(network)
+    replacement.kv_cache = msgspec.structs.replace(replacement.kv_cache, data_parallel_rank=1)
+    acquainted.table.refresh(ADDRESS)
+    network.deliver()
+    assert acquainted.order == ["ready", "lost", "ready"]
+    assert acquainted.reasons() == [Reason.PEER_RESTARTED]
 
 
 def test_a_refreshed_peer_that_was_replaced_is_lost_and_then_ready(

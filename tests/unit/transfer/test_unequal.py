@@ -3,12 +3,7 @@ in every element, and nothing is late, or lost, or touched that is somebody else
 
 from __future__ import annotations
 
-import dataclasses
-import random
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.fakes.shapes import Shape
 from tests.fakes.unequal import PROMPT, Request, UnequalPair
@@ -217,20 +212,59 @@ def test_the_prefix_that_has_arrived_is_told_when_the_last_share_has() -> None:
     assert reads.arrived_tokens == 16
 
 
+def test_a_read_that_fails_closes_the_connections_to_all_ranks_of_the_peer() -> None:
+    pair = UnequalPair(Shape(tp=2), ONE, Request(21), Packing.NEVER, holds_reads=True)
+    (here,) = pair.consumer.ranks
+    pair.compute(21)
+    pair.seal()
+    pair.settle()
+    assert len(here.transport.connected) == 2
+    here.transport.fail_reads()
+    pair.settle()
+    assert pair.reasons == [Reason.READ_FAILED]
+    assert not here.transport.connected
+    assert here.transport.unfinished == []
+    pair.close()
+    assert pair.leaks() == {}
+
+
+def test_the_whole_engine_gives_up_what_one_of_its_ranks_could_not_read() -> None:
+    pair = UnequalPair(ONE, Shape(tp=2), Request(21), Packing.NEVER, holds_reads=True)
+    pair.compute(21)
+    pair.seal()
+    pair.settle()
+    first, second = pair.consumer.ranks
+    first.transport.finish_reads()
+    first.transport.holds_reads = False
+    second.transport.fail_reads()
+    pair.settle()
+    assert pair.reasons == [None, Reason.READ_FAILED]
+    assert not pair.is_released
+    pair.close()
+    assert pair.is_released
+    assert pair.leaks() == {}
+
+
 # --- windows -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", [Packing.AUTO, Packing.ALWAYS])
 @pytest.mark.parametrize("num_tokens", range(17, 33))
 @pytest.mark.parametrize("blocks", [(4, 8), (8, 4), (4, 4), (4, 6)])
+@pytest.mark.parametrize("is_complete", [False, True])
 def test_a_window_is_handed_off_between_blocks_of_any_sizes(
-    blocks: tuple[int, int], num_tokens: int, packing: Packing
+    is_complete: bool, blocks: tuple[int, int], num_tokens: int, packing: Packing
 ) -> None:
     """What the producer's window has left behind is another's at once. A block of ours that begins
     before what is left there is told to lack tokens, and no other is."""
     theirs, ours = (Shape(block_tokens=size, windowed=(1,)) for size in blocks)
     pair = UnequalPair(theirs, ours, Request(num_tokens), packing)
-    stream(pair)
+    if is_complete:
+        pair.compute(num_tokens)
+        pair.seal()
+        pair.settle()
+    else:
+        stream(pair)
     first = num_tokens - theirs.window
     begins, kept = first // blocks[1] * blocks[1], first // blocks[0] * blocks[0]
     assert pair.lacks_tokens == [begins < kept]
@@ -243,117 +277,3 @@ def test_a_stage_without_layers_of_a_group_hands_off_what_it_has() -> None:
     for pair in (UnequalPair(theirs, ours, Request(22)), UnequalPair(ours, theirs, Request(22))):
         stream(pair)
         assert_all_is_well(pair)
-
-
-# --- whatever happens --------------------------------------------------------------------------
-
-FORMS = ("rows", "token major", "swapped", "columns", "tiles")
-CUTS = (((0, 1, 2),), ((0, 1, 2),), ((0, 1), (2,)), ((0,), (1, 2)))
-
-
-@st.composite
-def shapes(draw: st.DrawFn) -> Shape:
-    cut = draw(st.sampled_from(CUTS))
-    return Shape(
-        tp=draw(st.sampled_from([1, 1, 2] if len(cut) > 1 else [1, 2, 4])),
-        stages=cut,
-        block_tokens=draw(st.sampled_from([2, 4, 6, 8])),
-        form=draw(st.sampled_from(FORMS)),
-        dtype=draw(st.sampled_from(["bfloat16", "bfloat16", "float32"])),
-    )
-
-
-@st.composite
-def pairs(draw: st.DrawFn) -> UnequalPair:
-    theirs, ours = draw(shapes()), draw(shapes())
-    windowed = draw(st.sampled_from([(), (), (1,), (0, 2)]))
-    theirs, ours = (dataclasses.replace(each, windowed=windowed) for each in (theirs, ours))
-    num_tokens = draw(st.integers(1, 40))
-    first_token = draw(st.integers(0, (num_tokens - 1) // ours.block_tokens)) * ours.block_tokens
-    return UnequalPair(
-        theirs,
-        ours,
-        Request(num_tokens, first_token),
-        draw(st.sampled_from(list(Packing))),
-        checks_bytes=draw(st.booleans()),
-        staging_bytes=draw(st.sampled_from([2048, 4096])),
-        holds_reads=True,
-    )
-
-
-def go_on(pair: UnequalPair, chance: random.Random, num_moves: int, harm: int) -> None:
-    """What both sides do, in any order. harm: of what may happen besides: 0 nothing, 1 messages
-    that come twice and requests that lose their blocks, 2 messages that are lost, too."""
-    for _ in range(num_moves):
-        in_flight, what = pair.network.in_flight, chance.random()
-        if what < 0.35:
-            pair.write(chance.randrange(len(pair.passes)), says_so=chance.random() < 0.7)
-        elif what < 0.70 and in_flight:
-            heads = pair.network.next_of_each_lane()
-            pair.network.deliver_one(in_flight.index(chance.choice(heads)))
-        elif what < 0.80:
-            chance.choice(pair.consumer.ranks).transport.finish_one(chance.randrange(9))
-        elif what < 0.85:
-            pair.schedule(chance.randint(1, 12))
-        elif what < 0.87:
-            pair.seal()
-        elif what < 0.89 and harm:
-            pair.preempt(announces=chance.random() < 0.5)
-        elif what < 0.92 and harm and in_flight:
-            packet = chance.choice(in_flight)
-            in_flight.insert(in_flight.index(packet), packet)
-        elif what < 0.93 and harm > 1 and in_flight:
-            in_flight.remove(chance.choice(in_flight))
-        else:
-            pair.clock.advance(0.05 * chance.randrange(5))
-            pair.turn()
-    pair.turn()
-
-
-def bring_to_an_end(pair: UnequalPair, chance: random.Random) -> None:
-    """Nothing goes wrong any more; the producer ends what it computes, and time passes."""
-    for _ in range(200):
-        pair.schedule(9)
-        for rank in pair.passes:
-            while pair.passes[rank]:
-                pair.write(rank)
-        pair.seal()
-        for rank in pair.consumer.ranks:
-            rank.transport.finish_reads()
-        pair.settle()
-        if pair.is_over:
-            break
-        pair.pass_time(0.5)
-    assert pair.is_over, "a fetch waits for ever"
-    pair.close()
-    for _ in range(35):
-        if not pair.leaks():
-            break
-        pair.settle()
-        pair.pass_time(1.0)
-    assert pair.leaks() == {}
-    for rank in pair.consumer.ranks:
-        assert rank.transport.reads == {}
-        assert rank.transport.unfinished == []
-        assert rank.transport.released_while_pending == 0
-
-
-@settings(max_examples=200)
-@given(pair=pairs(), seed=st.integers(0, 2**16), harm=st.integers(0, 1))
-def test_whatever_the_shapes_and_the_order_of_things_every_rank_gets_what_is_right(
-    pair: UnequalPair, seed: int, harm: int
-) -> None:
-    chance = random.Random(seed)
-    go_on(pair, chance, 120, harm)
-    bring_to_an_end(pair, chance)
-    assert pair.reasons == [None] * len(pair.consumer.ranks)
-
-
-@settings(max_examples=200)
-@given(pair=pairs(), seed=st.integers(0, 2**16))
-def test_whatever_is_lost_on_the_way_what_is_used_is_right_and_everything_ends(
-    pair: UnequalPair, seed: int
-) -> None:
-    chance = random.Random(seed)
-    go_on(pair, chance, 120, harm=2)
-    bring_to_an_end(pair, chance)

@@ -101,6 +101,7 @@ def test_all_is_written_when_every_stage_has_written_its_last_layer() -> None:
         ([(12, 12, 2), (8, 12, 0)], False),
         ([(8, 12, 1), (12, 12, 1)], False),
         ([(12, 12, 2), (12, 12, 1)], True),
+        ([(12, 12, 2), (8, 12, 0)], True),  # an earlier message that came twice
     ):
         fetch.learn(*written)
         assert fetch.stretches.is_written is is_written
