@@ -61,16 +61,16 @@ def lines() -> dict[str, tuple[list[str], int, list[str]]]:
             2,
             ["host='10.0.0.1'", "VLLM_PD_CLUSTER_KEY"],
         ),
-        "layout that is not supported": (
-            [model, *PDPLUGIN, "--pipeline-parallel-size", "2"],
+        "ports for two engines, of which one is there": (
+            [model, *PDPLUGIN, "--data-parallel-size", "2", f"{OPTION}.port", "65535"],
             1,
-            ["--pipeline-parallel-size=2 is not supported by pdplugin yet; use 1"],
+            ["port=65535 leaves none for each of --data-parallel-size=2 engines"],
         ),
     }
 
 
 NAMES = ("help", "wrong role", "unknown option", "open address without a key",
-         "layout that is not supported")  # fmt: skip
+         "ports for two engines, of which one is there")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
