@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -93,8 +94,11 @@ def test_a_piece_is_asked_for_as_it_is_called_there_and_taken_in_as_it_is_called
     assert one.message(Question(HandoffId("h"), 3, 1, True), 7) == wire.Gather(
         HandoffId("h"), 3, 1, 1, 7, 0, (0, 1), 2, 2, 4, 8, "bfloat16", True
     )
-    (other,) = asked(second, ours, [range(4, 8)])
-    assert (other.source_regions, other.piece.regions) == ((0,), (2,))
+    elsewhere = dataclasses.replace(second, source_group=3)
+    (other,) = asked(elsewhere, ours, [range(4, 8)])
+    assert (other.piece.group, other.piece.regions) == (0, (2,))
+    message = other.message(Question(HandoffId("h"), 3, 1, True), 8)
+    assert (message.group, message.regions, message.source_rank) == (3, (0,), 0)
 
 
 def test_regions_count_over_all_groups() -> None:

@@ -152,6 +152,18 @@ def test_nothing_of_a_stage_is_read_before_that_stage_has_written_it() -> None:
     assert here.has(PROMPT, pair.blocks, whole, 2)
 
 
+def test_a_stage_with_more_layers_than_the_first_tells_of_each_of_them() -> None:
+    layers = tuple(range(4))
+    pair = UnequalPair(Shape(stages=((0,), layers[1:])), Shape(stages=(layers,)), Request(8))
+    pair.settle()
+    pair.schedule(8)
+    (here,) = pair.consumer.ranks
+    for layer in layers[1:]:
+        pair.write(1)
+        pair.settle()
+        assert here.has(PROMPT, pair.blocks, range(8), layer)
+
+
 def test_nothing_is_read_before_the_slowest_rank_has_written_it() -> None:
     pair = UnequalPair(Shape(tp=2), ONE, Request(8))
     pair.settle()

@@ -67,6 +67,8 @@ def test_ranks_that_are_alike_ask_for_blocks_and_others_for_heads() -> None:
         gathered = sum(rank.coder.num_gathered for rank in pair.producer.ranks)
         encoded = sum(rank.coder.num_encoded for rank in pair.producer.ranks)
         assert (gathered > 0, encoded > 0) == (shape is ONE, shape is TWO)
+        assert pair.counts.packed == pair.counts.stretches
+        assert pair.counts.kv_bytes == 21 * 3 * 4 * 4 * 2 + (shape is TWO) * 3 * 3 * 4 * 4 * 2
 
 
 @pytest.mark.parametrize("packing", [Packing.AUTO, Packing.ALWAYS])
@@ -100,6 +102,22 @@ def test_pieces_are_no_larger_than_either_side_has_room_for() -> None:
     assert counts.packed >= counts.kv_bytes / 256
 
 
+def test_what_is_packed_is_given_back_on_every_rank_when_the_handoff_is_over() -> None:
+    """Even where no rank hears that its pieces were read."""
+    pair = UnequalPair(TWO, ONE, Request(21), Packing.ALWAYS)
+    pair.settle()
+    pair.compute(21)
+    pair.seal()
+    for _ in range(200):
+        pair.turn()
+        pair.network.lose("unpacked")
+        if pair.network.in_flight:
+            pair.network.deliver_one()
+    assert pair.reasons == [None]
+    assert all(rank.outgoing.taken_bytes == 0 for rank in pair.producer.ranks)
+    assert all(rank.coder.num_gathered for rank in pair.producer.ranks)
+
+
 MIXED = (
     Shape(windowed=(1,), window_form="token major"),
     Shape(tp=2, windowed=(1,), window_form="token major"),
@@ -125,6 +143,18 @@ def test_more_than_is_planned_or_read_at_once_arrives_in_parts(
     for rank in pair.consumer.ranks:
         rank.transport.max_read_bytes = limits[2]
     after(pair)
+
+
+def test_of_a_long_stretch_only_what_is_not_packed_is_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part of it may have nothing but layers of a stage that packs them."""
+    monkeypatch.setattr(peer_reads, "_MAX_BLOCKS", 2)
+    for bare in (0, 1):
+        shapes = Shape(stages=STAGES), Shape(block_tokens=8)
+        pair = UnequalPair(*shapes, Request(21), Packing.ALWAYS, bare=((bare,), ()))
+        counts = after(pair).counts
+        assert 0 < counts.packed < counts.stretches
 
 
 # --- what is refused before anything is read --------------------------------------------------
