@@ -35,7 +35,7 @@ pytestmark = pytest.mark.engine
 REFUSED = 'pd_handoff_failures_total{reason="peer_incompatible"}'
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def staged(logs: Path) -> Iterator[Engine]:
     """A consumer of two pipeline stages, whose blocks are as long as no producer's."""
     words = [word for word in ARGUMENTS["tiny-llama"] if word not in PP2.left_out]
@@ -58,7 +58,7 @@ def test_pipeline_stages_with_other_blocks_answer_as_one_alone(staged: Engine, l
     assert staged.metrics()["pd_fetch_packed_stretches_total"] > 0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rounded(logs: Path) -> Iterator[Engine]:
     """A consumer whose KV has half the bits of the producer's."""
     words = (*ARGUMENTS["tiny-llama"], "--no-enable-prefix-caching", "--max-logprobs", "20")
