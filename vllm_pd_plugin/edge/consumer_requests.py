@@ -212,11 +212,19 @@ class ConsumingRequests:
             self._lose(consuming, lost.reason, lost.message)
 
     def void(self) -> None:
-        """This engine's KV is another from now on: what is being fetched is of no use."""
+        """This engine's KV is another from now on: what has blocks, with KV in them from before,
+        fails."""
         for request_id, consuming in self._open.items():
-            if consuming.is_at(AttemptState.FETCHING):
-                assert consuming.attempt is not None
-                self._cancels[request_id] = consuming.attempt.lost = Reason.KV_CHANGED
+            if consuming.stage is not Stage.TRYING or consuming.allocation is None:
+                continue
+            attempt = consuming.attempt
+            assert attempt is not None
+            attempt.lost = Reason.KV_CHANGED
+            if attempt.state is AttemptState.FETCHING:
+                self._cancels[request_id] = Reason.KV_CHANGED
+            else:
+                self._close(request_id, cancel=True)
+                self._lose(consuming, Reason.KV_CHANGED, "this engine's KV is another since")
 
     def collect(self, output: KVConnectorOutput) -> None:
         """Take the workers' results of a step."""
@@ -335,7 +343,8 @@ class ConsumingRequests:
         """The source of the attempt under way is of no use: turn to the next, or fail."""
         request_id, lost = consuming.request.request_id, consuming.attempt
         assert lost is not None
-        if lost.is_last:
+        # Another source has nothing for what was there before, nor for ranks that have it all.
+        if lost.is_last or lost.lost is Reason.KV_CHANGED:
             self._fail(request_id, reason, message)
             if consuming.allocation is not None:
                 self._refused.append(request_id)

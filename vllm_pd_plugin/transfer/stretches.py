@@ -182,12 +182,13 @@ class Stretches:
     @property
     def taken_tokens(self) -> int:
         """How many of the prompt's first tokens have KV in every layer, once all that was taken
-        has arrived. A sliding window is fetched for the prompt's end only, so that with one there
-        is no such prefix before everything has been taken."""
+        has arrived. A sliding window has blocks for the prompt's end only, so that with one there
+        is no such prefix before everything has been taken: not even the one that was there, whose
+        own window has been let go."""
         if self.is_exhausted:
             return self._num_tokens
         if any(group.window is not None for group in self._groups):
-            return self._first_token
+            return 0
         ends = (
             wanted.start * group.block_tokens
             for wanted, group in zip(self._wanted, self._group_of, strict=True)

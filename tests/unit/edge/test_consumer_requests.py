@@ -26,6 +26,7 @@ with warnings.catch_warnings():
         FakeRequest,
         new_source,
     )
+    from vllm_pd_plugin.edge.consumer_request import FetchOrders
 
 
 @pytest.fixture
@@ -171,6 +172,47 @@ def test_what_comes_before_it_is_said_that_the_weights_were_changed_is_not_used(
     consumer.collect(request)
     assert consumer.requests.take_hopeless() == ["r"]
     assert consumer.stats.data["failures"] == {"kv_changed": 1}
+
+
+def test_what_is_void_on_one_rank_is_not_fetched_anew_from_another_producer() -> None:
+    """Another rank may have it all, from before; and so has what was here already."""
+    consumer = Consumer(recomputes=True)
+    request = consumer.fetching("r", *elsewhere())
+    consumer.requests.void()
+    consumer.fail_on_a_rank(request, Reason.PEER_UNREACHABLE, attempt=0)
+    assert consumer.requests.take_orders().refused == ("r",)
+    assert [call[0] for call in consumer.control.calls].count("want") == 1
+    consumer.collect(request, Reason.INTERNAL, valid_tokens=32)
+    assert request.num_computed_tokens == 0
+    assert consumer.stats.data["failures"] == {"peer_unreachable": 1}
+    assert consumer.match(request) == (0, False)
+
+
+def test_what_waits_for_another_producer_with_void_kv_in_its_blocks_fails_at_once() -> None:
+    consumer = Consumer(recomputes=True)
+    request = consumer.fetching("r", *elsewhere())
+    consumer.fail_on_a_rank(request, Reason.PEER_UNREACHABLE, attempt=0)
+    consumer.requests.void()
+    assert consumer.requests.take_orders().refused == ("r",)
+    assert consumer.control.calls[-1] == ("close", "r", True)
+    consumer.requests.lost(Lost("r", Reason.KV_CHANGED, "said late"))
+    consumer.offer(request)
+    assert consumer.requests.take_orders() == FetchOrders((), (), {})
+    consumer.collect(request, Reason.INTERNAL, valid_tokens=32)
+    assert request.num_computed_tokens == 0
+    assert consumer.stats.data["failures"] == {"kv_changed": 1}
+
+
+def test_what_has_no_blocks_yet_when_the_weights_are_changed_may_be_had_elsewhere() -> None:
+    consumer = Consumer(recomputes=True)
+    request = consumer.add("r", *elsewhere())
+    consumer.requests.void()
+    consumer.requests.lost(Lost("r", Reason.KV_CHANGED, "other weights"))
+    assert [call[0] for call in consumer.control.calls].count("want") == 2
+    consumer.offer(request)
+    consumer.match(request)
+    consumer.allocate(request, TOKENS)
+    assert len(consumer.requests.take_orders().fetches) == 1
 
 
 def test_what_had_come_before_the_weights_were_changed_is_not_used() -> None:

@@ -38,6 +38,8 @@ def test_the_stretches_of_an_epoch_are_together_exactly_what_one_read_would_be(
     def take() -> None:
         read.extend(places(consumer.plan(), shift=stretches.epoch))
         prefix = stretches.taken_tokens
+        if any(group.window is not None for group in consumer.layout.groups):
+            assert prefix in (0, num_tokens), "a prefix whose window has no blocks"
         if prefix > first_token:
             wanted = {(layer, i) for layer, i in consumer.everything() if i * T < prefix}
             assert wanted <= set(read), "a prefix is claimed that has not been read"
