@@ -30,17 +30,14 @@ class Question:
 class Asked(Protocol):
     """One piece.
 
-    source_rank: who is asked. num_bytes: its size. kv_bytes: what it takes in the cache.
+    source_rank: who is asked.
     """
 
     @property
     def source_rank(self) -> int: ...
 
     @property
-    def num_bytes(self) -> int: ...
-
-    @property
-    def kv_bytes(self) -> int: ...
+    def piece(self) -> Piece | HeadsPiece: ...
 
     def message(self, question: Question, number: int) -> wire.Pack | wire.Gather: ...
 
@@ -57,14 +54,6 @@ class AskedBlocks:
     num_tokens: int
     runs: tuple[wire.LayerRun, ...]
     piece: Piece
-
-    @property
-    def num_bytes(self) -> int:
-        return self.piece.num_bytes
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.piece.kv_bytes
 
     def message(self, question: Question, number: int) -> wire.Pack:
         return wire.Pack(
@@ -97,14 +86,6 @@ class AskedHeads:
     @property
     def source_rank(self) -> int:
         return self.share.source_rank
-
-    @property
-    def num_bytes(self) -> int:
-        return self.piece.num_bytes
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.piece.kv_bytes
 
     def message(self, question: Question, number: int) -> wire.Gather:
         return wire.Gather(

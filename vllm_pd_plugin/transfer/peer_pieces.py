@@ -154,7 +154,7 @@ class PeerPieces:
         here: then it waits for some."""
         incoming, asked = self._incoming, pending.asked
         assert incoming is not None
-        offset = incoming.room.take(self._taker, asked.num_bytes)
+        offset = incoming.room.take(self._taker, asked.piece.num_bytes)
         if offset is None:
             return None
         self._last_number += 1
@@ -165,8 +165,8 @@ class PeerPieces:
             pending.prefix_tokens,
             pending.descriptor_bytes,
             self._rank.clock(),
-            asked.num_bytes,
-            asked.kv_bytes,
+            asked.piece.num_bytes,
+            asked.piece.kv_bytes,
             asked=asked,
             message=asked.message(question, self._last_number),
             number=self._last_number,

@@ -53,7 +53,7 @@ def test_layers_of_which_the_same_tokens_are_wanted_share_a_piece() -> None:
     (one,) = asked(SHARE, TWO, [range(5, 21)] * 3)
     assert one.piece.regions == (0, 1, 2)
     assert one.piece.tokens == range(5, 21)
-    assert one.num_bytes == one.kv_bytes == 3 * 16 * TOKEN_BYTES
+    assert one.piece.num_bytes == one.piece.kv_bytes == 3 * 16 * TOKEN_BYTES
 
 
 def test_layers_of_which_other_tokens_are_wanted_have_pieces_of_their_own() -> None:
@@ -121,7 +121,7 @@ def test_every_token_of_every_layer_is_asked_for_once_and_no_piece_is_too_large(
     tokens: list[range], max_bytes: int
 ) -> None:
     pieces = asked(SHARE, TWO, tokens, max_bytes)
-    assert all(0 < one.num_bytes <= max_bytes for one in pieces)
+    assert all(0 < one.piece.num_bytes <= max_bytes for one in pieces)
     assert all(one.source_regions == one.piece.regions for one in pieces)
     found = Counter(
         place for one in pieces for place in itertools.product(one.piece.regions, one.piece.tokens)
